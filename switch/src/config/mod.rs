@@ -1,0 +1,209 @@
+//! The broker's configuration: what a file may say, and the values that follow.
+//!
+//! [`parse`] reports every mistake of a file at once, each with its line. It never
+//! touches the file system beyond the text that it is given.
+
+mod read;
+mod size;
+
+use std::fmt;
+use std::path::PathBuf;
+use std::time::Duration;
+
+use vhost_pci_device::abi;
+
+pub use size::{SizeError, parse_size};
+
+/// How long a peer's VMM has to confirm a change of its window, unless the file
+/// says otherwise.
+pub const DEFAULT_CONFIRM_TIMEOUT: Duration = Duration::from_millis(2000);
+/// The window's length unless the file says otherwise, bytes.
+pub const DEFAULT_WINDOW: u64 = 1 << 30;
+/// The longest window, bytes.
+pub const MAX_WINDOW: u64 = 1 << 46;
+/// The longest path that a Unix socket can have, bytes (`sun_path` less its end).
+pub const MAX_SOCKET_PATH: usize = 107;
+
+/// A configuration that can be run.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Config {
+    /// Where `status` and `watch` ask.
+    pub control_socket: PathBuf,
+    /// The group that all sockets get; the broker's own if not given.
+    pub group: Option<String>,
+    /// How long a peer's VMM has to confirm a change of its window.
+    pub confirm_timeout: Duration,
+    /// The links, in the file's order. Names and sockets are unique.
+    pub links: Vec<LinkConfig>,
+}
+
+/// One owner device joined to one peer device.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct LinkConfig {
+    /// The link's name in `status`, logs and errors.
+    pub name: String,
+    /// Where the owner's VMM connects.
+    pub owner_socket: PathBuf,
+    /// Where the peer's VMM connects.
+    pub peer_socket: PathBuf,
+    /// Length of the peer's window, bytes: a power of two, as a BAR is.
+    pub window_len: u64,
+    /// What kind of device the owner has.
+    pub profile: Profile,
+    /// Pairs of queues that the owner may use.
+    pub queue_pairs: u16,
+}
+
+impl LinkConfig {
+    /// How many of the owner's vrings the peer's device can show.
+    pub fn max_vrings(&self) -> u16 {
+        self.profile.vrings(self.queue_pairs)
+    }
+}
+
+/// The kind of device that the owner's driver sees, and so what the peer's driver
+/// has to serve.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Profile {
+    /// A virtio network card (virtio 1.3, 5.1).
+    Net,
+}
+
+impl Profile {
+    /// Every profile.
+    pub const ALL: [Self; 1] = [Self::Net];
+
+    /// The name in the file.
+    pub const fn name(self) -> &'static str {
+        match self {
+            Self::Net => "net",
+        }
+    }
+
+    /// The owner's virtio device number.
+    pub const fn virtio_id(self) -> u32 {
+        match self {
+            Self::Net => virtio_bindings::virtio_ids::VIRTIO_ID_NET,
+        }
+    }
+
+    /// Vrings of a device with so many pairs of queues.
+    pub const fn vrings(self, queue_pairs: u16) -> u16 {
+        match self {
+            Self::Net => 2 * queue_pairs,
+        }
+    }
+}
+
+/// The most pairs of queues that a link may have: what the link page has room for.
+pub const MAX_QUEUE_PAIRS: u16 = abi::MAX_VRINGS / 2;
+
+/// A mistake in a configuration file.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Mistake {
+    /// The line, counted from 1.
+    pub line: usize,
+    /// What is wrong, and what would be right.
+    pub message: String,
+}
+
+impl fmt::Display for Mistake {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "line {}: {}", self.line, self.message)
+    }
+}
+
+/// Reads a configuration file's text.
+///
+/// # Errors
+/// Every mistake that the text has, in the order of lines.
+pub fn parse(text: &str) -> Result<Config, Vec<Mistake>> {
+    read::config(text)
+}
+
+#[cfg(test)]
+mod tests {
+    #![allow(clippy::unwrap_used)]
+    use super::*;
+
+    const GOOD: &str = r#"
+control_socket = "/run/vp/control.sock"
+
+[[link]]
+name = "a"
+owner_socket = "/run/vp/a-owner.sock"
+peer_socket = "/run/vp/a-peer.sock"
+window = "2G"
+"#;
+
+    fn mistakes(text: &str) -> Vec<String> {
+        parse(text).unwrap_err().iter().map(ToString::to_string).collect()
+    }
+
+    #[test]
+    fn a_good_file_gives_its_values_and_the_defaults() {
+        let config = parse(GOOD).unwrap();
+        assert_eq!(config.links.len(), 1);
+        let link = &config.links[0];
+        assert_eq!(link.window_len, 2 << 30);
+        assert_eq!(link.profile, Profile::Net);
+        assert_eq!(link.max_vrings(), 2);
+        assert_eq!(config.confirm_timeout, DEFAULT_CONFIRM_TIMEOUT);
+    }
+
+    #[test]
+    fn every_mistake_is_reported_with_its_line() {
+        let text = r#"
+control_sockets = "/run/x"
+confirm_timeout_ms = 0
+
+[[link]]
+name = "a b"
+owner_socket = "relative.sock"
+window = "3G"
+profile = "gpu"
+queue_pairs = 100
+
+[[link]]
+name = "c"
+owner_socket = "/run/c.sock"
+peer_socket = "/run/c.sock"
+"#;
+        let found = mistakes(text);
+        let has = |line: &str, part: &str| {
+            assert!(
+                found.iter().any(|m| m.starts_with(line) && m.contains(part)),
+                "no '{line}…{part}' in {found:#?}"
+            );
+        };
+        has("line 2:", "control_sockets");
+        has("line 3:", "confirm_timeout_ms");
+        has("line 5:", "peer_socket");
+        has("line 6:", "name");
+        has("line 7:", "absolute");
+        has("line 8:", "power of two");
+        has("line 9:", "net");
+        has("line 10:", "queue_pairs");
+        has("line 15:", "used already");
+        has("line 1:", "control_socket");
+        assert!(found.windows(2).all(|w| line(&w[0]) <= line(&w[1])));
+    }
+
+    fn line(mistake: &str) -> usize {
+        mistake[5..].split(':').next().unwrap().parse().unwrap()
+    }
+
+    #[test]
+    fn a_syntax_error_does_not_hide_the_mistakes_after_it() {
+        let found = mistakes("control_socket = \n[[link]]\nname = 5\n");
+        assert!(found.iter().any(|m| m.starts_with("line 1:")), "{found:?}");
+        assert!(found.iter().any(|m| m.starts_with("line 3:")), "{found:?}");
+    }
+
+    #[test]
+    fn no_link_and_twice_the_same_name_are_mistakes() {
+        assert!(mistakes("control_socket = \"/x\"\n")[0].contains("no [[link]]"));
+        let twice = format!("{GOOD}\n[[link]]\nname = \"a\"\nowner_socket = \"/1\"\npeer_socket = \"/2\"\n");
+        assert!(mistakes(&twice)[0].contains("'a'"));
+    }
+}

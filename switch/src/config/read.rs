@@ -1,0 +1,249 @@
+//! Walks a parsed TOML document and collects values and mistakes side by side, so
+//! that one run names everything that is wrong.
+
+use std::collections::BTreeMap;
+use std::ops::Range;
+use std::path::PathBuf;
+use std::time::Duration;
+
+use toml::Spanned;
+use toml::de::{DeTable, DeValue};
+use vhost_pci_device::abi;
+
+use super::{
+    Config, DEFAULT_CONFIRM_TIMEOUT, DEFAULT_WINDOW, LinkConfig, MAX_QUEUE_PAIRS, MAX_SOCKET_PATH,
+    MAX_WINDOW, Mistake, Profile, parse_size,
+};
+
+/// Confirmation timeouts that make sense, milliseconds.
+const TIMEOUT_MS: std::ops::RangeInclusive<u64> = 10..=60_000;
+/// The longest name of a link, bytes.
+const MAX_NAME: usize = 64;
+
+struct Reader<'t> {
+    text: &'t str,
+    mistakes: Vec<Mistake>,
+    /// Where each socket path was named first.
+    sockets: BTreeMap<PathBuf, usize>,
+}
+
+/// A table whose known keys are taken out one by one; what is left is a mistake.
+struct Table<'t> {
+    line: usize,
+    what: &'static str,
+    entries: BTreeMap<String, (usize, Spanned<DeValue<'t>>)>,
+}
+
+pub(super) fn config(text: &str) -> Result<Config, Vec<Mistake>> {
+    let (document, errors) = DeTable::parse_recoverable(text);
+    let mut reader = Reader { text, mistakes: Vec::new(), sockets: BTreeMap::new() };
+    for error in errors {
+        let line = error.span().map_or(1, |span| reader.line_of(span));
+        reader.mistake(line, error.message().to_string());
+    }
+    let config = reader.document(document);
+    let mut mistakes = reader.mistakes;
+    mistakes.sort_by_key(|mistake| mistake.line);
+    match config {
+        Some(config) if mistakes.is_empty() => Ok(config),
+        _ => Err(mistakes),
+    }
+}
+
+impl<'t> Reader<'t> {
+    fn line_of(&self, span: Range<usize>) -> usize {
+        let end = span.start.min(self.text.len());
+        1 + self.text.as_bytes()[..end].iter().filter(|b| **b == b'\n').count()
+    }
+
+    fn mistake(&mut self, line: usize, message: impl Into<String>) {
+        self.mistakes.push(Mistake { line, message: message.into() });
+    }
+
+    fn table(&self, what: &'static str, line: usize, table: DeTable<'t>) -> Table<'t> {
+        let entries = table
+            .into_iter()
+            .map(|(key, value)| {
+                let line = self.line_of(key.span());
+                (key.into_inner().into_owned(), (line, value))
+            })
+            .collect();
+        Table { line, what, entries }
+    }
+
+    fn document(&mut self, document: Spanned<DeTable<'t>>) -> Option<Config> {
+        let mut top = self.table("the file", 1, document.into_inner());
+        let control_socket = self.socket(&mut top, "control_socket");
+        let group = self.string(&mut top, "group").map(|(_, group)| group);
+        let confirm_timeout = match self.integer(&mut top, "confirm_timeout_ms") {
+            Some((line, ms)) if !TIMEOUT_MS.contains(&ms) => {
+                self.mistake(
+                    line,
+                    format!(
+                        "confirm_timeout_ms is {ms}; it must be from {} to {}",
+                        TIMEOUT_MS.start(),
+                        TIMEOUT_MS.end()
+                    ),
+                );
+                None
+            }
+            Some((_, ms)) => Some(Duration::from_millis(ms)),
+            None => Some(DEFAULT_CONFIRM_TIMEOUT),
+        };
+        let links = self.links(&mut top);
+        self.unknown(top, &["control_socket", "group", "confirm_timeout_ms", "[[link]]"]);
+        Some(Config { control_socket: control_socket?, group, confirm_timeout: confirm_timeout?, links })
+    }
+
+    fn links(&mut self, top: &mut Table<'t>) -> Vec<LinkConfig> {
+        let Some((line, value)) = top.entries.remove("link") else {
+            self.mistake(1, "there is no [[link]]; a broker needs at least one");
+            return Vec::new();
+        };
+        let DeValue::Array(array) = value.into_inner() else {
+            self.mistake(line, "links are written as [[link]], one such table for each");
+            return Vec::new();
+        };
+        let mut names = BTreeMap::new();
+        let mut links = Vec::new();
+        for element in array {
+            let line = self.line_of(element.span());
+            let DeValue::Table(table) = element.into_inner() else {
+                self.mistake(line, "a link is a table: [[link]] with name, owner_socket and peer_socket");
+                continue;
+            };
+            let table = self.table("a [[link]]", line, table);
+            if let Some(link) = self.link(table, &mut names) {
+                links.push(link);
+            }
+        }
+        links
+    }
+
+    fn link(&mut self, mut table: Table<'t>, names: &mut BTreeMap<String, usize>) -> Option<LinkConfig> {
+        let name = self.name(&mut table, names);
+        let owner_socket = self.socket(&mut table, "owner_socket");
+        let peer_socket = self.socket(&mut table, "peer_socket");
+        let window_len = self.window(&mut table);
+        let profile = self.profile(&mut table);
+        let queue_pairs = match self.integer(&mut table, "queue_pairs") {
+            Some((_, pairs)) if (1..=u64::from(MAX_QUEUE_PAIRS)).contains(&pairs) => {
+                u16::try_from(pairs).ok()
+            }
+            Some((line, pairs)) => {
+                self.mistake(line, format!("queue_pairs is {pairs}; it must be from 1 to {MAX_QUEUE_PAIRS}"));
+                None
+            }
+            None => Some(1),
+        };
+        self.unknown(table, &["name", "owner_socket", "peer_socket", "window", "profile", "queue_pairs"]);
+        Some(LinkConfig {
+            name: name?,
+            owner_socket: owner_socket?,
+            peer_socket: peer_socket?,
+            window_len: window_len?,
+            profile: profile?,
+            queue_pairs: queue_pairs?,
+        })
+    }
+
+    fn name(&mut self, table: &mut Table<'t>, names: &mut BTreeMap<String, usize>) -> Option<String> {
+        let (line, name) = self.required(table, "name")?;
+        let plain = |c: char| c.is_ascii_alphanumeric() || matches!(c, '-' | '_' | '.');
+        if name.is_empty() || name.len() > MAX_NAME || !name.chars().all(plain) {
+            self.mistake(
+                line,
+                format!("the name '{name}' must be 1 to {MAX_NAME} letters, digits, '-', '_' or '.'"),
+            );
+            return None;
+        }
+        if let Some(first) = names.insert(name.clone(), line) {
+            self.mistake(line, format!("a link is named '{name}' already, in line {first}"));
+            return None;
+        }
+        Some(name)
+    }
+
+    fn window(&mut self, table: &mut Table<'t>) -> Option<u64> {
+        let Some((line, text)) = self.string(table, "window") else {
+            return Some(DEFAULT_WINDOW);
+        };
+        match parse_size(&text) {
+            Err(error) => self.mistake(line, format!("window: {error}")),
+            Ok(len) if !len.is_power_of_two() || len <= abi::DATA_OFFSET || len > MAX_WINDOW => self.mistake(
+                line,
+                format!(
+                    "window is \"{text}\"; a PCI BAR's length is a power of two, here from \"4M\" to \"64T\""
+                ),
+            ),
+            Ok(len) => return Some(len),
+        }
+        None
+    }
+
+    fn profile(&mut self, table: &mut Table<'t>) -> Option<Profile> {
+        let Some((line, name)) = self.string(table, "profile") else {
+            return Some(Profile::Net);
+        };
+        let found = Profile::ALL.into_iter().find(|profile| profile.name() == name);
+        if found.is_none() {
+            let known: Vec<_> = Profile::ALL.iter().map(|profile| profile.name()).collect();
+            self.mistake(line, format!("there is no profile '{name}'; known: {}", known.join(", ")));
+        }
+        found
+    }
+
+    fn socket(&mut self, table: &mut Table<'t>, key: &str) -> Option<PathBuf> {
+        let (line, text) = self.required(table, key)?;
+        let path = PathBuf::from(&text);
+        if !path.is_absolute() || path.file_name().is_none() {
+            self.mistake(line, format!("{key} is \"{text}\"; it must be the absolute path of a socket"));
+        } else if text.len() > MAX_SOCKET_PATH {
+            self.mistake(
+                line,
+                format!("{key} is {} bytes long; a socket's path has at most {MAX_SOCKET_PATH}", text.len()),
+            );
+        } else if let Some(first) = self.sockets.insert(path.clone(), line) {
+            self.mistake(line, format!("the socket \"{text}\" is used already, in line {first}"));
+        } else {
+            return Some(path);
+        }
+        None
+    }
+
+    fn required(&mut self, table: &mut Table<'t>, key: &str) -> Option<(usize, String)> {
+        if !table.entries.contains_key(key) {
+            self.mistake(table.line, format!("{} needs {key}", table.what));
+        }
+        self.string(table, key)
+    }
+
+    fn string(&mut self, table: &mut Table<'t>, key: &str) -> Option<(usize, String)> {
+        let (line, value) = table.entries.remove(key)?;
+        match value.into_inner() {
+            DeValue::String(text) => Some((line, text.into_owned())),
+            other => {
+                self.mistake(line, format!("{key} is a {}; it must be a string in quotes", other.type_str()));
+                None
+            }
+        }
+    }
+
+    fn integer(&mut self, table: &mut Table<'t>, key: &str) -> Option<(usize, u64)> {
+        let (line, value) = table.entries.remove(key)?;
+        let number = match value.get_ref() {
+            DeValue::Integer(number) => u64::from_str_radix(number.as_str(), number.radix()).ok(),
+            _ => None,
+        };
+        if number.is_none() {
+            self.mistake(line, format!("{key} must be a whole number, not negative"));
+        }
+        number.map(|number| (line, number))
+    }
+
+    fn unknown(&mut self, table: Table<'t>, known: &[&str]) {
+        for (key, (line, _)) in table.entries {
+            self.mistake(line, format!("{} has no key '{key}'; known: {}", table.what, known.join(", ")));
+        }
+    }
+}

@@ -1,0 +1,87 @@
+//! `status` as text for people.
+
+use std::fmt::Write;
+
+use super::BrokerReport;
+use crate::link::report::{LinkReport, SideReport};
+
+/// The whole report.
+pub fn broker(report: &BrokerReport) -> String {
+    let mut text = String::new();
+    let packets = report.packets.map_or("unknown".into(), |packets| packets.to_string());
+    // Writing to a String cannot fail.
+    let _ = writeln!(
+        text,
+        "vhost-pci-switch {} (pid {}): {} link{}, packets through the broker: {packets}, guest memory mapped: {} B",
+        report.version,
+        report.pid,
+        report.links.len(),
+        if report.links.len() == 1 { "" } else { "s" },
+        report.guest_bytes_mapped,
+    );
+    for link in &report.links {
+        write_link(&mut text, link);
+    }
+    text
+}
+
+fn write_link(text: &mut String, link: &LinkReport) {
+    let reason = link.reason.as_ref().map_or(String::new(), |reason| format!(": {reason}"));
+    let _ = writeln!(text, "\nlink {}: {}{reason}", link.name, link.state);
+    write_side(text, "owner", &link.owner);
+    write_side(text, "peer", &link.peer);
+    let window = &link.window;
+    let _ = writeln!(
+        text,
+        "  window   {} MiB, {}, {} KiB of the owner in {} mapping{}, generation {}",
+        window.len >> 20,
+        window.phase,
+        window.mapped_bytes >> 10,
+        window.mappings.len(),
+        if window.mappings.len() == 1 { "" } else { "s" },
+        link.generation,
+    );
+    for mapping in &window.mappings {
+        let _ = writeln!(
+            text,
+            "    iova {:#014x} + {:#012x} at window {:#014x}, {}{}",
+            mapping.iova,
+            mapping.len,
+            mapping.window_offset,
+            mapping.access,
+            if mapping.confirmed { "" } else { ", not confirmed" },
+        );
+    }
+    for vring in &link.vrings {
+        let _ = writeln!(
+            text,
+            "  vring {}  {}, {} entries, notifications {}",
+            vring.index, vring.state, vring.size, vring.wiring
+        );
+    }
+    let counters = &link.counters;
+    let _ = writeln!(
+        text,
+        "  counters mappings made {}, revoked {}; notifications relayed {} ({} kicks, {} calls); messages owner {}, peer {}, control ring {}",
+        counters.mappings_made,
+        counters.mappings_revoked,
+        counters.notifications_relayed,
+        counters.kicks_relayed,
+        counters.calls_relayed,
+        counters.owner_messages,
+        counters.peer_messages,
+        counters.control_commands,
+    );
+    if !counters.faults.is_empty() {
+        let faults: Vec<_> = counters.faults.iter().map(|(kind, count)| format!("{kind} {count}")).collect();
+        let _ = writeln!(text, "  faults   {}", faults.join(", "));
+    }
+}
+
+fn write_side(text: &mut String, name: &str, side: &SideReport) {
+    let driver = side.driver.as_ref().map_or(String::new(), |driver| format!(", driver {driver}"));
+    let _ = writeln!(text, "  {name:<8} {} at {}{driver}", side.state, side.socket);
+    if !side.features.is_empty() {
+        let _ = writeln!(text, "           features {}", side.features.join(" "));
+    }
+}

@@ -1,0 +1,105 @@
+//! Answers the control socket. Each client has a short-lived thread: one that
+//! stalls holds up nobody.
+
+use std::fs;
+use std::io::{self, BufRead, BufReader, Read, Write};
+use std::os::unix::net::UnixStream;
+use std::thread;
+use std::time::Duration;
+
+use crossbeam_channel::bounded;
+use tracing::warn;
+
+use super::{Answer, BrokerReport, Query};
+use crate::link::report::LinkReport;
+use crate::runtime::{Input, LinkPort};
+
+/// How long a client may take for its question and for taking the answer.
+const CLIENT_TIMEOUT: Duration = Duration::from_secs(2);
+/// How long a link may take for its report.
+const LINK_TIMEOUT: Duration = Duration::from_secs(2);
+/// The longest question, bytes.
+const MAX_QUERY: u64 = 4096;
+
+/// Serves one client.
+pub fn serve(stream: UnixStream, ports: &[LinkPort]) {
+    let ports = ports.to_vec();
+    let client = thread::Builder::new().name("control client".into()).spawn(move || {
+        // A client that leaves early is no fault of anybody's.
+        drop(answer(stream, &ports));
+    });
+    if let Err(error) = client {
+        warn!(%error, "a control client cannot be served");
+    }
+}
+
+fn answer(mut stream: UnixStream, ports: &[LinkPort]) -> io::Result<()> {
+    stream.set_read_timeout(Some(CLIENT_TIMEOUT))?;
+    stream.set_write_timeout(Some(CLIENT_TIMEOUT))?;
+    let mut line = String::new();
+    BufReader::new(stream.try_clone()?.take(MAX_QUERY)).read_line(&mut line)?;
+    let answer = match serde_json::from_str(&line) {
+        Ok(Query::Status) => Answer::Status(status(ports)),
+        Err(error) => Answer::Error(format!("not a question that this broker knows: {error}")),
+    };
+    let mut text = serde_json::to_vec(&answer)?;
+    text.push(b'\n');
+    stream.write_all(&text)
+}
+
+fn status(ports: &[LinkPort]) -> BrokerReport {
+    // All are asked before the first is waited for.
+    let waiting: Vec<_> = ports
+        .iter()
+        .map(|port| {
+            let (sender, receiver) = bounded(1);
+            port.send(Input::Report(sender));
+            receiver
+        })
+        .collect();
+    let links: Vec<LinkReport> =
+        waiting.into_iter().filter_map(|receiver| receiver.recv_timeout(LINK_TIMEOUT).ok()).collect();
+    let mapped = guest_bytes_mapped();
+    BrokerReport {
+        pid: std::process::id(),
+        version: env!("CARGO_PKG_VERSION").into(),
+        guest_bytes_mapped: mapped.unwrap_or(0),
+        packets: mapped.filter(|bytes| *bytes == 0),
+        links,
+    }
+}
+
+/// Shared mappings of the broker that are not its own areas, bytes, as the kernel
+/// lists them; `None` if it does not.
+fn guest_bytes_mapped() -> Option<u64> {
+    let maps = fs::read_to_string("/proc/self/maps").ok()?;
+    Some(maps.lines().filter_map(foreign_shared_bytes).sum())
+}
+
+/// The length of a mapping that is shared and none of the broker's own.
+fn foreign_shared_bytes(line: &str) -> Option<u64> {
+    let mut fields = line.split_whitespace();
+    let (range, access) = (fields.next()?, fields.next()?);
+    let own = line.contains("/memfd:vhost-pci ") || line.contains("/dev/zero");
+    if !access.ends_with('s') || own {
+        return None;
+    }
+    let (start, end) = range.split_once('-')?;
+    let start = u64::from_str_radix(start, 16).ok()?;
+    u64::from_str_radix(end, 16).ok()?.checked_sub(start)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn only_shared_memory_of_others_counts_as_guest_memory() {
+        let guest = "7f0000000000-7f0000002000 rw-s 00000000 00:01 5 /memfd:ram (deleted)";
+        let own = "7f0000000000-7f0000001000 rw-s 00000000 00:01 5 /memfd:vhost-pci link area (deleted)";
+        let private = "7f0000000000-7f0000001000 r-xp 00000000 00:01 5 /bin/broker";
+        assert_eq!(foreign_shared_bytes(guest), Some(0x2000));
+        assert_eq!(foreign_shared_bytes(own), None);
+        assert_eq!(foreign_shared_bytes(private), None);
+    }
+}

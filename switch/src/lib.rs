@@ -1,0 +1,22 @@
+//! The vhost-pci broker: it receives one VM's memory over vhost-user, shows it to
+//! another VM's VMM as the window of a vhost-pci device, joins their notifications,
+//! and then stays out of the way.
+//!
+//! | module | what it holds |
+//! |---|---|
+//! | [`config`] | what a configuration file may say |
+//! | [`link`] | one owner joined to one peer: a state machine without I/O |
+//! | [`session`] | a front-end's connection: messages to requests |
+//! | [`runtime`] | threads, sockets and descriptors around the links |
+//! | [`control`] | `status` and `watch` |
+//! | [`demo`] | `demo`: a broker and two guest models on one machine |
+//!
+//! Data goes one way: `session` decodes, `link` decides, `runtime` carries out.
+#![forbid(unsafe_code)]
+
+pub mod config;
+pub mod control;
+pub mod demo;
+pub mod link;
+pub mod runtime;
+pub mod session;

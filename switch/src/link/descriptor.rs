@@ -1,0 +1,79 @@
+//! Descriptors that front-ends send: shared by reference inside the broker, closed
+//! when the last user lets go. Nothing here reads, writes or maps one.
+
+use std::fmt;
+use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
+use std::sync::Arc;
+
+/// A file that backs a front-end's memory. Two are equal when they are the same
+/// file, however often it was sent.
+#[derive(Clone)]
+pub struct MemoryFile {
+    fd: Arc<OwnedFd>,
+    device: u64,
+    inode: u64,
+}
+
+impl MemoryFile {
+    /// Wraps a descriptor whose file `fstat` gave these numbers for.
+    pub fn new(fd: OwnedFd, device: u64, inode: u64) -> Self {
+        Self { fd: Arc::new(fd), device, inode }
+    }
+
+    /// The device and inode numbers that identify the file.
+    pub fn identity(&self) -> (u64, u64) {
+        (self.device, self.inode)
+    }
+}
+
+impl PartialEq for MemoryFile {
+    fn eq(&self, other: &Self) -> bool {
+        self.identity() == other.identity()
+    }
+}
+
+impl Eq for MemoryFile {}
+
+impl AsFd for MemoryFile {
+    fn as_fd(&self) -> BorrowedFd<'_> {
+        self.fd.as_fd()
+    }
+}
+
+impl fmt::Debug for MemoryFile {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "MemoryFile({}:{})", self.device, self.inode)
+    }
+}
+
+/// An eventfd that a front-end sent: a kick, a call or an error. Two are equal
+/// when they came with the same message.
+#[derive(Clone)]
+pub struct Eventfd(Arc<OwnedFd>);
+
+impl Eventfd {
+    /// Wraps a descriptor that was checked to be an eventfd.
+    pub fn new(fd: OwnedFd) -> Self {
+        Self(Arc::new(fd))
+    }
+}
+
+impl PartialEq for Eventfd {
+    fn eq(&self, other: &Self) -> bool {
+        Arc::ptr_eq(&self.0, &other.0)
+    }
+}
+
+impl Eq for Eventfd {}
+
+impl AsFd for Eventfd {
+    fn as_fd(&self) -> BorrowedFd<'_> {
+        self.0.as_fd()
+    }
+}
+
+impl fmt::Debug for Eventfd {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "Eventfd({})", self.0.as_raw_fd())
+    }
+}

@@ -1,0 +1,93 @@
+//! What a front-end or a guest can do wrong on a link. Every fault is counted
+//! under its kind's name, ends in one log line that names the link, and reaches no
+//! other link.
+
+use iommu::{LayoutError, MapError, MemoryError};
+use thiserror::Error;
+use vhost_pci_device::abi;
+
+/// Something that one side of a link did wrong, or failed to do.
+#[derive(Debug, Error)]
+pub enum Fault {
+    /// Bytes or descriptors that are no valid vhost-user message.
+    #[error("not a valid vhost-user message: {0}")]
+    Message(String),
+    /// A message that this back-end does not take part in.
+    #[error("{0} was not negotiated or is not supported by this back-end")]
+    Unsupported(&'static str),
+    /// A message that has no place in the present state.
+    #[error("{0}")]
+    OutOfOrder(String),
+    /// A side asked for features that were not offered.
+    #[error("features {0:#x} were acknowledged but not offered")]
+    Features(u64),
+    /// A memory region that cannot be taken.
+    #[error("memory region refused: {0}")]
+    Memory(#[from] MemoryError),
+    /// The address map that follows from the memory table is impossible.
+    #[error("address map refused: {0}")]
+    Map(#[from] MapError),
+    /// A descriptor of the wrong kind.
+    #[error("{0}")]
+    Descriptor(String),
+    /// A vring index, size or address that cannot be used.
+    #[error("vring {index}: {reason}")]
+    Vring {
+        /// The vring's number.
+        index: u32,
+        /// What is wrong with it.
+        reason: String,
+    },
+    /// The owner's memory does not fit the window.
+    #[error("the owner's memory does not fit the window: {0}")]
+    Window(#[from] LayoutError),
+    /// The peer's VMM refused a change of its window.
+    #[error("the peer's VMM refused to {0}")]
+    Refused(String),
+    /// The peer's VMM did not confirm a change of its window in time.
+    #[error("the peer's VMM did not confirm within {0} ms that the window changed")]
+    Unconfirmed(u128),
+    /// The peer's driver broke a rule of the control ring.
+    #[error("control ring: {0}")]
+    ControlRing(String),
+    /// The peer's driver found one of the owner's vrings broken.
+    #[error("the peer's driver found vring {vring} broken: {} (saw {value:#x})", kind.name())]
+    Ring {
+        /// The owner's vring.
+        vring: u16,
+        /// What is broken.
+        kind: abi::FaultKind,
+        /// What the driver saw.
+        value: u64,
+    },
+}
+
+impl Fault {
+    /// The name under which `status` counts the fault.
+    pub fn kind(&self) -> &'static str {
+        match self {
+            Self::Message(_) => "message",
+            Self::Unsupported(_) => "unsupported",
+            Self::OutOfOrder(_) => "out_of_order",
+            Self::Features(_) => "features",
+            Self::Memory(_) | Self::Map(_) => "memory_region",
+            Self::Descriptor(_) => "descriptor",
+            Self::Vring { .. } => "vring",
+            Self::Window(_) => "window_too_small",
+            Self::Refused(_) => "window_refused",
+            Self::Unconfirmed(_) => "window_unconfirmed",
+            Self::ControlRing(_) => "control_ring",
+            Self::Ring { kind, .. } => match kind {
+                abi::FaultKind::AvailJump => "ring_avail_jump",
+                abi::FaultKind::DescriptorIndex => "ring_descriptor_index",
+                abi::FaultKind::ChainTooLong => "ring_chain_too_long",
+                abi::FaultKind::Unmapped => "ring_unmapped",
+                abi::FaultKind::Access => "ring_access",
+                abi::FaultKind::Direction => "ring_direction",
+                abi::FaultKind::Indirect => "ring_indirect",
+                abi::FaultKind::Length => "ring_length",
+                abi::FaultKind::Geometry => "ring_geometry",
+            },
+        }
+    }
+}

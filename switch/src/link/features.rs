@@ -1,0 +1,83 @@
+//! Which virtio features each side is offered, and their names for `status`.
+
+use vhost::vhost_user::VhostUserProtocolFeatures;
+use virtio_bindings::{virtio_config, virtio_net, virtio_ring};
+
+use super::fault::Fault;
+use crate::config::Profile;
+
+/// VHOST_USER_F_PROTOCOL_FEATURES, a bit of the virtio feature word that vhost-user
+/// keeps for itself.
+pub const PROTOCOL_FEATURES: u64 = 1 << 30;
+
+const fn bit(number: u32) -> u64 {
+    1 << number
+}
+
+/// What an owner's front-end is offered: what the peer's driver can serve.
+pub fn offered_to_owner(profile: Profile) -> u64 {
+    let transport = bit(virtio_config::VIRTIO_F_VERSION_1)
+        | bit(virtio_ring::VIRTIO_RING_F_INDIRECT_DESC)
+        | PROTOCOL_FEATURES;
+    match profile {
+        Profile::Net => transport | bit(virtio_net::VIRTIO_NET_F_MRG_RXBUF),
+    }
+}
+
+/// What a peer's front-end is offered: the vhost-pci device's own features
+/// (`docs/vhost-pci-device.md`, 4).
+pub fn offered_to_peer() -> u64 {
+    bit(virtio_config::VIRTIO_F_VERSION_1) | bit(virtio_config::VIRTIO_F_ACCESS_PLATFORM) | PROTOCOL_FEATURES
+}
+
+/// Refuses what was acknowledged but not offered.
+pub fn check(acked: u64, offered: u64) -> Result<(), Fault> {
+    match acked & !offered {
+        0 => Ok(()),
+        extra => Err(Fault::Features(extra)),
+    }
+}
+
+/// The names of a network card's virtio features; a bit without a name appears as
+/// its number.
+pub fn names(features: u64, profile: Profile) -> Vec<String> {
+    let Profile::Net = profile;
+    (0..64)
+        .filter(|number| features & bit(*number) != 0)
+        .map(|number| {
+            NAMES
+                .iter()
+                .find(|(known, _)| *known == number)
+                .map_or_else(|| format!("bit {number}"), |(_, name)| (*name).into())
+        })
+        .collect()
+}
+
+/// The names of vhost-user protocol features.
+pub fn protocol_names(features: u64) -> Vec<String> {
+    let known = VhostUserProtocolFeatures::from_bits_truncate(features);
+    let mut names: Vec<String> = known.iter_names().map(|(name, _)| name.to_owned()).collect();
+    names.extend(
+        (0..64)
+            .filter(|number| features & !known.bits() & bit(*number) != 0)
+            .map(|number| format!("bit {number}")),
+    );
+    names
+}
+
+const NAMES: &[(u32, &str)] = &[
+    (virtio_net::VIRTIO_NET_F_CSUM, "VIRTIO_NET_F_CSUM"),
+    (virtio_net::VIRTIO_NET_F_GUEST_CSUM, "VIRTIO_NET_F_GUEST_CSUM"),
+    (virtio_net::VIRTIO_NET_F_MTU, "VIRTIO_NET_F_MTU"),
+    (virtio_net::VIRTIO_NET_F_MAC, "VIRTIO_NET_F_MAC"),
+    (virtio_net::VIRTIO_NET_F_MRG_RXBUF, "VIRTIO_NET_F_MRG_RXBUF"),
+    (virtio_net::VIRTIO_NET_F_STATUS, "VIRTIO_NET_F_STATUS"),
+    (virtio_net::VIRTIO_NET_F_CTRL_VQ, "VIRTIO_NET_F_CTRL_VQ"),
+    (virtio_net::VIRTIO_NET_F_MQ, "VIRTIO_NET_F_MQ"),
+    (virtio_ring::VIRTIO_RING_F_INDIRECT_DESC, "VIRTIO_F_INDIRECT_DESC"),
+    (virtio_ring::VIRTIO_RING_F_EVENT_IDX, "VIRTIO_F_EVENT_IDX"),
+    (virtio_config::VIRTIO_F_VERSION_1, "VIRTIO_F_VERSION_1"),
+    (virtio_config::VIRTIO_F_ACCESS_PLATFORM, "VIRTIO_F_ACCESS_PLATFORM"),
+    (virtio_config::VIRTIO_F_RING_PACKED, "VIRTIO_F_RING_PACKED"),
+    (virtio_config::VIRTIO_F_IN_ORDER, "VIRTIO_F_IN_ORDER"),
+];

@@ -1,0 +1,45 @@
+//! What the guest reads, as bytes: the config space and the tables of the link
+//! area (`docs/vhost-pci-device.md`, 5 and 7).
+
+use vhost_pci_device::abi;
+use zerocopy::IntoBytes;
+
+use super::message::LinkContents;
+use crate::config::LinkConfig;
+
+/// The device-specific configuration space of a link's device.
+pub fn config_space(config: &LinkConfig) -> Vec<u8> {
+    abi::DeviceConfig {
+        magic: abi::CONFIG_MAGIC.into(),
+        version: abi::ABI_VERSION.into(),
+        max_vrings: config.max_vrings().into(),
+        window_len: config.window_len.into(),
+        link_offset: abi::LINK_OFFSET.into(),
+        link_len: abi::LINK_LEN.into(),
+        control_offset: abi::CONTROL_OFFSET.into(),
+        control_len: abi::CONTROL_LEN.into(),
+        data_offset: abi::DATA_OFFSET.into(),
+        max_mappings: abi::MAX_MAPPINGS.into(),
+        reserved: 0.into(),
+    }
+    .as_bytes()
+    .to_vec()
+}
+
+/// The header for these contents, at this generation.
+pub fn header(contents: &LinkContents, generation: u64) -> abi::LinkHeader {
+    abi::LinkHeader {
+        magic: abi::LINK_MAGIC.into(),
+        version: abi::ABI_VERSION.into(),
+        header_len: (size_of::<abi::LinkHeader>() as u16).into(),
+        generation: generation.into(),
+        status: contents.status.into(),
+        owner_device: contents.owner_device.into(),
+        features: contents.features.into(),
+        mapping_count: (contents.mappings.len() as u32).into(),
+        mapping_table: abi::MAPPING_TABLE.into(),
+        vring_count: (contents.vrings.len() as u32).into(),
+        vring_table: abi::VRING_TABLE.into(),
+        ..abi::LinkHeader::default()
+    }
+}

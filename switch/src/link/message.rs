@@ -1,0 +1,317 @@
+//! What crosses the link's border: requests of the two front-ends and the answers,
+//! events from the runtime and the effects that it has to run.
+//!
+//! Everything here is data. A [`Request`] came through syntax checks (sizes,
+//! number and kind of descriptors); whether it makes sense is the link's to judge.
+
+use std::os::unix::net::UnixStream;
+
+use iommu::{Placement, WindowOffset};
+
+use super::descriptor::{Eventfd, MemoryFile};
+use super::fault::Fault;
+
+/// One of a link's two front-ends.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
+pub enum Side {
+    /// The VMM whose memory is shared.
+    Owner,
+    /// The VMM that shows it to its guest.
+    Peer,
+}
+
+impl Side {
+    /// The name in logs and `status`.
+    pub const fn name(self) -> &'static str {
+        match self {
+            Self::Owner => "owner",
+            Self::Peer => "peer",
+        }
+    }
+}
+
+/// A memory region as a front-end describes it (vhost-user: Single memory region
+/// description).
+#[derive(Debug)]
+pub struct RegionRequest {
+    /// Guest-physical address of its first byte.
+    pub guest: u64,
+    /// Front-end virtual address of its first byte.
+    pub frontend: u64,
+    /// Length, bytes.
+    pub len: u64,
+    /// Where it starts in the file.
+    pub offset: u64,
+    /// The file.
+    pub file: MemoryFile,
+    /// The file's length when the message came, bytes.
+    pub file_len: u64,
+}
+
+/// A vhost-user request of a front-end.
+#[derive(Debug)]
+pub enum Request {
+    /// VHOST_USER_SET_OWNER.
+    SetOwner,
+    /// VHOST_USER_RESET_OWNER.
+    ResetOwner,
+    /// VHOST_USER_GET_FEATURES.
+    GetFeatures,
+    /// VHOST_USER_SET_FEATURES.
+    SetFeatures(u64),
+    /// VHOST_USER_GET_PROTOCOL_FEATURES.
+    GetProtocolFeatures,
+    /// VHOST_USER_SET_PROTOCOL_FEATURES.
+    SetProtocolFeatures(u64),
+    /// VHOST_USER_GET_QUEUE_NUM.
+    GetQueueNum,
+    /// VHOST_USER_GET_MAX_MEM_SLOTS.
+    GetMaxMemSlots,
+    /// VHOST_USER_SET_MEM_TABLE.
+    SetMemTable(Vec<RegionRequest>),
+    /// VHOST_USER_ADD_MEM_REG.
+    AddMemReg(RegionRequest),
+    /// VHOST_USER_REM_MEM_REG.
+    RemMemReg {
+        /// Guest-physical address of the region.
+        guest: u64,
+        /// Front-end virtual address of the region.
+        frontend: u64,
+        /// Length, bytes.
+        len: u64,
+    },
+    /// VHOST_USER_SET_VRING_NUM.
+    SetVringNum {
+        /// The vring.
+        index: u32,
+        /// Entries.
+        num: u32,
+    },
+    /// VHOST_USER_SET_VRING_ADDR; addresses are front-end virtual.
+    SetVringAddr {
+        /// The vring.
+        index: u32,
+        /// Descriptor table.
+        desc: u64,
+        /// Available ring.
+        avail: u64,
+        /// Used ring.
+        used: u64,
+    },
+    /// VHOST_USER_SET_VRING_BASE.
+    SetVringBase {
+        /// The vring.
+        index: u32,
+        /// The next available index.
+        base: u32,
+    },
+    /// VHOST_USER_GET_VRING_BASE.
+    GetVringBase {
+        /// The vring.
+        index: u32,
+    },
+    /// VHOST_USER_SET_VRING_KICK.
+    SetVringKick {
+        /// The vring.
+        index: u32,
+        /// None: the vring is to be polled.
+        fd: Option<Eventfd>,
+    },
+    /// VHOST_USER_SET_VRING_CALL.
+    SetVringCall {
+        /// The vring.
+        index: u32,
+        /// None: nobody waits.
+        fd: Option<Eventfd>,
+    },
+    /// VHOST_USER_SET_VRING_ERR.
+    SetVringErr {
+        /// The vring.
+        index: u32,
+        /// None: nobody waits.
+        fd: Option<Eventfd>,
+    },
+    /// VHOST_USER_SET_VRING_ENABLE.
+    SetVringEnable {
+        /// The vring.
+        index: u32,
+        /// Whether it is to be served.
+        enable: bool,
+    },
+    /// VHOST_USER_GET_CONFIG.
+    GetConfig {
+        /// First byte.
+        offset: u32,
+        /// Bytes.
+        len: u32,
+    },
+    /// VHOST_USER_SET_CONFIG.
+    SetConfig,
+    /// VHOST_USER_GET_SHMEM_CONFIG.
+    GetShmemConfig,
+    /// VHOST_USER_SET_BACKEND_REQ_FD.
+    SetBackendChannel(UnixStream),
+    /// VHOST_USER_IOTLB_MSG.
+    Iotlb,
+}
+
+/// The answer to a [`Request`].
+#[derive(Debug)]
+pub enum Reply {
+    /// Done; nothing to tell.
+    Done,
+    /// A number that was asked for.
+    Number(u64),
+    /// The index at which a stopped vring goes on.
+    VringBase(VringBase),
+    /// Bytes of the config space.
+    Config(Vec<u8>),
+    /// Length of the one shared-memory region, bytes.
+    ShmemLen(u64),
+    /// The request was at fault; the session ends.
+    Refused(String),
+}
+
+/// Where to find the index at which a stopped vring goes on: its used ring's own
+/// index, since the peer completes in order. Read by the session's own thread when
+/// the peer has lost the memory.
+#[derive(Debug)]
+pub struct VringBase {
+    /// The vring.
+    pub index: u32,
+    /// The used ring's index field: the file and the offset in it.
+    pub used_index: Option<(MemoryFile, u64)>,
+    /// The answer where that cannot be read.
+    pub fallback: u16,
+}
+
+/// Numbers one change of the window that the peer's VMM has to confirm. Changes
+/// are confirmed in the order in which they were asked for.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
+pub struct OpId(pub u64);
+
+/// What can be mapped into the window.
+#[derive(Clone, Debug, PartialEq)]
+pub enum Content {
+    /// The link area.
+    LinkArea,
+    /// The control area.
+    ControlArea,
+    /// The page by which the kernel tells whether the peer's VMM still holds the
+    /// window (`docs/architecture.md`, Revocation).
+    Witness,
+    /// A range of the owner's memory.
+    Owner(Placement<MemoryFile>),
+}
+
+impl Content {
+    /// Where it is in the window and how long it is, bytes.
+    pub fn place(&self) -> (WindowOffset, u64) {
+        use vhost_pci_device::abi;
+        match self {
+            Self::LinkArea => (WindowOffset::new(abi::LINK_OFFSET), abi::LINK_LEN),
+            Self::ControlArea => (WindowOffset::new(abi::CONTROL_OFFSET), abi::CONTROL_LEN),
+            Self::Witness => (WindowOffset::new(abi::WITNESS_OFFSET), abi::PAGE_SIZE),
+            Self::Owner(placement) => (placement.offset(), placement.window().len()),
+        }
+    }
+}
+
+/// A change of the peer's window, to be asked of its VMM.
+#[derive(Clone, Debug, PartialEq)]
+pub enum WindowOp {
+    /// SHMEM_MAP.
+    Map(Content),
+    /// SHMEM_UNMAP of exactly what was mapped.
+    Unmap(Content),
+}
+
+/// Joins an eventfd that one VMM signals to one that another waits on.
+#[derive(Clone, Debug, PartialEq)]
+pub struct Wire {
+    /// The owner's vring.
+    pub vring: u16,
+    /// Whom the signal comes from.
+    pub from: Side,
+    /// Signalled by the VMM of `from`.
+    pub source: Eventfd,
+    /// To be signalled for the other VMM.
+    pub target: Eventfd,
+}
+
+/// What the link area is to say.
+#[derive(Clone, Debug, Default, PartialEq)]
+pub struct LinkContents {
+    /// `LINK_S_*` bits.
+    pub status: u32,
+    /// The owner's virtio device number.
+    pub owner_device: u32,
+    /// The virtio features that the owner's driver accepted.
+    pub features: u64,
+    /// Entries of the mapping table.
+    pub mappings: Vec<vhost_pci_device::abi::Mapping>,
+    /// Entries of the vring table.
+    pub vrings: Vec<vhost_pci_device::abi::Vring>,
+}
+
+/// A command of the peer's driver, out of the control ring.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct ControlCommand(pub vhost_pci_device::abi::ControlRequest);
+
+/// What reaches a link from outside.
+#[derive(Debug)]
+pub enum Event {
+    /// A front-end connected.
+    Connected(Side),
+    /// A front-end asks.
+    Request(Side, Request),
+    /// A front-end's session ended, with the fault if one ended it.
+    Disconnected(Side, Option<Fault>),
+    /// The peer's VMM confirmed a change of its window, or refused it.
+    WindowDone(OpId, Result<(), String>),
+    /// The kernel says that the peer's VMM holds the witness page no more.
+    WitnessGone,
+    /// A deadline may have passed.
+    Tick,
+}
+
+/// What the runtime has to do for a link.
+#[derive(Debug)]
+pub enum Effect {
+    /// Answer the request that is open on this side.
+    Reply(Side, Reply),
+    /// End this side's session.
+    Disconnect(Side),
+    /// Use this stream for requests to the peer's VMM.
+    OpenChannel(UnixStream),
+    /// Ask the peer's VMM for a change of its window.
+    Window(OpId, WindowOp),
+    /// Start to ask the kernel whether the witness page is still held, until it is
+    /// not or until `StopWatching`.
+    WatchWitness,
+    /// Stop to ask.
+    StopWatching,
+    /// Forget the control ring's state; its area is zeroed before the driver sees it.
+    ResetControlRing,
+    /// Let the link area say this, at this generation.
+    Publish(LinkContents, u64),
+    /// Interrupt the peer's driver through the control queue's vector.
+    NotifyPeer(Eventfd),
+    /// These wires, and no others, are to be relayed.
+    Wire(Vec<Wire>),
+    /// The doorbell of the control ring, if there is one.
+    ControlDoorbell(Option<Eventfd>),
+    /// Signal an eventfd once: a vring's error.
+    Signal(Eventfd),
+    /// One line for the operator.
+    Log(Log),
+}
+
+/// One line for the operator.
+#[derive(Debug, PartialEq, Eq)]
+pub enum Log {
+    /// Something changed.
+    Info(String),
+    /// Somebody did something wrong.
+    Fault(String),
+}

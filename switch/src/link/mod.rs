@@ -1,0 +1,29 @@
+//! A link: one owner device joined to one peer device, as a state machine without
+//! I/O. Events of both front-ends go in, effects for the runtime come out.
+//!
+//! | file | what it holds |
+//! |---|---|
+//! | [`message`] | requests, replies, events, effects |
+//! | [`descriptor`] | files and eventfds that front-ends sent |
+//! | [`owner`], [`vring`] | what the owner's front-end has told |
+//! | [`peer`] | what the peer's front-end has told |
+//! | [`window`] | what the peer has mapped, and how that changes |
+//! | [`link_page`] | the bytes that the peer's guest reads |
+//! | [`state`] | the link itself: it joins the others |
+//! | [`fault`], [`features`], [`report`] | errors, feature names, status |
+
+pub mod descriptor;
+pub mod fault;
+pub mod features;
+pub mod link_page;
+pub mod message;
+pub mod owner;
+pub mod peer;
+pub mod report;
+pub mod state;
+pub mod vring;
+pub mod window;
+
+pub use fault::Fault;
+pub use message::{Effect, Event, Side};
+pub use state::Link;

@@ -1,0 +1,254 @@
+//! A link's state as `status` shows it.
+
+use std::collections::BTreeMap;
+
+use iommu::Access;
+use serde::{Deserialize, Serialize};
+
+use super::features;
+use super::state::Link;
+use super::vring::Vring;
+
+/// One link, at one moment.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct LinkReport {
+    /// The link's name.
+    pub name: String,
+    /// `up`, `waiting` or `failed`.
+    pub state: String,
+    /// Why it failed, or what it waits for.
+    pub reason: Option<String>,
+    /// The generation of the link page.
+    pub generation: u64,
+    /// The owner's side.
+    pub owner: SideReport,
+    /// The peer's side.
+    pub peer: SideReport,
+    /// The peer's window.
+    pub window: WindowReport,
+    /// The owner's vrings.
+    pub vrings: Vec<VringReport>,
+    /// Counts since the broker started.
+    pub counters: CountersReport,
+}
+
+/// One side of a link.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct SideReport {
+    /// `absent`, `connected`, or `started` when its device runs.
+    pub state: String,
+    /// The socket that its VMM connects to.
+    pub socket: String,
+    /// Virtio features that the guest's driver accepted, by name.
+    pub features: Vec<String>,
+    /// vhost-user protocol features that the VMM accepted, by name.
+    pub protocol_features: Vec<String>,
+    /// `none`, `polling` or `interrupt`: the driver in the peer's guest.
+    pub driver: Option<String>,
+}
+
+/// The peer's window.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct WindowReport {
+    /// Its length, bytes.
+    pub len: u64,
+    /// `closed`, `open`, `revoking`, `residue` or `reopening`.
+    pub phase: String,
+    /// Bytes of the owner that the peer has, or may have, mapped.
+    pub mapped_bytes: u64,
+    /// The ranges of the owner that the peer has, or may have, mapped.
+    pub mappings: Vec<MappingReport>,
+}
+
+/// One range of the owner's memory in the window.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct MappingReport {
+    /// First address, as the owner's driver names it.
+    pub iova: u64,
+    /// Length, bytes.
+    pub len: u64,
+    /// Where it is in the window.
+    pub window_offset: u64,
+    /// `read`, `write` or `read-write`.
+    pub access: String,
+    /// Whether the peer's VMM confirmed it.
+    pub confirmed: bool,
+}
+
+/// One vring.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct VringReport {
+    /// Its number.
+    pub index: u16,
+    /// `stopped`, `started` (not enabled) or `live`.
+    pub state: String,
+    /// Entries.
+    pub size: u32,
+    /// IOVA of the descriptor table.
+    pub desc: u64,
+    /// IOVA of the available ring.
+    pub avail: u64,
+    /// IOVA of the used ring.
+    pub used: u64,
+    /// How kicks reach the peer and calls the owner: `relayed` or `none`.
+    pub wiring: String,
+}
+
+/// Counts since the broker started.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct CountersReport {
+    /// Mappings of the owner's memory that the peer's VMM confirmed.
+    pub mappings_made: u64,
+    /// Mappings that are known to be gone.
+    pub mappings_revoked: u64,
+    /// Kicks relayed to the peer.
+    pub kicks_relayed: u64,
+    /// Calls relayed to the owner.
+    pub calls_relayed: u64,
+    /// Both together.
+    pub notifications_relayed: u64,
+    /// vhost-user messages of the owner's VMM.
+    pub owner_messages: u64,
+    /// vhost-user messages of the peer's VMM.
+    pub peer_messages: u64,
+    /// Commands of the peer's driver.
+    pub control_commands: u64,
+    /// Faults, by kind.
+    pub faults: BTreeMap<String, u64>,
+}
+
+/// Writes a link's report. What only the runtime knows (relayed notifications)
+/// stays zero.
+pub fn of(link: &Link) -> LinkReport {
+    LinkReport {
+        name: link.config.name.clone(),
+        state: match (&link.failure, link.is_up()) {
+            (Some(_), _) => "failed",
+            (None, true) => "up",
+            (None, false) => "waiting",
+        }
+        .into(),
+        reason: link.failure.clone().or_else(|| waits_for(link).map(str::to_owned)),
+        generation: link.generation,
+        owner: owner(link),
+        peer: peer(link),
+        window: window(link),
+        vrings: vrings(link),
+        counters: counters(link),
+    }
+}
+
+/// What a link that is not up waits for.
+fn waits_for(link: &Link) -> Option<&'static str> {
+    let owner_runs = link.owner.as_ref().is_some_and(|owner| owner.vrings().iter().any(Vring::is_live));
+    let peer_runs = link.peer.as_ref().is_some_and(super::peer::PeerSession::is_started);
+    match (&link.owner, &link.peer) {
+        _ if link.is_up() => None,
+        (None, _) => Some("the owner's VMM is not connected"),
+        (_, None) => Some("the peer's VMM is not connected"),
+        _ if !owner_runs => Some("the owner's driver has not started its device"),
+        _ if !peer_runs => Some("the peer's driver has not started its device"),
+        _ => Some("the peer's window is being changed"),
+    }
+}
+
+fn owner(link: &Link) -> SideReport {
+    let socket = link.config.owner_socket.display().to_string();
+    let Some(owner) = &link.owner else {
+        return absent(socket);
+    };
+    let started = owner.vrings().iter().any(Vring::is_live);
+    SideReport {
+        state: if started { "started" } else { "connected" }.into(),
+        socket,
+        features: features::names(owner.features(), link.config.profile),
+        protocol_features: features::protocol_names(owner.protocol()),
+        driver: None,
+    }
+}
+
+fn peer(link: &Link) -> SideReport {
+    let socket = link.config.peer_socket.display().to_string();
+    let Some(peer) = &link.peer else {
+        return absent(socket);
+    };
+    SideReport {
+        state: if peer.is_started() { "started" } else { "connected" }.into(),
+        socket,
+        features: features::names(peer.features(), link.config.profile),
+        protocol_features: features::protocol_names(peer.protocol()),
+        driver: peer.driver.map(|driver| if driver.interrupt { "interrupt" } else { "polling" }.into()),
+    }
+}
+
+fn absent(socket: String) -> SideReport {
+    SideReport { state: "absent".into(), socket, ..SideReport::default() }
+}
+
+fn window(link: &Link) -> WindowReport {
+    let mappings: Vec<MappingReport> = link
+        .window
+        .owner_ranges()
+        .map(|(placement, confirmed)| MappingReport {
+            iova: placement.range().iova().start().raw(),
+            len: placement.window().len(),
+            window_offset: placement.offset().raw(),
+            access: match placement.range().access() {
+                Access::Read => "read",
+                Access::Write => "write",
+                Access::ReadWrite => "read-write",
+            }
+            .into(),
+            confirmed,
+        })
+        .collect();
+    WindowReport {
+        len: link.config.window_len,
+        phase: link.window.phase_name().into(),
+        mapped_bytes: mappings.iter().map(|mapping| mapping.len).sum(),
+        mappings,
+    }
+}
+
+fn vrings(link: &Link) -> Vec<VringReport> {
+    let Some(owner) = &link.owner else {
+        return Vec::new();
+    };
+    (0..)
+        .zip(owner.vrings())
+        .map(|(index, vring)| {
+            let config = vring.started();
+            VringReport {
+                index,
+                state: match config {
+                    None => "stopped",
+                    Some(_) if vring.enabled => "live",
+                    Some(_) => "started",
+                }
+                .into(),
+                size: config.map_or(0, |config| u32::from(config.size)),
+                desc: config.map_or(0, |config| config.desc.raw()),
+                avail: config.map_or(0, |config| config.avail.raw()),
+                used: config.map_or(0, |config| config.used.raw()),
+                wiring: match link.wires.iter().any(|wire| wire.vring == index) {
+                    true => "relayed",
+                    false => "none",
+                }
+                .into(),
+            }
+        })
+        .collect()
+}
+
+fn counters(link: &Link) -> CountersReport {
+    let window = link.window.counters();
+    CountersReport {
+        mappings_made: window.made,
+        mappings_revoked: window.revoked,
+        owner_messages: link.counters.owner_messages,
+        peer_messages: link.counters.peer_messages,
+        control_commands: link.counters.control_commands,
+        faults: link.counters.faults.iter().map(|(kind, count)| ((*kind).to_owned(), *count)).collect(),
+        ..CountersReport::default()
+    }
+}

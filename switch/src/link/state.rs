@@ -1,0 +1,393 @@
+//! The link: joins the owner's session, the peer's session and the window.
+//!
+//! Each event is applied in three steps: the side that it concerns takes it; what
+//! the peer should see is worked out anew ([`Link::settle`]); and the difference
+//! becomes effects. An owner's request that takes memory away is answered when the
+//! peer has lost it, and not before.
+
+use std::collections::BTreeMap;
+use std::time::{Duration, Instant};
+
+use iommu::{Placement, Span, WindowGeometry, WindowLayout, WindowOffset};
+use vhost_pci_device::abi;
+
+use super::descriptor::{Eventfd, MemoryFile};
+use super::fault::Fault;
+use super::message::{Effect, Event, LinkContents, Log, Reply, Request, Side, Wire};
+use super::owner::OwnerSession;
+use super::peer::{AttachedDriver, PeerChange, PeerSession};
+use super::window::Window;
+use crate::config::LinkConfig;
+
+/// An owner's request whose answer waits for a revocation.
+#[derive(Debug)]
+struct Pending {
+    reply: Reply,
+    deadline: Instant,
+}
+
+/// Counts that the link itself keeps.
+#[derive(Debug, Default)]
+pub(super) struct Counters {
+    pub(super) owner_messages: u64,
+    pub(super) peer_messages: u64,
+    pub(super) control_commands: u64,
+    pub(super) faults: BTreeMap<&'static str, u64>,
+}
+
+/// One link of the broker.
+#[derive(Debug)]
+pub struct Link {
+    pub(super) config: LinkConfig,
+    timeout: Duration,
+    geometry: WindowGeometry,
+    pub(super) owner: Option<OwnerSession>,
+    pub(super) peer: Option<PeerSession>,
+    pub(super) window: Window,
+    /// What of the owner's memory the peer should have.
+    layout: WindowLayout<MemoryFile>,
+    pending: Option<Pending>,
+    pub(super) failure: Option<String>,
+    published: LinkContents,
+    pub(super) generation: u64,
+    pub(super) wires: Vec<Wire>,
+    doorbell: Option<Eventfd>,
+    pub(super) counters: Counters,
+}
+
+impl Link {
+    /// A link that nobody is connected to. The peer's VMM has `timeout` to confirm a
+    /// change of its window. `generation` is the first of the link page: larger than
+    /// any that an earlier broker can have shown, and even.
+    pub fn new(config: LinkConfig, timeout: Duration, generation: u64) -> Result<Self, Fault> {
+        let impossible = |error: String| Fault::OutOfOrder(error);
+        let data = Span::new(
+            WindowOffset::new(abi::DATA_OFFSET),
+            config.window_len.saturating_sub(abi::DATA_OFFSET),
+        )
+        .map_err(|error| impossible(error.to_string()))?;
+        let geometry = WindowGeometry::new(data, abi::MAX_MAPPINGS as usize)
+            .map_err(|error| impossible(error.to_string()))?;
+        Ok(Self {
+            config,
+            timeout,
+            geometry,
+            owner: None,
+            peer: None,
+            window: Window::new(timeout),
+            layout: WindowLayout::new(),
+            pending: None,
+            failure: None,
+            published: LinkContents::default(),
+            generation,
+            wires: Vec::new(),
+            doorbell: None,
+            counters: Counters::default(),
+        })
+    }
+
+    /// What the link area says at the start.
+    pub fn first_publication(&self) -> Effect {
+        Effect::Publish(self.published.clone(), self.generation)
+    }
+
+    /// Applies one event and gives what the runtime has to do, in this order.
+    pub fn apply(&mut self, event: Event, now: Instant) -> Vec<Effect> {
+        let mut effects = Vec::new();
+        match event {
+            Event::Connected(Side::Owner) => {
+                self.owner = Some(OwnerSession::new(&self.config));
+            }
+            Event::Connected(Side::Peer) => {
+                self.peer = Some(PeerSession::new(&self.config));
+            }
+            Event::Request(Side::Owner, request) => self.owner_request(request, now, &mut effects),
+            Event::Request(Side::Peer, request) => self.peer_request(request, now, &mut effects),
+            Event::Disconnected(side, fault) => {
+                if let Some(fault) = fault {
+                    self.count(&fault, side.name(), &mut effects);
+                }
+                self.leave(side, &mut effects);
+            }
+            Event::WindowDone(op, result) => {
+                if let Err(fault) = self.window.confirm(op, result, &mut effects) {
+                    self.peer_failed(&fault, &mut effects);
+                }
+            }
+            Event::WitnessGone => self.window.witness_gone(now, &mut effects),
+            Event::Tick => self.tick(now, &mut effects),
+        }
+        self.settle(now, &mut effects);
+        effects
+    }
+
+    /// When an [`Event::Tick`] has something to do.
+    pub fn deadline(&self) -> Option<Instant> {
+        let pending = self.pending.as_ref().map(|pending| pending.deadline);
+        self.window.deadline().into_iter().chain(pending).min()
+    }
+
+    /// Takes one command of the peer's driver; gives its `CTRL_*` result.
+    pub fn control(&mut self, request: &abi::ControlRequest) -> (u32, Vec<Effect>) {
+        let mut effects = Vec::new();
+        self.counters.control_commands += 1;
+        let Some(peer) = self.peer.as_mut() else {
+            return (abi::CTRL_INVALID, effects);
+        };
+        let status = match request.command.value() {
+            abi::CTRL_ATTACH if request.value.value() != self.generation => abi::CTRL_STALE,
+            abi::CTRL_ATTACH => {
+                peer.driver = Some(AttachedDriver {
+                    generation: self.generation,
+                    interrupt: request.flags.value() & abi::ATTACH_F_INTERRUPT != 0,
+                });
+                abi::CTRL_OK
+            }
+            abi::CTRL_DETACH => {
+                peer.driver = None;
+                abi::CTRL_OK
+            }
+            abi::CTRL_FAULT => self.ring_fault(request, &mut effects),
+            _ => abi::CTRL_UNKNOWN,
+        };
+        (status, effects)
+    }
+
+    /// Counts a fault of the control ring itself.
+    pub fn control_ring_fault(&mut self, reason: String) -> Vec<Effect> {
+        let mut effects = Vec::new();
+        self.count(&Fault::ControlRing(reason), "peer", &mut effects);
+        effects
+    }
+
+    /// Whether the peer's driver may use the owner's vrings.
+    pub fn is_up(&self) -> bool {
+        self.published.status & abi::LINK_S_UP != 0
+    }
+
+    /// The eventfd by which the peer's driver is interrupted for the control ring
+    /// and for changes of the link area.
+    pub fn control_call(&self) -> Option<Eventfd> {
+        let peer = self.peer.as_ref().filter(|peer| peer.is_started())?;
+        peer.control_queue()?.call.clone()
+    }
+
+    fn ring_fault(&mut self, request: &abi::ControlRequest, effects: &mut Vec<Effect>) -> u32 {
+        let vring = request.vring.value();
+        let kind = abi::FaultKind::from_number(request.kind.value());
+        let (Some(kind), true) = (kind, vring < self.config.max_vrings()) else {
+            return abi::CTRL_INVALID;
+        };
+        let fault = Fault::Ring { vring, kind, value: request.value.value() };
+        self.count(&fault, "owner", effects);
+        let err = self.owner.as_ref().and_then(|owner| owner.vrings()[usize::from(vring)].err.clone());
+        effects.extend(err.map(Effect::Signal));
+        abi::CTRL_OK
+    }
+
+    fn owner_request(&mut self, request: Request, now: Instant, effects: &mut Vec<Effect>) {
+        let Some(owner) = self.owner.as_mut() else {
+            return;
+        };
+        self.counters.owner_messages += 1;
+        let takes_away = matches!(
+            request,
+            Request::GetVringBase { .. }
+                | Request::SetVringEnable { enable: false, .. }
+                | Request::SetMemTable(_)
+                | Request::RemMemReg { .. }
+                | Request::ResetOwner
+        );
+        let taken = owner.apply(request).and_then(|reply| {
+            let visible = owner.visible();
+            let layout = WindowLayout::plan(&self.geometry, &visible, &self.layout)?;
+            Ok((reply, layout))
+        });
+        match taken {
+            Err(fault) => self.refuse(Side::Owner, &fault, effects),
+            Ok((reply, layout)) => {
+                self.layout = layout;
+                if takes_away && !self.window.is_confined_to(&self.layout) {
+                    self.pending = Some(Pending {
+                        reply,
+                        // The peer's VMM has its time; then the kernel's word that
+                        // its mappings are gone has as much again.
+                        deadline: now + 2 * self.timeout,
+                    });
+                } else {
+                    effects.push(Effect::Reply(Side::Owner, reply));
+                }
+            }
+        }
+    }
+
+    fn peer_request(&mut self, request: Request, now: Instant, effects: &mut Vec<Effect>) {
+        let Some(peer) = self.peer.as_mut() else {
+            return;
+        };
+        self.counters.peer_messages += 1;
+        let taken = match request {
+            Request::SetBackendChannel(stream) => peer.take_channel(stream).map(|stream| {
+                effects.push(Effect::OpenChannel(stream));
+                (Reply::Done, PeerChange::None)
+            }),
+            request => peer.apply(request),
+        };
+        match taken {
+            Err(fault) => self.refuse(Side::Peer, &fault, effects),
+            Ok((reply, change)) => {
+                match change {
+                    PeerChange::None => {}
+                    PeerChange::Started => {
+                        effects.push(Effect::ResetControlRing);
+                        self.window.open(now, effects);
+                    }
+                    PeerChange::Stopped => self.window.stop(effects),
+                }
+                effects.push(Effect::Reply(Side::Peer, reply));
+            }
+        }
+    }
+
+    fn tick(&mut self, now: Instant, effects: &mut Vec<Effect>) {
+        if let Err(fault) = self.window.tick(now, effects) {
+            self.peer_failed(&fault, effects);
+        }
+        if self.pending.as_ref().is_some_and(|pending| now >= pending.deadline) {
+            // Never a false answer: the owner's VMM learns that it has none.
+            let message =
+                "the peer's VMM may still hold the owner's memory; the owner is disconnected unanswered";
+            effects.push(Effect::Log(Log::Fault(message.into())));
+            self.failure = Some(message.into());
+            effects.push(Effect::Disconnect(Side::Owner));
+            self.leave(Side::Owner, effects);
+        }
+    }
+
+    /// The peer's VMM cannot be relied on: it loses its link.
+    fn peer_failed(&mut self, fault: &Fault, effects: &mut Vec<Effect>) {
+        self.count(fault, "peer", effects);
+        self.failure = Some(fault.to_string());
+        effects.push(Effect::Disconnect(Side::Peer));
+        self.leave(Side::Peer, effects);
+    }
+
+    fn refuse(&mut self, side: Side, fault: &Fault, effects: &mut Vec<Effect>) {
+        self.count(fault, side.name(), effects);
+        effects.push(Effect::Reply(side, Reply::Refused(fault.to_string())));
+        effects.push(Effect::Disconnect(side));
+        self.leave(side, effects);
+    }
+
+    fn leave(&mut self, side: Side, effects: &mut Vec<Effect>) {
+        match side {
+            Side::Owner => {
+                self.owner = None;
+                self.pending = None;
+                self.layout = WindowLayout::new();
+            }
+            Side::Peer if self.peer.take().is_some() => self.window.disconnect(effects),
+            Side::Peer => {}
+        }
+    }
+
+    /// Works out what the peer should see and how notifications should go, and
+    /// turns the differences into effects.
+    fn settle(&mut self, now: Instant, effects: &mut Vec<Effect>) {
+        let mut changes = Vec::new();
+        self.window.reconcile(&self.layout, now, &mut changes);
+        let up = !self.layout.is_empty() && self.window.shows_exactly(&self.layout);
+        if up && self.failure.take().is_some() {
+            effects.push(Effect::Log(Log::Info("the link works again".into())));
+        }
+
+        let wires = if up { self.wanted_wires() } else { Vec::new() };
+        if wires != self.wires {
+            effects.push(Effect::Wire(wires.clone()));
+            self.wires = wires;
+        }
+        let doorbell = self.peer.as_ref().filter(|peer| peer.is_started());
+        let doorbell = doorbell.and_then(|peer| peer.control_queue()?.kick.clone());
+        if doorbell != self.doorbell {
+            effects.push(Effect::ControlDoorbell(doorbell.clone()));
+            self.doorbell = doorbell;
+        }
+
+        // What is taken away leaves the link page before it leaves the window.
+        let contents = self.contents(up);
+        if contents != self.published {
+            self.generation += 2;
+            self.published = contents.clone();
+            effects.push(Effect::Publish(contents, self.generation));
+            effects.extend(self.control_call().map(Effect::NotifyPeer));
+        }
+        effects.append(&mut changes);
+
+        if self.window.is_confined_to(&self.layout)
+            && let Some(pending) = self.pending.take()
+        {
+            effects.push(Effect::Reply(Side::Owner, pending.reply));
+        }
+    }
+
+    fn contents(&self, up: bool) -> LinkContents {
+        let Some(owner) = &self.owner else {
+            return LinkContents::default();
+        };
+        let mut contents = LinkContents {
+            status: abi::LINK_S_OWNER,
+            owner_device: self.config.profile.virtio_id(),
+            ..LinkContents::default()
+        };
+        if up {
+            contents.status |= abi::LINK_S_UP;
+            contents.features = owner.features();
+            contents.mappings = self.layout.iter().map(mapping_entry).collect();
+            contents.vrings = owner.vrings().iter().map(super::vring::Vring::entry).collect();
+        }
+        contents
+    }
+
+    fn wanted_wires(&self) -> Vec<Wire> {
+        let (Some(owner), Some(peer)) = (&self.owner, &self.peer) else {
+            return Vec::new();
+        };
+        let mut wires = Vec::new();
+        for (vring, state) in (0..).zip(owner.vrings()).filter(|(_, state)| state.is_live()) {
+            let Some(queue) = peer.queue_of_vring(vring) else {
+                continue;
+            };
+            let mut wire = |from, source: &Option<Eventfd>, target: &Option<Eventfd>| {
+                if let (Some(source), Some(target)) = (source, target) {
+                    wires.push(Wire { vring, from, source: source.clone(), target: target.clone() });
+                }
+            };
+            wire(Side::Owner, &state.kick, &queue.call);
+            wire(Side::Peer, &queue.kick, &state.call);
+        }
+        wires
+    }
+
+    /// Counts a fault of a side, and logs it when its count is a power of two: a
+    /// side that errs without end does not fill the log.
+    fn count(&mut self, fault: &Fault, side: &str, effects: &mut Vec<Effect>) {
+        let count = self.counters.faults.entry(fault.kind()).or_default();
+        *count += 1;
+        if count.is_power_of_two() {
+            let times = if *count > 1 { format!(" (so far {count} of this kind)") } else { String::new() };
+            effects.push(Effect::Log(Log::Fault(format!("{side}: {fault}{times}"))));
+        }
+    }
+}
+
+/// The entry of the link page (`docs/vhost-pci-device.md`, 7.3).
+fn mapping_entry(placement: &Placement<MemoryFile>) -> abi::Mapping {
+    let range = placement.range();
+    abi::Mapping {
+        iova: range.iova().start().raw().into(),
+        len: range.iova().len().into(),
+        window_offset: placement.offset().raw().into(),
+        access: range.access().bits().into(),
+        reserved: 0.into(),
+    }
+}

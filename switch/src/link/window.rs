@@ -1,0 +1,348 @@
+//! The peer's window: what its VMM has mapped, what it should have mapped, and the
+//! steps from one to the other.
+//!
+//! A revocation has happened when two things are known: the VMM answered the
+//! unmap, and the kernel says that the witness page, unmapped after it, is mapped
+//! nowhere any more. The second holds also for a VMM that answers before it acts,
+//! that was reset, or that died. This file never does I/O.
+
+use std::collections::VecDeque;
+use std::time::{Duration, Instant};
+
+use iommu::{Change, Placement, WindowLayout, difference};
+
+use super::descriptor::MemoryFile;
+use super::fault::Fault;
+use super::message::{Content, Effect, OpId, WindowOp};
+
+/// How long a restarted device is given to drop what it held before it is told to.
+const RESET_GRACE: Duration = Duration::from_millis(250);
+
+/// What stands in the window before any of the owner's memory does, in the order
+/// in which it is mapped.
+const BASE: [Content; 3] = [Content::LinkArea, Content::ControlArea, Content::Witness];
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum HeldState {
+    /// The VMM was asked to map it.
+    Granting(OpId),
+    /// The VMM confirmed that it is mapped.
+    Granted,
+    /// The VMM was asked to unmap it.
+    Revoking,
+}
+
+#[derive(Debug)]
+struct Held {
+    content: Content,
+    state: HeldState,
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Phase {
+    /// No device that could hold anything.
+    Closed,
+    /// The VMM takes changes.
+    Open,
+    /// Unmaps are on their way; then the witness has to go, before `deadline`.
+    Revoking { deadline: Instant },
+    /// The VMM takes no changes, but may hold what it held.
+    Residue,
+    /// A device started while the VMM may hold what an earlier one held. A reset
+    /// drops that by itself: wait until `grace_ends`, then unmap it.
+    Reopening { grace_ends: Instant },
+    /// Everything is being unmapped, so that the device can start afresh.
+    Clearing { deadline: Instant },
+}
+
+/// Counts of mappings of the owner's memory.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct WindowCounters {
+    /// Mappings that the peer's VMM confirmed.
+    pub made: u64,
+    /// Mappings that are known to be gone again.
+    pub revoked: u64,
+}
+
+/// One peer's window.
+#[derive(Debug)]
+pub struct Window {
+    timeout: Duration,
+    phase: Phase,
+    /// The owner's ranges that the VMM was asked to have.
+    asked: WindowLayout<MemoryFile>,
+    held: Vec<Held>,
+    next_op: u64,
+    unconfirmed: VecDeque<(OpId, Instant)>,
+    counters: WindowCounters,
+}
+
+impl Window {
+    /// A window that nobody has. The peer's VMM has `timeout` for each change.
+    pub fn new(timeout: Duration) -> Self {
+        Self {
+            timeout,
+            phase: Phase::Closed,
+            asked: WindowLayout::new(),
+            held: Vec::new(),
+            next_op: 0,
+            unconfirmed: VecDeque::new(),
+            counters: WindowCounters::default(),
+        }
+    }
+
+    /// What was mapped and revoked so far.
+    pub fn counters(&self) -> WindowCounters {
+        self.counters
+    }
+
+    /// The peer's device was started and its VMM takes changes.
+    pub fn open(&mut self, now: Instant, effects: &mut Vec<Effect>) {
+        if self.held.is_empty() {
+            self.start(now, effects);
+        } else {
+            self.phase = Phase::Reopening { grace_ends: now + RESET_GRACE };
+        }
+    }
+
+    /// The peer's device was stopped: its VMM takes no changes until it is started
+    /// again.
+    pub fn stop(&mut self, effects: &mut Vec<Effect>) {
+        if self.held.is_empty() {
+            self.phase = Phase::Closed;
+        } else {
+            self.phase = Phase::Residue;
+            effects.push(Effect::WatchWitness);
+        }
+    }
+
+    /// The peer's VMM left: it confirms nothing more.
+    pub fn disconnect(&mut self, effects: &mut Vec<Effect>) {
+        self.unconfirmed.clear();
+        for held in &mut self.held {
+            held.state = HeldState::Revoking;
+        }
+        self.stop(effects);
+    }
+
+    /// Asks for the next changes towards `desired`.
+    pub fn reconcile(&mut self, desired: &WindowLayout<MemoryFile>, now: Instant, effects: &mut Vec<Effect>) {
+        if self.phase != Phase::Open {
+            return;
+        }
+        let changes = difference(&self.asked, desired);
+        if changes.iter().any(|change| matches!(change, Change::Unmap(_))) {
+            self.asked = self.asked.intersection(desired);
+            for change in changes {
+                if let Change::Unmap(placement) = change {
+                    self.unmap(Content::Owner(placement), now, effects);
+                }
+            }
+            self.unmap(Content::Witness, now, effects);
+            self.phase = Phase::Revoking { deadline: now + self.timeout };
+            return;
+        }
+        for change in changes {
+            if let Change::Map(placement) = change {
+                self.map(Content::Owner(placement), now, effects);
+            }
+        }
+        self.asked = desired.clone();
+    }
+
+    /// The VMM confirmed change `op`, or refused it.
+    ///
+    /// # Errors
+    /// When it refused, or confirmed what it was not asked for: the VMM cannot be
+    /// relied on.
+    pub fn confirm(
+        &mut self,
+        op: OpId,
+        result: Result<(), String>,
+        effects: &mut Vec<Effect>,
+    ) -> Result<(), Fault> {
+        match self.unconfirmed.pop_front() {
+            Some((expected, _)) if expected == op => {}
+            // The answer to a session that is gone already.
+            other => {
+                if let Some(other) = other {
+                    self.unconfirmed.push_front(other);
+                }
+                return Ok(());
+            }
+        }
+        // A device that restarted may have dropped by itself what it is now asked
+        // to unmap; whether everything is gone the witness tells.
+        let clearing =
+            matches!(self.phase, Phase::Clearing { .. } | Phase::Residue | Phase::Reopening { .. });
+        if let Err(reason) = result
+            && !clearing
+        {
+            return Err(Fault::Refused(reason));
+        }
+        for held in &mut self.held {
+            if held.state == HeldState::Granting(op) {
+                held.state = HeldState::Granted;
+                if matches!(held.content, Content::Owner(_)) {
+                    self.counters.made += 1;
+                }
+            }
+        }
+        if self.unconfirmed.is_empty()
+            && matches!(self.phase, Phase::Revoking { .. } | Phase::Clearing { .. })
+        {
+            effects.push(Effect::WatchWitness);
+        }
+        Ok(())
+    }
+
+    /// The kernel says that the witness is mapped nowhere: what was unmapped
+    /// before it, or held beside it, is gone.
+    pub fn witness_gone(&mut self, now: Instant, effects: &mut Vec<Effect>) {
+        match self.phase {
+            Phase::Closed | Phase::Open => {}
+            Phase::Revoking { .. } => {
+                // Only what was asked to go went; the rest the VMM still has.
+                let revoked = self.held.extract_if(.., |held| held.state == HeldState::Revoking);
+                self.counters.revoked += revoked.filter(Held::is_owners).count() as u64;
+                self.phase = Phase::Open;
+                self.map(Content::Witness, now, effects);
+            }
+            Phase::Residue => {
+                self.forget();
+                self.phase = Phase::Closed;
+            }
+            Phase::Reopening { .. } | Phase::Clearing { .. } => {
+                self.forget();
+                self.start(now, effects);
+            }
+        }
+    }
+
+    /// Time passed.
+    ///
+    /// # Errors
+    /// When the VMM did not confirm a change in time.
+    pub fn tick(&mut self, now: Instant, effects: &mut Vec<Effect>) -> Result<(), Fault> {
+        if let Phase::Reopening { grace_ends } = self.phase
+            && now >= grace_ends
+        {
+            let contents: Vec<Content> = self.held.iter().map(|held| held.content.clone()).collect();
+            self.phase = Phase::Clearing { deadline: now + self.timeout };
+            // The witness goes last: it stands for all that went before.
+            let (witness, others): (Vec<_>, Vec<_>) =
+                contents.into_iter().partition(|content| *content == Content::Witness);
+            for content in others.into_iter().chain(witness) {
+                self.unmap(content, now, effects);
+            }
+            if self.unconfirmed.is_empty() {
+                effects.push(Effect::WatchWitness);
+            }
+        }
+        let late = self.unconfirmed.front().is_some_and(|(_, deadline)| now >= *deadline);
+        let witness_late = match self.phase {
+            Phase::Revoking { deadline } | Phase::Clearing { deadline } => now >= deadline,
+            _ => false,
+        };
+        if late || witness_late {
+            return Err(Fault::Unconfirmed(self.timeout.as_millis()));
+        }
+        Ok(())
+    }
+
+    /// When [`Self::tick`] has something to do.
+    pub fn deadline(&self) -> Option<Instant> {
+        let phase = match self.phase {
+            Phase::Revoking { deadline } | Phase::Clearing { deadline } => Some(deadline),
+            Phase::Reopening { grace_ends } => Some(grace_ends),
+            Phase::Closed | Phase::Open | Phase::Residue => None,
+        };
+        let operation = self.unconfirmed.front().map(|(_, deadline)| *deadline);
+        phase.into_iter().chain(operation).min()
+    }
+
+    /// Whether the peer holds no memory of the owner's but `desired`.
+    pub fn is_confined_to(&self, desired: &WindowLayout<MemoryFile>) -> bool {
+        self.held.iter().all(|held| match &held.content {
+            Content::Owner(placement) => held.state != HeldState::Revoking && desired.has(placement),
+            _ => true,
+        })
+    }
+
+    /// Whether the peer has all of `desired`, and nothing of it is in question.
+    pub fn shows_exactly(&self, desired: &WindowLayout<MemoryFile>) -> bool {
+        self.phase == Phase::Open
+            && self.is_ready()
+            && self.asked == *desired
+            && self.held.iter().filter(|held| held.is_owners()).all(|held| held.state == HeldState::Granted)
+    }
+
+    /// Whether the peer's device has its link and control areas.
+    pub fn is_ready(&self) -> bool {
+        BASE.iter().take(2).all(|content| {
+            self.held.iter().any(|held| held.content == *content && held.state == HeldState::Granted)
+        })
+    }
+
+    /// The owner's ranges that the peer's VMM has, or may have.
+    pub fn owner_ranges(&self) -> impl Iterator<Item = (&Placement<MemoryFile>, bool)> {
+        self.held.iter().filter_map(|held| match &held.content {
+            Content::Owner(placement) => Some((placement, held.state == HeldState::Granted)),
+            _ => None,
+        })
+    }
+
+    /// The phase's name for `status`.
+    pub fn phase_name(&self) -> &'static str {
+        match self.phase {
+            Phase::Closed => "closed",
+            Phase::Open => "open",
+            Phase::Revoking { .. } => "revoking",
+            Phase::Residue => "residue",
+            Phase::Reopening { .. } | Phase::Clearing { .. } => "reopening",
+        }
+    }
+
+    fn start(&mut self, now: Instant, effects: &mut Vec<Effect>) {
+        self.phase = Phase::Open;
+        effects.push(Effect::StopWatching);
+        for content in BASE {
+            self.map(content, now, effects);
+        }
+    }
+
+    fn forget(&mut self) {
+        self.asked = WindowLayout::new();
+        self.counters.revoked += self.held.iter().filter(|held| held.is_owners()).count() as u64;
+        self.held.clear();
+        self.unconfirmed.clear();
+    }
+
+    fn map(&mut self, content: Content, now: Instant, effects: &mut Vec<Effect>) {
+        let op = self.ask(WindowOp::Map(content.clone()), now, effects);
+        self.held.push(Held { content, state: HeldState::Granting(op) });
+    }
+
+    fn unmap(&mut self, content: Content, now: Instant, effects: &mut Vec<Effect>) {
+        for held in &mut self.held {
+            if held.content == content {
+                held.state = HeldState::Revoking;
+            }
+        }
+        self.ask(WindowOp::Unmap(content), now, effects);
+    }
+
+    fn ask(&mut self, change: WindowOp, now: Instant, effects: &mut Vec<Effect>) -> OpId {
+        self.next_op += 1;
+        let op = OpId(self.next_op);
+        self.unconfirmed.push_back((op, now + self.timeout));
+        effects.push(Effect::Window(op, change));
+        op
+    }
+}
+
+impl Held {
+    fn is_owners(&self) -> bool {
+        matches!(self.content, Content::Owner(_))
+    }
+}

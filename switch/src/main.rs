@@ -1,0 +1,147 @@
+//! The command line of the broker.
+#![forbid(unsafe_code)]
+
+use std::fs;
+use std::path::{Path, PathBuf};
+use std::process::ExitCode;
+use std::thread;
+use std::time::Duration;
+
+use anyhow::{Context, bail};
+use clap::{Parser, Subcommand};
+use signal_hook::consts::{SIGINT, SIGTERM};
+use signal_hook::iterator::Signals;
+use tracing_subscriber::EnvFilter;
+use vhost_pci_switch::config::{self, Config};
+use vhost_pci_switch::control::{client, render};
+use vhost_pci_switch::demo;
+use vhost_pci_switch::runtime::broker::Broker;
+
+/// Where `status` and `watch` ask unless told otherwise.
+const CONTROL_SOCKET: &str = "/run/vhost-pci-switch/control.sock";
+
+/// Shows one VM's memory, as far as its IOMMU maps it, to another VM as a PCI BAR,
+/// joins their notifications, and then stays out of the way.
+#[derive(Debug, Parser)]
+#[command(version, max_term_width = 100)]
+struct Cli {
+    #[command(subcommand)]
+    command: Command,
+}
+
+#[derive(Debug, Subcommand)]
+enum Command {
+    /// Run the broker in the foreground until SIGTERM or SIGINT.
+    Run {
+        /// The configuration file (docs/configuration.md).
+        #[arg(long, value_name = "FILE.toml")]
+        config: PathBuf,
+    },
+    /// Report every mistake in a configuration file, with its line.
+    Check {
+        /// The configuration file (docs/configuration.md).
+        #[arg(long, value_name = "FILE.toml")]
+        config: PathBuf,
+    },
+    /// Show the links of a running broker.
+    Status {
+        /// Print one JSON object.
+        #[arg(long)]
+        json: bool,
+        /// The broker's control socket.
+        #[arg(long, value_name = "SOCKET", default_value = CONTROL_SOCKET)]
+        control_socket: PathBuf,
+    },
+    /// Show the links of a running broker, live, until interrupted.
+    Watch {
+        /// Seconds between two looks.
+        #[arg(long, default_value_t = 1.0)]
+        interval: f64,
+        /// The broker's control socket.
+        #[arg(long, value_name = "SOCKET", default_value = CONTROL_SOCKET)]
+        control_socket: PathBuf,
+    },
+    /// Run a broker and two guest models on this machine and show what they reach.
+    Demo(demo::Args),
+    /// Run a guest program of the demo: the same as vhost-pci-guest.
+    #[command(hide = true)]
+    Guest {
+        #[arg(trailing_var_arg = true, allow_hyphen_values = true)]
+        args: Vec<String>,
+    },
+}
+
+fn main() -> ExitCode {
+    let filter = EnvFilter::try_from_default_env().unwrap_or_else(|_| EnvFilter::new("info"));
+    tracing_subscriber::fmt().with_env_filter(filter).with_writer(std::io::stderr).init();
+    match execute(Cli::parse().command) {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(error) => {
+            eprintln!("vhost-pci-switch: {error:#}");
+            ExitCode::FAILURE
+        }
+    }
+}
+
+fn execute(command: Command) -> anyhow::Result<()> {
+    match command {
+        Command::Run { config } => run(&config),
+        Command::Check { config } => {
+            let links = load(&config)?.links.len();
+            println!("{}: no mistakes, {links} link{}", config.display(), if links == 1 { "" } else { "s" });
+            Ok(())
+        }
+        Command::Status { json, control_socket } => {
+            let report = client::status(&control_socket)?;
+            if json {
+                println!("{}", serde_json::to_string_pretty(&report)?);
+            } else {
+                print!("{}", render::broker(&report));
+            }
+            Ok(())
+        }
+        Command::Watch { interval, control_socket } => watch(&control_socket, interval),
+        Command::Demo(args) => demo::run(&args),
+        Command::Guest { args } => guest_driver_model::programs::main(args),
+    }
+}
+
+fn load(path: &Path) -> anyhow::Result<Config> {
+    let text = fs::read_to_string(path).with_context(|| format!("cannot read {}", path.display()))?;
+    match config::parse(&text) {
+        Ok(config) => Ok(config),
+        Err(mistakes) => {
+            for mistake in &mistakes {
+                eprintln!("{}:{}: {}", path.display(), mistake.line, mistake.message);
+            }
+            bail!(
+                "{} has {} mistake{}",
+                path.display(),
+                mistakes.len(),
+                if mistakes.len() == 1 { "" } else { "s" }
+            )
+        }
+    }
+}
+
+fn run(path: &Path) -> anyhow::Result<()> {
+    let config = load(path)?;
+    // Registered before the first socket exists: none is left behind.
+    let mut signals = Signals::new([SIGTERM, SIGINT])?;
+    let broker = Broker::start(&config)?;
+    signals.forever().next();
+    drop(broker);
+    Ok(())
+}
+
+fn watch(socket: &Path, interval: f64) -> anyhow::Result<()> {
+    let pause = Duration::try_from_secs_f64(interval).context("the interval is not a number of seconds")?;
+    loop {
+        let report = client::status(socket)?;
+        // Home, the text with each line's rest cleared, and the rest of the screen cleared.
+        let text = render::broker(&report).replace('\n', "\x1b[K\n");
+        print!("\x1b[H{text}\x1b[J");
+        std::io::Write::flush(&mut std::io::stdout())?;
+        thread::sleep(pause);
+    }
+}

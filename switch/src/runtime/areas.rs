@@ -1,0 +1,208 @@
+//! The broker's own memory in a peer's window: the link area, the control area and
+//! the witness page. All are memfds of the broker that nobody can resize. The link
+//! area is only ever written here, never read back: a guest may have scribbled on
+//! it.
+
+use std::fs::File;
+use std::io;
+use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
+use std::sync::atomic::{Ordering, fence};
+
+use nix::fcntl::{FcntlArg, SealFlag, fcntl};
+use nix::sys::memfd::{MFdFlags, memfd_create};
+use vhost_pci_device::abi;
+use vm_memory::{Bytes, FileOffset, GuestAddress, GuestMemoryMmap};
+use zerocopy::IntoBytes;
+
+use crate::link::link_page;
+use crate::link::message::LinkContents;
+
+/// A memfd of `len` bytes that can neither shrink nor grow.
+fn sealed_memfd(name: &std::ffi::CStr, len: u64, seals: SealFlag) -> io::Result<OwnedFd> {
+    let fd = memfd_create(name, MFdFlags::MFD_CLOEXEC | MFdFlags::MFD_ALLOW_SEALING)?;
+    let file = File::from(fd);
+    file.set_len(len)?;
+    fcntl(&file, FcntlArg::F_ADD_SEALS(SealFlag::F_SEAL_SHRINK | SealFlag::F_SEAL_GROW | seals))?;
+    Ok(OwnedFd::from(file))
+}
+
+/// Maps a memfd of the broker at its place in the window, so that addresses in it
+/// are window offsets.
+fn map(fd: &OwnedFd, offset: u64, len: u64) -> io::Result<GuestMemoryMmap> {
+    let file = File::from(fd.try_clone()?);
+    let range = (GuestAddress(offset), len as usize, Some(FileOffset::new(file, 0)));
+    GuestMemoryMmap::from_ranges_with_files([range]).map_err(io::Error::other)
+}
+
+/// The link area.
+#[derive(Debug)]
+pub struct LinkArea {
+    fd: OwnedFd,
+    memory: GuestMemoryMmap,
+}
+
+impl LinkArea {
+    /// An area that says nothing yet.
+    ///
+    /// # Errors
+    /// When the host gives no memory.
+    pub fn new() -> io::Result<Self> {
+        let fd = sealed_memfd(c"vhost-pci link area", abi::LINK_LEN, SealFlag::F_SEAL_SEAL)?;
+        let memory = map(&fd, abi::LINK_OFFSET, abi::LINK_LEN)?;
+        Ok(Self { fd, memory })
+    }
+
+    /// Lets the area say this, from this generation on.
+    ///
+    /// # Errors
+    /// Never, as the area has room for all that a link can show.
+    pub fn publish(&self, contents: &LinkContents, generation: u64) -> io::Result<()> {
+        let start = GuestAddress(abi::LINK_OFFSET);
+        let at = |offset: usize| GuestAddress(abi::LINK_OFFSET + offset as u64);
+        let generation_at = at(std::mem::offset_of!(abi::LinkHeader, generation));
+        let other = io::Error::other;
+
+        // Odd: readers that see it wait. Release and the fence after it pair with the
+        // driver's acquire load of the generation and the fence before its second
+        // load (docs/vhost-pci-device.md, 7.2).
+        self.memory
+            .store(generation.wrapping_sub(1).to_le(), generation_at, Ordering::Release)
+            .map_err(other)?;
+        fence(Ordering::SeqCst);
+        for (index, vring) in contents.vrings.iter().take(usize::from(abi::MAX_VRINGS)).enumerate() {
+            let offset = abi::VRING_TABLE as usize + index * size_of::<abi::Vring>();
+            self.memory.write_slice(vring.as_bytes(), at(offset)).map_err(other)?;
+        }
+        for (index, mapping) in contents.mappings.iter().take(abi::MAX_MAPPINGS as usize).enumerate() {
+            let offset = abi::MAPPING_TABLE as usize + index * size_of::<abi::Mapping>();
+            self.memory.write_slice(mapping.as_bytes(), at(offset)).map_err(other)?;
+        }
+        let header = link_page::header(contents, generation.wrapping_sub(1));
+        self.memory.write_slice(header.as_bytes(), start).map_err(other)?;
+        // Release: what was written above is seen by a driver that loads this
+        // generation with acquire.
+        self.memory.store(generation.to_le(), generation_at, Ordering::Release).map_err(other)
+    }
+}
+
+impl AsFd for LinkArea {
+    fn as_fd(&self) -> BorrowedFd<'_> {
+        self.fd.as_fd()
+    }
+}
+
+/// The control area.
+#[derive(Debug)]
+pub struct ControlArea {
+    fd: OwnedFd,
+    memory: GuestMemoryMmap,
+}
+
+impl ControlArea {
+    /// A zeroed area.
+    ///
+    /// # Errors
+    /// When the host gives no memory.
+    pub fn new() -> io::Result<Self> {
+        let fd = sealed_memfd(c"vhost-pci control area", abi::CONTROL_LEN, SealFlag::F_SEAL_SEAL)?;
+        let memory = map(&fd, abi::CONTROL_OFFSET, abi::CONTROL_LEN)?;
+        Ok(Self { fd, memory })
+    }
+
+    /// The area as memory whose addresses are window offsets.
+    pub fn memory(&self) -> &GuestMemoryMmap {
+        &self.memory
+    }
+
+    /// Zeroes the area.
+    ///
+    /// # Errors
+    /// Never, as the area is as long as it says.
+    pub fn clear(&self) -> io::Result<()> {
+        let zeros = [0; abi::CONTROL_LEN as usize];
+        self.memory.write_slice(&zeros, GuestAddress(abi::CONTROL_OFFSET)).map_err(io::Error::other)
+    }
+}
+
+impl AsFd for ControlArea {
+    fn as_fd(&self) -> BorrowedFd<'_> {
+        self.fd.as_fd()
+    }
+}
+
+/// A page that only the peer's VMM maps. As long as any process has it mapped for
+/// writing the kernel refuses to seal it: so the broker learns from the kernel, and
+/// not from the VMM's word, when the VMM has let go of its window.
+#[derive(Debug)]
+pub struct Witness(OwnedFd);
+
+impl Witness {
+    /// A new page.
+    ///
+    /// # Errors
+    /// When the host gives no memory.
+    pub fn new() -> io::Result<Self> {
+        sealed_memfd(c"vhost-pci witness", abi::PAGE_SIZE, SealFlag::empty()).map(Self)
+    }
+
+    /// Whether no process has the page mapped for writing. When that was once so,
+    /// nobody can map it so again.
+    ///
+    /// # Errors
+    /// When the kernel cannot tell.
+    pub fn is_gone(&self) -> io::Result<bool> {
+        match fcntl(&self.0, FcntlArg::F_ADD_SEALS(SealFlag::F_SEAL_WRITE)) {
+            Ok(_) => Ok(true),
+            Err(nix::Error::EBUSY) => Ok(false),
+            Err(error) => Err(error.into()),
+        }
+    }
+}
+
+impl AsFd for Witness {
+    fn as_fd(&self) -> BorrowedFd<'_> {
+        self.0.as_fd()
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    #![allow(clippy::unwrap_used)]
+    use super::*;
+
+    #[test]
+    fn the_witness_is_gone_when_no_mapping_is_left() {
+        let witness = Witness::new().unwrap();
+        let mapped = map(&witness.0, abi::WITNESS_OFFSET, abi::PAGE_SIZE).unwrap();
+        assert!(!witness.is_gone().unwrap());
+        assert!(!witness.is_gone().unwrap());
+        drop(mapped);
+        assert!(witness.is_gone().unwrap());
+        assert!(map(&witness.0, abi::WITNESS_OFFSET, abi::PAGE_SIZE).is_err());
+    }
+
+    #[test]
+    fn a_published_link_page_has_the_contents_and_an_even_generation() {
+        let area = LinkArea::new().unwrap();
+        let contents = LinkContents {
+            status: abi::LINK_S_UP,
+            mappings: vec![abi::Mapping { iova: 4096.into(), ..Default::default() }],
+            ..LinkContents::default()
+        };
+        area.publish(&contents, 42).unwrap();
+        let mut page = vec![0; abi::LINK_LEN as usize];
+        area.memory.read_slice(&mut page, GuestAddress(0)).unwrap();
+        assert_eq!(page[..4], *b"VPLP");
+        assert_eq!(u64::from_le_bytes(page[8..16].try_into().unwrap()), 42);
+        assert_eq!(page[16], abi::LINK_S_UP as u8);
+        assert_eq!(page[abi::MAPPING_TABLE as usize + 1], 16);
+    }
+
+    #[test]
+    fn nobody_can_resize_the_areas() {
+        let area = ControlArea::new().unwrap();
+        let file = File::from(area.fd.try_clone().unwrap());
+        assert!(file.set_len(0).is_err());
+        assert!(file.set_len(1 << 20).is_err());
+    }
+}

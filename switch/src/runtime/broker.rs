@@ -1,0 +1,192 @@
+//! The broker: makes the sockets, starts a thread a link, the relay and the
+//! acceptor, and takes all of it down again.
+
+use std::io;
+use std::os::fd::AsFd;
+use std::path::PathBuf;
+use std::sync::Arc;
+use std::thread::{self, JoinHandle};
+use std::time::{SystemTime, UNIX_EPOCH};
+
+use crossbeam_channel::unbounded;
+use nix::sys::epoll::{Epoll, EpollCreateFlags, EpollEvent, EpollFlags, EpollTimeout};
+use nix::sys::eventfd::{EfdFlags, EventFd};
+use thiserror::Error;
+use tracing::{info, warn};
+
+use super::driver::LinkDriver;
+use super::relay::Relay;
+use super::sockets::{self, Listener, SocketError};
+use super::{Input, LinkPort};
+use crate::config::Config;
+use crate::control::server;
+use crate::link::{Fault, Link, Side};
+
+/// The token of the eventfd that ends the acceptor.
+const STOP: u64 = u64::MAX;
+
+/// Why the broker cannot run.
+#[derive(Debug, Error)]
+pub enum BrokerError {
+    /// A socket cannot be listened on.
+    #[error(transparent)]
+    Socket(#[from] SocketError),
+    /// A link's configuration is impossible.
+    #[error("link '{link}': {fault}")]
+    Link {
+        /// The link.
+        link: String,
+        /// Why.
+        fault: Fault,
+    },
+    /// The host has too little of something.
+    #[error("the host gives no memory, descriptor or thread: {0}")]
+    Host(#[from] io::Error),
+}
+
+/// What a listening socket is for.
+enum Purpose {
+    Link(LinkPort, Side),
+    Control,
+}
+
+/// A running broker. Dropping it ends every session and removes every socket.
+pub struct Broker {
+    ports: Vec<LinkPort>,
+    links: Vec<JoinHandle<()>>,
+    acceptor: Option<JoinHandle<()>>,
+    stop: Arc<EventFd>,
+    /// Dropped last: links still send to it while they end.
+    _relay: Relay,
+}
+
+impl Broker {
+    /// Starts everything that the configuration names.
+    ///
+    /// # Errors
+    /// When a socket is taken, or the host refuses. Nothing is left behind then.
+    pub fn start(config: &Config) -> Result<Self, BrokerError> {
+        let group = sockets::group(config.group.as_deref())?;
+        let bind = |path: &PathBuf| Listener::bind(path, group.as_ref());
+        let (ports, inputs): (Vec<_>, Vec<_>) = config
+            .links
+            .iter()
+            .map(|_| {
+                let (sender, receiver) = unbounded();
+                (LinkPort::new(sender), receiver)
+            })
+            .unzip();
+        let mut listeners = vec![(bind(&config.control_socket)?, Purpose::Control)];
+        for (link, port) in config.links.iter().zip(&ports) {
+            listeners.push((bind(&link.owner_socket)?, Purpose::Link(port.clone(), Side::Owner)));
+            listeners.push((bind(&link.peer_socket)?, Purpose::Link(port.clone(), Side::Peer)));
+        }
+        let relay = Relay::start(ports.clone())?;
+        let mut broker = Self {
+            ports: ports.clone(),
+            links: Vec::new(),
+            acceptor: None,
+            stop: Arc::new(
+                EventFd::from_flags(EfdFlags::EFD_NONBLOCK | EfdFlags::EFD_CLOEXEC)
+                    .map_err(io::Error::from)?,
+            ),
+            _relay: relay,
+        };
+        let generation = first_generation();
+        for (index, (link_config, input)) in config.links.iter().zip(inputs).enumerate() {
+            let name = link_config.name.clone();
+            let link = Link::new(link_config.clone(), config.confirm_timeout, generation)
+                .map_err(|fault| BrokerError::Link { link: name.clone(), fault })?;
+            let place = broker._relay.link(index).ok_or_else(|| io::Error::other("no place at the relay"))?;
+            let driver = LinkDriver::new(&name, link, ports[index].clone(), input, place)?;
+            let thread = thread::Builder::new().name(format!("link {name}")).spawn(move || driver.run())?;
+            broker.links.push(thread);
+        }
+        let stop = Arc::clone(&broker.stop);
+        let acceptor = Acceptor::new(listeners, ports, stop)?;
+        broker.acceptor = Some(thread::Builder::new().name("acceptor".into()).spawn(move || acceptor.run())?);
+        info!(links = config.links.len(), control_socket = %config.control_socket.display(), "the broker listens");
+        Ok(broker)
+    }
+}
+
+impl Drop for Broker {
+    fn drop(&mut self) {
+        // Fails only when the count is at its end, which ends the acceptor as well.
+        let _ = self.stop.write(1);
+        if let Some(acceptor) = self.acceptor.take() {
+            drop(acceptor.join());
+        }
+        for port in &self.ports {
+            port.send(Input::Shutdown);
+        }
+        for link in self.links.drain(..) {
+            drop(link.join());
+        }
+    }
+}
+
+/// A generation that is even and larger than any of an earlier broker: a driver
+/// that outlives a broker sees that the link area is another.
+fn first_generation() -> u64 {
+    let micros = SystemTime::now().duration_since(UNIX_EPOCH).map_or(0, |since| since.as_micros());
+    u64::try_from(micros).unwrap_or(0) & !1
+}
+
+struct Acceptor {
+    epoll: Epoll,
+    listeners: Vec<(Listener, Purpose)>,
+    ports: Vec<LinkPort>,
+}
+
+impl Acceptor {
+    fn new(
+        listeners: Vec<(Listener, Purpose)>,
+        ports: Vec<LinkPort>,
+        stop: Arc<EventFd>,
+    ) -> io::Result<Self> {
+        let epoll = Epoll::new(EpollCreateFlags::EPOLL_CLOEXEC)?;
+        epoll.add(stop.as_fd(), EpollEvent::new(EpollFlags::EPOLLIN, STOP))?;
+        for (token, (listener, _)) in (0..).zip(&listeners) {
+            epoll.add(listener, EpollEvent::new(EpollFlags::EPOLLIN, token))?;
+        }
+        Ok(Self { epoll, listeners, ports })
+    }
+
+    fn run(self) {
+        let mut events = [EpollEvent::empty(); 64];
+        loop {
+            let count = match self.epoll.wait(&mut events, EpollTimeout::NONE) {
+                Ok(count) => count,
+                Err(nix::Error::EINTR) => continue,
+                Err(error) => {
+                    warn!(%error, "no more connections can be accepted");
+                    return;
+                }
+            };
+            for event in &events[..count] {
+                if event.data() == STOP {
+                    return;
+                }
+                if let Some((listener, purpose)) = self.listeners.get(event.data() as usize) {
+                    self.accept(listener, purpose);
+                }
+            }
+        }
+    }
+
+    fn accept(&self, listener: &Listener, purpose: &Purpose) {
+        match (listener.accept(), purpose) {
+            (Ok(Some(stream)), Purpose::Link(port, side)) => {
+                port.send(Input::Connected { side: *side, stream })
+            }
+            (Ok(Some(stream)), Purpose::Control) => server::serve(stream, &self.ports),
+            (Ok(None), _) => {}
+            (Err(error), _) => {
+                warn!(%error, "a connection cannot be accepted");
+                // Most likely no descriptors are left: do not spin on it.
+                thread::sleep(std::time::Duration::from_millis(100));
+            }
+        }
+    }
+}

@@ -1,0 +1,368 @@
+//! A link's thread: it alone has the link's state. It takes input, applies it, and
+//! runs the effects. Nothing that it does blocks: sessions, the back-end channel
+//! and the relay have their own threads.
+
+use std::io;
+use std::net::Shutdown;
+use std::os::fd::{AsFd, OwnedFd};
+use std::os::unix::net::UnixStream;
+use std::sync::Arc;
+use std::sync::atomic::Ordering;
+use std::thread;
+use std::time::{Duration, Instant};
+
+use crossbeam_channel::{Receiver, RecvTimeoutError, Sender};
+use nix::unistd::write;
+use tracing::{info, warn};
+
+use super::areas::{ControlArea, LinkArea, Witness};
+use super::channel::{Change, Channel, Source};
+use super::control_ring::ControlRing;
+use super::relay::LinkRelay;
+use super::{Input, LinkPort, SessionId};
+use crate::link::descriptor::Eventfd;
+use crate::link::message::{Content, Log, OpId, Reply, WindowOp, Wire};
+use crate::link::report::{self, LinkReport};
+use crate::link::{Effect, Event, Link, Side};
+use crate::session::serve::serve;
+
+/// The first and the longest pause between two looks at the witness page.
+const WITNESS_PAUSE: (Duration, Duration) = (Duration::from_micros(100), Duration::from_millis(20));
+
+/// A front-end that is connected.
+struct Session {
+    id: SessionId,
+    stream: UnixStream,
+    /// Where the answer to its open question goes.
+    answer: Option<Sender<Reply>>,
+}
+
+impl Drop for Session {
+    fn drop(&mut self) {
+        // Wakes its thread, which then ends.
+        drop(self.stream.shutdown(Shutdown::Both));
+    }
+}
+
+/// When the witness page is looked at next.
+struct Watch {
+    next: Instant,
+    pause: Duration,
+}
+
+/// Everything around one link.
+pub struct LinkDriver {
+    name: String,
+    link: Link,
+    port: LinkPort,
+    input: Receiver<Input>,
+    relay: LinkRelay,
+    owner: Option<Session>,
+    peer: Option<Session>,
+    next_session: u64,
+    channel: Option<Channel>,
+    link_area: LinkArea,
+    control_area: ControlArea,
+    control_ring: ControlRing,
+    witness: Option<Arc<Witness>>,
+    watch: Option<Watch>,
+    wires: Vec<Wire>,
+    doorbell: Option<Eventfd>,
+}
+
+impl LinkDriver {
+    /// A driver for a link that nobody is connected to.
+    ///
+    /// # Errors
+    /// When the host gives no memory.
+    pub fn new(
+        name: &str,
+        link: Link,
+        port: LinkPort,
+        input: Receiver<Input>,
+        relay: LinkRelay,
+    ) -> io::Result<Self> {
+        let mut driver = Self {
+            name: name.into(),
+            link,
+            port,
+            input,
+            relay,
+            owner: None,
+            peer: None,
+            next_session: 0,
+            channel: None,
+            link_area: LinkArea::new()?,
+            control_area: ControlArea::new()?,
+            control_ring: ControlRing::new().map_err(io::Error::other)?,
+            witness: None,
+            watch: None,
+            wires: Vec::new(),
+            doorbell: None,
+        };
+        let first = driver.link.first_publication();
+        driver.run_effects(vec![first]);
+        Ok(driver)
+    }
+
+    /// Serves the link until the broker ends.
+    pub fn run(mut self) {
+        loop {
+            let input = match self.next_wake() {
+                None => self.input.recv().map_err(|_| RecvTimeoutError::Disconnected),
+                Some(wake) => self.input.recv_deadline(wake),
+            };
+            match input {
+                Ok(Input::Shutdown) | Err(RecvTimeoutError::Disconnected) => return,
+                Ok(input) => self.take(input),
+                Err(RecvTimeoutError::Timeout) => self.time_passed(),
+            }
+        }
+    }
+
+    fn next_wake(&self) -> Option<Instant> {
+        let watch = self.watch.as_ref().map(|watch| watch.next);
+        self.link.deadline().into_iter().chain(watch).min()
+    }
+
+    fn take(&mut self, input: Input) {
+        match input {
+            Input::Connected { side, stream } => self.connected(side, stream),
+            Input::Request { side, session, request, answer } => {
+                if let Some(open) = self.session(side).filter(|open| open.id == session) {
+                    open.answer = Some(answer);
+                    self.apply(Event::Request(side, request));
+                }
+            }
+            Input::Ended { side, session, fault } => {
+                if self.session(side).is_some_and(|open| open.id == session) {
+                    info!(link = %self.name, side = side.name(), "disconnected");
+                    self.close(side);
+                    self.apply(Event::Disconnected(side, fault));
+                }
+            }
+            Input::WindowDone { session, op, result } => {
+                if self.peer.as_ref().is_some_and(|peer| peer.id == session) {
+                    self.apply(Event::WindowDone(op, result));
+                }
+            }
+            Input::ControlDoorbell => {
+                self.port.doorbell_taken();
+                self.serve_control_ring();
+            }
+            Input::Report(answer) => drop(answer.send(self.report())),
+            Input::Shutdown => {}
+        }
+    }
+
+    fn connected(&mut self, side: Side, stream: UnixStream) {
+        if self.session(side).is_some() {
+            warn!(link = %self.name, side = side.name(),
+                "a second VMM connected and was turned away: the first must leave before");
+            return;
+        }
+        self.next_session += 1;
+        let id = SessionId(self.next_session);
+        let started = stream.try_clone().and_then(|clone| {
+            let port = self.port.clone();
+            thread::Builder::new()
+                .name(format!("{} {}", self.name, side.name()))
+                .spawn(move || serve(clone, &port, side, id))
+        });
+        if let Err(error) = started {
+            warn!(link = %self.name, side = side.name(), %error, "a connection cannot be served");
+            return;
+        }
+        info!(link = %self.name, side = side.name(), "connected");
+        let session = Some(Session { id, stream, answer: None });
+        match side {
+            Side::Owner => self.owner = session,
+            Side::Peer => self.peer = session,
+        }
+        self.apply(Event::Connected(side));
+    }
+
+    fn time_passed(&mut self) {
+        let now = Instant::now();
+        if let Some(watch) = self.watch.as_mut().filter(|watch| now >= watch.next) {
+            watch.pause = (watch.pause * 2).min(WITNESS_PAUSE.1);
+            watch.next = now + watch.pause;
+            self.look_at_witness();
+        }
+        if self.link.deadline().is_some_and(|deadline| now >= deadline) {
+            self.apply(Event::Tick);
+        }
+    }
+
+    fn look_at_witness(&mut self) {
+        let gone = match &self.witness {
+            None => true,
+            Some(witness) => witness.is_gone().unwrap_or_else(|error| {
+                warn!(link = %self.name, %error, "the kernel does not tell about the witness page");
+                false
+            }),
+        };
+        if gone {
+            self.watch = None;
+            self.witness = None;
+            self.apply(Event::WitnessGone);
+        }
+    }
+
+    fn serve_control_ring(&mut self) {
+        let mut effects = Vec::new();
+        let link = &mut self.link;
+        let served = self.control_ring.serve(self.control_area.memory(), |request| {
+            let (status, more) = link.control(request);
+            effects.extend(more);
+            status
+        });
+        if let Some(reason) = served.broken {
+            effects.extend(self.link.control_ring_fault(reason));
+        }
+        if served.notify {
+            effects.extend(self.link.control_call().map(Effect::NotifyPeer));
+        }
+        self.run_effects(effects);
+    }
+
+    fn report(&self) -> LinkReport {
+        let mut report = report::of(&self.link);
+        let counters = self.relay.counters();
+        // Relaxed: counts for people, ordered with nothing.
+        report.counters.kicks_relayed = counters.kicks.load(Ordering::Relaxed);
+        report.counters.calls_relayed = counters.calls.load(Ordering::Relaxed);
+        report.counters.notifications_relayed = report.counters.kicks_relayed + report.counters.calls_relayed;
+        report
+    }
+
+    fn apply(&mut self, event: Event) {
+        let effects = self.link.apply(event, Instant::now());
+        self.run_effects(effects);
+    }
+
+    fn run_effects(&mut self, effects: Vec<Effect>) {
+        for effect in effects {
+            self.run_effect(effect);
+        }
+        // A page that is gone already needs no wait.
+        if self.watch.is_some() {
+            self.look_at_witness();
+        }
+    }
+
+    fn run_effect(&mut self, effect: Effect) {
+        match effect {
+            Effect::Reply(side, reply) => {
+                if let Some(answer) = self.session(side).and_then(|session| session.answer.take()) {
+                    drop(answer.send(reply));
+                }
+            }
+            Effect::Disconnect(side) => self.close(side),
+            Effect::OpenChannel(stream) => self.open_channel(stream),
+            Effect::Window(op, change) => self.change_window(op, change),
+            Effect::WatchWitness => {
+                self.watch = Some(Watch { next: Instant::now() + WITNESS_PAUSE.0, pause: WITNESS_PAUSE.0 });
+            }
+            Effect::StopWatching => self.watch = None,
+            Effect::ResetControlRing => self.reset_control_ring(),
+            Effect::Publish(contents, generation) => {
+                if let Err(error) = self.link_area.publish(&contents, generation) {
+                    warn!(link = %self.name, %error, "the link area cannot be written");
+                }
+            }
+            Effect::NotifyPeer(eventfd) | Effect::Signal(eventfd) => signal(&eventfd),
+            Effect::Wire(wires) => {
+                self.wires = wires;
+                self.relay.wire(&self.wires, self.doorbell.as_ref());
+            }
+            Effect::ControlDoorbell(doorbell) => {
+                self.doorbell = doorbell;
+                self.relay.wire(&self.wires, self.doorbell.as_ref());
+            }
+            Effect::Log(Log::Info(line)) => info!(link = %self.name, "{line}"),
+            Effect::Log(Log::Fault(line)) => warn!(link = %self.name, "{line}"),
+        }
+    }
+
+    fn open_channel(&mut self, stream: UnixStream) {
+        let Some(peer) = &self.peer else { return };
+        match Channel::open(stream, self.port.clone(), peer.id, &self.name) {
+            Ok(channel) => self.channel = Some(channel),
+            Err(error) => warn!(link = %self.name, %error, "the back-end channel cannot be served"),
+        }
+    }
+
+    fn change_window(&mut self, op: OpId, change: WindowOp) {
+        let prepared = self.prepare(change);
+        match (&self.channel, prepared) {
+            (Some(channel), Ok(change)) => channel.ask(op, change),
+            // Never confirmed: the link's own deadline deals with it.
+            (None, _) => {}
+            (_, Err(error)) => warn!(link = %self.name, %error, "a change of the window cannot be made"),
+        }
+    }
+
+    /// Fills in what the VMM has to be told.
+    fn prepare(&mut self, change: WindowOp) -> io::Result<Change> {
+        let content = match change {
+            WindowOp::Unmap(content) => {
+                let (offset, len) = content.place();
+                return Ok(Change::Unmap { offset: offset.raw(), len });
+            }
+            WindowOp::Map(content) => content,
+        };
+        let (offset, len) = content.place();
+        let own = |fd: &dyn AsFd| -> io::Result<Source> {
+            let fd: OwnedFd = fd.as_fd().try_clone_to_owned()?;
+            Ok(Source::Own(Arc::new(fd)))
+        };
+        let (source, file_offset, writable) = match &content {
+            Content::LinkArea => (own(&self.link_area)?, 0, false),
+            Content::ControlArea => (own(&self.control_area)?, 0, true),
+            Content::Witness => {
+                let witness = Arc::new(Witness::new()?);
+                let source = own(&*witness)?;
+                self.witness = Some(witness);
+                (source, 0, true)
+            }
+            Content::Owner(placement) => {
+                let backing = placement.range().backing();
+                let writable = placement.range().access().allows(iommu::Access::Write);
+                (Source::Owner(backing.handle.clone()), backing.offset, writable)
+            }
+        };
+        Ok(Change::Map { offset: offset.raw(), len, source, file_offset, writable })
+    }
+
+    fn reset_control_ring(&mut self) {
+        let fresh = ControlRing::new();
+        match (self.control_area.clear(), fresh) {
+            (Ok(()), Ok(ring)) => self.control_ring = ring,
+            _ => warn!(link = %self.name, "the control ring cannot be reset"),
+        }
+    }
+
+    fn session(&mut self, side: Side) -> Option<&mut Session> {
+        match side {
+            Side::Owner => self.owner.as_mut(),
+            Side::Peer => self.peer.as_mut(),
+        }
+    }
+
+    fn close(&mut self, side: Side) {
+        match side {
+            Side::Owner => self.owner = None,
+            Side::Peer => {
+                self.peer = None;
+                self.channel = None;
+            }
+        }
+    }
+}
+
+/// Signals an eventfd. Fails only when its count is at its end: then it is
+/// signalled already.
+fn signal(eventfd: &Eventfd) {
+    let _ = write(eventfd.as_fd(), &1u64.to_ne_bytes());
+}

@@ -1,0 +1,300 @@
+//! Turns what the vhost crate decoded into [`Request`]s for the link, and the
+//! link's replies into what the crate sends back. One decoder serves both sides:
+//! which requests make sense is the link's to say.
+
+use std::fs::File;
+use std::os::fd::AsFd;
+use std::sync::Mutex;
+use std::sync::atomic::{AtomicU64, Ordering};
+
+use crossbeam_channel::{Sender, bounded};
+use nix::sys::uio::pread;
+use vhost::VhostUserMemoryRegionBase;
+use vhost::vhost_user::message::{
+    VhostTransferStateDirection, VhostTransferStatePhase, VhostUserConfigFlags, VhostUserInflight,
+    VhostUserLog, VhostUserMemoryRegion, VhostUserProtocolFeatures, VhostUserShMemConfig, VhostUserSharedMsg,
+    VhostUserSingleMemoryRegion, VhostUserVringAddrFlags, VhostUserVringState,
+};
+use vhost::vhost_user::{Error, GpuBackend, Result, VhostUserBackendReqHandler};
+
+use super::inspect;
+use crate::link::message::{RegionRequest, Reply, Request, VringBase};
+use crate::link::{Fault, Side};
+use crate::runtime::{Input, LinkPort, SessionId};
+
+/// The handler of one session.
+#[derive(Debug)]
+pub struct Decoder {
+    port: LinkPort,
+    side: Side,
+    session: SessionId,
+    acked_protocol: AtomicU64,
+    fault: Mutex<Option<Fault>>,
+}
+
+impl Decoder {
+    /// A decoder that asks the link behind `port`.
+    pub fn new(port: LinkPort, side: Side, session: SessionId) -> Self {
+        Self { port, side, session, acked_protocol: AtomicU64::new(0), fault: Mutex::new(None) }
+    }
+
+    /// Whether the front-end wants answers to what it marks so.
+    pub fn reply_ack(&self) -> bool {
+        // Pairs with the store in `set_protocol_features`, on the same thread.
+        let acked = self.acked_protocol.load(Ordering::Relaxed);
+        acked & VhostUserProtocolFeatures::REPLY_ACK.bits() != 0
+    }
+
+    /// The fault by which the session ended, if the link does not know it yet.
+    pub fn take_fault(&self) -> Option<Fault> {
+        self.fault.lock().ok()?.take()
+    }
+
+    /// Asks the link and waits for its answer.
+    ///
+    /// # Errors
+    /// When the link refuses, or has ended this session.
+    pub fn ask(&self, request: Request) -> Result<Reply> {
+        let (answer, answered) = bounded(1);
+        let input = Input::Request { side: self.side, session: self.session, request, answer };
+        self.port.send(input);
+        match answered.recv() {
+            Ok(Reply::Refused(reason)) => Err(Error::ReqHandlerError(std::io::Error::other(reason))),
+            Ok(reply) => Ok(reply),
+            // The link dropped the question: the session is over.
+            Err(_) => Err(Error::Disconnected),
+        }
+    }
+
+    fn done(&self, request: Request) -> Result<()> {
+        self.ask(request).map(|_| ())
+    }
+
+    fn number(&self, request: Request) -> Result<u64> {
+        match self.ask(request)? {
+            Reply::Number(number) => Ok(number),
+            _ => Err(Error::BackendInternalError),
+        }
+    }
+
+    /// Remembers a fault that the link has not seen.
+    fn faulty<T>(&self, result: std::result::Result<T, Fault>) -> Result<T> {
+        result.map_err(|fault| {
+            let error = Error::ReqHandlerError(std::io::Error::other(fault.to_string()));
+            if let Ok(mut slot) = self.fault.lock() {
+                *slot = Some(fault);
+            }
+            error
+        })
+    }
+
+    fn unsupported<T>(&self, what: &'static str) -> Result<T> {
+        self.faulty(Err(Fault::Unsupported(what)))
+    }
+
+    fn region(&self, region: &VhostUserMemoryRegion, file: File) -> Result<RegionRequest> {
+        let (file, file_len) = self.faulty(inspect::memory_file(file))?;
+        Ok(RegionRequest {
+            guest: region.guest_phys_addr,
+            frontend: region.user_addr,
+            len: region.memory_size,
+            offset: region.mmap_offset,
+            file,
+            file_len,
+        })
+    }
+
+    fn eventfd(&self, fd: Option<File>) -> Result<Option<crate::link::descriptor::Eventfd>> {
+        fd.map(|file| self.faulty(inspect::eventfd(file))).transpose()
+    }
+}
+
+/// Reads the index at which a stopped vring goes on. Two bytes through the file:
+/// the broker maps none of the owner's memory.
+fn vring_index(base: &VringBase) -> u16 {
+    let mut bytes = [0; 2];
+    let read = base.used_index.as_ref().and_then(|(file, offset)| {
+        let offset = i64::try_from(*offset).ok()?;
+        pread(file.as_fd(), &mut bytes, offset).ok()
+    });
+    match read {
+        Some(2) => u16::from_le_bytes(bytes),
+        _ => base.fallback,
+    }
+}
+
+impl VhostUserBackendReqHandler for Decoder {
+    fn set_owner(&self) -> Result<()> {
+        self.done(Request::SetOwner)
+    }
+
+    fn reset_owner(&self) -> Result<()> {
+        self.done(Request::ResetOwner)
+    }
+
+    fn reset_device(&self) -> Result<()> {
+        self.unsupported("RESET_DEVICE")
+    }
+
+    fn get_features(&self) -> Result<u64> {
+        self.number(Request::GetFeatures)
+    }
+
+    fn set_features(&self, features: u64) -> Result<()> {
+        self.done(Request::SetFeatures(features))
+    }
+
+    fn set_mem_table(
+        &self,
+        regions: &[VhostUserMemoryRegion],
+        files: Vec<File>,
+        _postcopy: Option<bool>,
+    ) -> Result<Option<Vec<VhostUserMemoryRegionBase>>> {
+        let regions = regions
+            .iter()
+            .zip(files)
+            .map(|(region, file)| self.region(region, file))
+            .collect::<Result<Vec<_>>>()?;
+        self.done(Request::SetMemTable(regions)).map(|()| None)
+    }
+
+    fn set_vring_num(&self, index: u32, num: u32) -> Result<()> {
+        self.done(Request::SetVringNum { index, num })
+    }
+
+    fn set_vring_addr(
+        &self,
+        index: u32,
+        flags: VhostUserVringAddrFlags,
+        desc: u64,
+        used: u64,
+        avail: u64,
+        _log: u64,
+    ) -> Result<()> {
+        if flags.contains(VhostUserVringAddrFlags::VHOST_VRING_F_LOG) {
+            return self.unsupported("dirty logging of a vring");
+        }
+        self.done(Request::SetVringAddr { index, desc, avail, used })
+    }
+
+    fn set_vring_base(&self, index: u32, base: u32) -> Result<()> {
+        self.done(Request::SetVringBase { index, base })
+    }
+
+    fn get_vring_base(&self, index: u32) -> Result<VhostUserVringState> {
+        match self.ask(Request::GetVringBase { index })? {
+            Reply::VringBase(base) => Ok(VhostUserVringState::new(base.index, u32::from(vring_index(&base)))),
+            _ => Err(Error::BackendInternalError),
+        }
+    }
+
+    fn set_vring_kick(&self, index: u8, fd: Option<File>) -> Result<()> {
+        let fd = self.eventfd(fd)?;
+        self.done(Request::SetVringKick { index: index.into(), fd })
+    }
+
+    fn set_vring_call(&self, index: u8, fd: Option<File>) -> Result<()> {
+        let fd = self.eventfd(fd)?;
+        self.done(Request::SetVringCall { index: index.into(), fd })
+    }
+
+    fn set_vring_err(&self, index: u8, fd: Option<File>) -> Result<()> {
+        let fd = self.eventfd(fd)?;
+        self.done(Request::SetVringErr { index: index.into(), fd })
+    }
+
+    fn get_protocol_features(&self) -> Result<VhostUserProtocolFeatures> {
+        self.number(Request::GetProtocolFeatures).map(VhostUserProtocolFeatures::from_bits_truncate)
+    }
+
+    fn set_protocol_features(&self, features: u64) -> Result<()> {
+        self.done(Request::SetProtocolFeatures(features))?;
+        // Pairs with the load in `reply_ack`, on the same thread.
+        self.acked_protocol.store(features, Ordering::Relaxed);
+        Ok(())
+    }
+
+    fn get_queue_num(&self) -> Result<u64> {
+        self.number(Request::GetQueueNum)
+    }
+
+    fn set_vring_enable(&self, index: u32, enable: bool) -> Result<()> {
+        self.done(Request::SetVringEnable { index, enable })
+    }
+
+    fn get_config(&self, offset: u32, len: u32, _flags: VhostUserConfigFlags) -> Result<Vec<u8>> {
+        match self.ask(Request::GetConfig { offset, len })? {
+            Reply::Config(bytes) => Ok(bytes),
+            _ => Err(Error::BackendInternalError),
+        }
+    }
+
+    fn set_config(&self, _offset: u32, _bytes: &[u8], _flags: VhostUserConfigFlags) -> Result<()> {
+        self.done(Request::SetConfig)
+    }
+
+    fn get_shmem_config(&self) -> Result<VhostUserShMemConfig> {
+        match self.ask(Request::GetShmemConfig)? {
+            Reply::ShmemLen(len) => Ok(VhostUserShMemConfig::new(1, &[len])),
+            _ => Err(Error::BackendInternalError),
+        }
+    }
+
+    fn get_max_mem_slots(&self) -> Result<u64> {
+        self.number(Request::GetMaxMemSlots)
+    }
+
+    fn add_mem_region(
+        &self,
+        region: &VhostUserSingleMemoryRegion,
+        file: File,
+        _postcopy: Option<bool>,
+    ) -> Result<Option<VhostUserMemoryRegionBase>> {
+        let region = self.region(region, file)?;
+        self.done(Request::AddMemReg(region)).map(|()| None)
+    }
+
+    fn remove_mem_region(&self, region: &VhostUserSingleMemoryRegion) -> Result<()> {
+        self.done(Request::RemMemReg {
+            guest: region.guest_phys_addr,
+            frontend: region.user_addr,
+            len: region.memory_size,
+        })
+    }
+
+    fn set_gpu_socket(&self, _gpu: GpuBackend) -> Result<()> {
+        self.unsupported("GPU_SET_SOCKET")
+    }
+
+    fn get_shared_object(&self, _uuid: VhostUserSharedMsg) -> Result<File> {
+        self.unsupported("SHARED_OBJECT")
+    }
+
+    fn get_inflight_fd(&self, _inflight: &VhostUserInflight) -> Result<(VhostUserInflight, File)> {
+        self.unsupported("INFLIGHT_SHMFD")
+    }
+
+    fn set_inflight_fd(&self, _inflight: &VhostUserInflight, _file: File) -> Result<()> {
+        self.unsupported("INFLIGHT_SHMFD")
+    }
+
+    fn set_device_state_fd(
+        &self,
+        _direction: VhostTransferStateDirection,
+        _phase: VhostTransferStatePhase,
+        _file: File,
+    ) -> Result<Option<File>> {
+        self.unsupported("DEVICE_STATE")
+    }
+
+    fn check_device_state(&self) -> Result<()> {
+        self.unsupported("DEVICE_STATE")
+    }
+
+    fn set_log_base(&self, _log: &VhostUserLog, _file: File) -> Result<()> {
+        self.unsupported("LOG_SHMFD")
+    }
+}
+
+/// A question to a link, and where its answer goes.
+pub type Answer = Sender<Reply>;

@@ -1,0 +1,106 @@
+//! Is a descriptor that a front-end sent of the kind that the message needs?
+//!
+//! Asked of the kernel before anything else is done with the descriptor, since a
+//! file system in user space, a pipe or a terminal could stall whoever reads it.
+
+use std::fs::{self, File};
+use std::os::fd::{AsFd, AsRawFd, OwnedFd};
+use std::os::unix::fs::MetadataExt;
+
+use nix::fcntl::{FcntlArg, OFlag, fcntl};
+
+use crate::link::Fault;
+use crate::link::descriptor::{Eventfd, MemoryFile};
+
+/// File systems whose pages can back memory that is shared: their magic numbers
+/// (statfs(2)). A file of another kind could stall its reader for as long as its
+/// server likes.
+const MEMORY_FILE_SYSTEMS: [(i64, &str); 2] = [(0x0102_1994, "tmpfs"), (0x9584_58f6, "hugetlbfs")];
+
+/// Takes a descriptor as memory; gives it with its file's length in bytes.
+///
+/// # Errors
+/// When it is no regular file of a memory file system.
+pub fn memory_file(file: File) -> Result<(MemoryFile, u64), Fault> {
+    let fault = |reason: String| Fault::Descriptor(format!("the descriptor of a memory region {reason}"));
+    let metadata = file.metadata().map_err(|error| fault(format!("cannot be examined: {error}")))?;
+    let system = nix::sys::statfs::fstatfs(&file)
+        .map_err(|error| fault(format!("cannot be examined: {error}")))?
+        .filesystem_type()
+        .0;
+    if !metadata.is_file() || !MEMORY_FILE_SYSTEMS.iter().any(|(magic, _)| *magic == system) {
+        return Err(fault(
+            "is no memfd, shared-memory or hugetlbfs file: give the VMM memory of that kind, \
+             as QEMU's memory-backend-memfd with share=on"
+                .into(),
+        ));
+    }
+    let memory = MemoryFile::new(OwnedFd::from(file), metadata.dev(), metadata.ino());
+    Ok((memory, metadata.len()))
+}
+
+/// Takes a descriptor as an eventfd, and makes it one on which no write blocks.
+///
+/// # Errors
+/// When it is anything else.
+pub fn eventfd(file: File) -> Result<Eventfd, Fault> {
+    let fd = OwnedFd::from(file);
+    // The kernel's own word on what a descriptor is.
+    let info = fs::read_to_string(format!("/proc/self/fdinfo/{}", fd.as_raw_fd())).unwrap_or_default();
+    if !info.lines().any(|line| line.starts_with("eventfd-count:")) {
+        return Err(Fault::Descriptor("a kick, call or error descriptor is no eventfd".into()));
+    }
+    set_nonblocking(&fd)
+        .map_err(|error| Fault::Descriptor(format!("an eventfd cannot be made non-blocking: {error}")))?;
+    Ok(Eventfd::new(fd))
+}
+
+fn set_nonblocking(fd: &impl AsFd) -> nix::Result<()> {
+    let flags = OFlag::from_bits_truncate(fcntl(fd, FcntlArg::F_GETFL)?);
+    if !flags.contains(OFlag::O_NONBLOCK) {
+        fcntl(fd, FcntlArg::F_SETFL(flags | OFlag::O_NONBLOCK))?;
+    }
+    Ok(())
+}
+
+#[cfg(test)]
+mod tests {
+    #![allow(clippy::unwrap_used)]
+    use super::*;
+    use std::io::Write;
+
+    use nix::sys::eventfd::EventFd;
+    use nix::sys::memfd::{MFdFlags, memfd_create};
+
+    fn file(fd: impl Into<OwnedFd>) -> File {
+        File::from(fd.into())
+    }
+
+    #[test]
+    fn a_memfd_is_memory_and_its_length_is_known() {
+        let mut memfd = file(memfd_create(c"m", MFdFlags::MFD_CLOEXEC).unwrap());
+        memfd.write_all(&[0; 8192]).unwrap();
+        let again = memfd.try_clone().unwrap();
+        let (memory, len) = memory_file(memfd).unwrap();
+        assert_eq!(len, 8192);
+        assert_eq!(memory_file(again).unwrap().0, memory);
+    }
+
+    #[test]
+    fn pipes_sockets_and_disk_files_are_no_memory() {
+        let (pipe, _) = nix::unistd::pipe().unwrap();
+        assert!(memory_file(file(pipe)).is_err());
+        assert!(memory_file(File::open("/proc/self/maps").unwrap()).is_err());
+        assert!(memory_file(File::open("/dev/null").unwrap()).is_err());
+    }
+
+    #[test]
+    fn only_an_eventfd_is_an_eventfd_and_it_never_blocks() {
+        let fd = eventfd(file(EventFd::new().unwrap())).unwrap();
+        let flags = OFlag::from_bits_truncate(fcntl(&fd, FcntlArg::F_GETFL).unwrap());
+        assert!(flags.contains(OFlag::O_NONBLOCK));
+        let (pipe, _) = nix::unistd::pipe().unwrap();
+        assert!(eventfd(file(pipe)).is_err());
+        assert!(eventfd(File::open("/dev/null").unwrap()).is_err());
+    }
+}

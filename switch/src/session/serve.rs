@@ -1,0 +1,76 @@
+//! The thread of a session: reads one message after the other and has each
+//! answered, until the front-end leaves, errs, or the link ends the session. A
+//! front-end that stalls in mid-message stalls this thread and nothing else.
+
+use std::os::unix::net::UnixStream;
+use std::sync::Arc;
+
+use tracing::debug;
+use vhost::vhost_user::{BackendReqHandler, Error};
+
+use super::decode::Decoder;
+use super::intercept::{self, Next};
+use crate::link::{Fault, Side};
+use crate::runtime::{Input, LinkPort, SessionId};
+
+/// Serves one front-end's connection until it ends; tells the link.
+pub fn serve(mut stream: UnixStream, port: &LinkPort, side: Side, session: SessionId) {
+    let decoder = Arc::new(Decoder::new(port.clone(), side, session));
+    let fault = match stream.try_clone() {
+        Ok(clone) => {
+            let mut handler = BackendReqHandler::from_stream(clone, Arc::clone(&decoder));
+            messages(&mut stream, &mut handler, &decoder)
+        }
+        Err(error) => Some(Fault::Message(format!("the socket cannot be used: {error}"))),
+    };
+    port.send(Input::Ended { side, session, fault });
+}
+
+/// Handles messages until the session ends; gives the fault that ended it, if the
+/// link does not know it already.
+fn messages(
+    stream: &mut UnixStream,
+    handler: &mut BackendReqHandler<Decoder>,
+    decoder: &Decoder,
+) -> Option<Fault> {
+    loop {
+        match intercept::next(stream) {
+            Ok(Next::Ordinary) => match handler.handle_request() {
+                Ok(()) => {}
+                Err(error) => return decoder.take_fault().or_else(|| fault_of(error)),
+            },
+            Ok(Next::Taken(mut message)) => {
+                let request = match message.request() {
+                    Ok(request) => request,
+                    Err(fault) => return Some(fault),
+                };
+                let done = decoder.ask(request).is_ok();
+                if message.answer(stream, decoder.reply_ack(), done).is_err() || !done {
+                    return None;
+                }
+            }
+            Ok(Next::End) => return None,
+            Err(error) if error.kind() == std::io::ErrorKind::InvalidData => {
+                return Some(Fault::Message(error.to_string()));
+            }
+            Err(error) => {
+                debug!(%error, "session ended");
+                return None;
+            }
+        }
+    }
+}
+
+/// What an error of the vhost crate says of the front-end. A connection that
+/// closed between messages, and what the link refused itself, is no further fault.
+fn fault_of(error: Error) -> Option<Fault> {
+    match error {
+        Error::Disconnected | Error::SocketBroken(_) | Error::SocketError(_) | Error::ReqHandlerError(_) => {
+            None
+        }
+        Error::InactiveFeature(_) | Error::InactiveOperation(_) | Error::InvalidOperation(_) => {
+            Some(Fault::OutOfOrder(format!("a message whose feature was not negotiated: {error}")))
+        }
+        error => Some(Fault::Message(error.to_string())),
+    }
+}
