@@ -1,6 +1,7 @@
 //! The command line of the broker.
 #![forbid(unsafe_code)]
 
+use std::ffi::OsString;
 use std::fs;
 use std::path::{Path, PathBuf};
 use std::process::ExitCode;
@@ -67,7 +68,7 @@ enum Command {
     #[command(hide = true)]
     Guest {
         #[arg(trailing_var_arg = true, allow_hyphen_values = true)]
-        args: Vec<String>,
+        args: Vec<OsString>,
     },
 }
 
@@ -85,11 +86,10 @@ fn main() -> ExitCode {
 
 fn execute(command: Command) -> anyhow::Result<()> {
     match command {
-        Command::Run { config } => run(&config),
+        Command::Run { config } => run(&config)?,
         Command::Check { config } => {
             let links = load(&config)?.links.len();
             println!("{}: no mistakes, {links} link{}", config.display(), if links == 1 { "" } else { "s" });
-            Ok(())
         }
         Command::Status { json, control_socket } => {
             let report = client::status(&control_socket)?;
@@ -98,12 +98,12 @@ fn execute(command: Command) -> anyhow::Result<()> {
             } else {
                 print!("{}", render::broker(&report));
             }
-            Ok(())
         }
-        Command::Watch { interval, control_socket } => watch(&control_socket, interval),
-        Command::Demo(args) => demo::run(&args),
-        Command::Guest { args } => guest_driver_model::programs::main(args),
+        Command::Watch { interval, control_socket } => watch(&control_socket, interval)?,
+        Command::Demo(args) => demo::run(&args)?,
+        Command::Guest { args } => guest_driver_model::programs::main(args)?,
     }
+    Ok(())
 }
 
 fn load(path: &Path) -> anyhow::Result<Config> {

@@ -68,7 +68,8 @@ impl OwnerSession {
         if self.halted || !self.vrings.iter().any(Vring::is_live) {
             return IovaMap::new();
         }
-        IovaMap::identity(&self.memory)
+        // A buffer may run from one region into the next where both touch.
+        IovaMap::identity(&self.memory).merged()
     }
 
     /// Takes one request. On a fault nothing has changed.

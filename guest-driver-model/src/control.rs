@@ -1,0 +1,289 @@
+//! The control ring (`docs/vhost-pci-device.md`, section 9): the driver tells the
+//! device what it serves and what it found broken.
+//!
+//! Owns: the ring and the buffers in the control area of the window. Never believes
+//! that the device answers: each wait has an end, and a buffer that the device has
+//! not given back is not used again.
+
+use std::os::fd::BorrowedFd;
+use std::time::{Duration, Instant};
+
+use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
+use vhost_pci_device::abi::{self, FaultKind};
+
+use crate::ring::{AddError, Buffer, Completion, DriverFault, DriverRing, Fault, RingPlaces};
+use crate::shm::{SharedMemory, ShmError};
+use crate::transport::Transport;
+
+/// How long the blocking calls wait for the device.
+pub const ANSWER_TIME: Duration = Duration::from_secs(2);
+
+const REQUEST_LEN: u64 = size_of::<abi::ControlRequest>() as u64;
+const RESPONSE_LEN: u64 = size_of::<abi::ControlResponse>() as u64;
+/// Bytes between two buffers: a request, and the response behind it.
+const BUFFER_STRIDE: u64 = 64;
+/// Commands that the ring has room for: two descriptors each.
+const SLOTS: u64 = abi::CONTROL_RING_SIZE as u64 / 2;
+
+const _: () = {
+    assert!(REQUEST_LEN + RESPONSE_LEN <= BUFFER_STRIDE);
+    assert!(abi::CONTROL_BUFFERS + SLOTS * BUFFER_STRIDE <= abi::CONTROL_LEN);
+};
+
+/// A command to the device (9.2).
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Command {
+    /// The driver serves the vrings of this generation.
+    Attach {
+        /// The link page's generation.
+        generation: u64,
+        /// The driver waits for interrupts; otherwise it polls.
+        interrupt: bool,
+    },
+    /// The driver has let go of all vrings.
+    Detach,
+    /// The driver has stopped serving a vring that is broken.
+    Fault {
+        /// The owner's vring.
+        vring: u16,
+        /// What is wrong.
+        kind: FaultKind,
+        /// What was seen.
+        value: u64,
+    },
+}
+
+impl From<Fault> for Command {
+    fn from(fault: Fault) -> Self {
+        Self::Fault { vring: fault.vring, kind: fault.kind, value: fault.value }
+    }
+}
+
+impl Command {
+    /// The words of the request: command and vring, flags, kind, zero; then the value.
+    fn words(self) -> ([u16; 2], [u32; 3], u64) {
+        match self {
+            Self::Attach { generation, interrupt } => {
+                let flags = if interrupt { abi::ATTACH_F_INTERRUPT } else { 0 };
+                ([abi::CTRL_ATTACH, 0], [flags, 0, 0], generation)
+            }
+            Self::Detach => ([abi::CTRL_DETACH, 0], [0; 3], 0),
+            Self::Fault { vring, kind, value } => ([abi::CTRL_FAULT, vring], [0, kind as u32, 0], value),
+        }
+    }
+}
+
+/// What the device said to a command.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Answer {
+    /// The command.
+    pub command: Command,
+    /// `CTRL_*` result: `CTRL_OK` if all is well.
+    pub status: u32,
+}
+
+/// Why a command has not been done.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
+pub enum ControlError {
+    /// The control area is not inside the window.
+    #[error("control area: {0}")]
+    Area(#[from] ShmError),
+    /// The device has taken all commands and given none back.
+    #[error("the device has not answered {SLOTS} control commands")]
+    Full,
+    /// The device did not answer in time. It may still do so.
+    #[error("the device did not answer {command:?} within {waited:?}")]
+    Timeout {
+        /// The command.
+        command: Command,
+        /// How long was waited.
+        waited: Duration,
+    },
+    /// The device broke the ring.
+    #[error("control ring: {0}")]
+    Ring(#[from] DriverFault),
+    /// The device refuses.
+    #[error("the device answers {command:?} with status {status} ({})", status_name(*status))]
+    Refused {
+        /// The command.
+        command: Command,
+        /// Its answer.
+        status: u32,
+    },
+}
+
+fn status_name(status: u32) -> &'static str {
+    match status {
+        abi::CTRL_OK => "ok",
+        abi::CTRL_UNKNOWN => "unknown command",
+        abi::CTRL_INVALID => "invalid",
+        abi::CTRL_STALE => "not the current generation",
+        _ => "?",
+    }
+}
+
+/// The driver's end of the control ring. Belongs to one appearance of the control
+/// area: when the link area has been gone, a new one is made.
+#[derive(Debug)]
+pub struct ControlRing {
+    ring: DriverRing,
+    window: SharedMemory,
+    buffers: u64,
+    in_flight: [Option<Command>; SLOTS as usize],
+    completions: Vec<Completion>,
+}
+
+impl ControlRing {
+    /// A fresh ring in the control area of the device's window, which must be mapped.
+    ///
+    /// # Errors
+    /// If the control area is not inside the window.
+    pub fn new(transport: &dyn Transport) -> Result<Self, ControlError> {
+        let area = transport.config().control_offset.value();
+        let places = RingPlaces {
+            size: abi::CONTROL_RING_SIZE,
+            desc: area + abi::CONTROL_DESC,
+            avail: area + abi::CONTROL_AVAIL,
+            used: area + abi::CONTROL_USED,
+        };
+        let window = transport.window().clone();
+        // Descriptors hold window offsets.
+        let ring = DriverRing::new(abi::QUEUE_CONTROL, &places, &window, 0, None)?;
+        let buffers = area + abi::CONTROL_BUFFERS;
+        Ok(Self { ring, window, buffers, in_flight: [None; SLOTS as usize], completions: Vec::new() })
+    }
+
+    /// Gives the device a command, and does not wait.
+    ///
+    /// # Errors
+    /// If there is no room, or the device broke the ring.
+    pub fn send(&mut self, transport: &dyn Transport, command: Command) -> Result<(), ControlError> {
+        let slot = self.in_flight.iter().position(Option::is_none).ok_or(ControlError::Full)?;
+        let at = self.buffers + slot as u64 * BUFFER_STRIDE;
+        let ([number, vring], flags, value) = command.words();
+        self.window.store_u16(at, number)?;
+        self.window.store_u16(at + 2, vring)?;
+        for (index, word) in (0_u64..).zip(flags) {
+            self.window.store_u32(at + 4 + index * 4, word)?;
+        }
+        self.window.store_u64(at + 16, value)?;
+        let pieces = [
+            Buffer::readable(at, REQUEST_LEN as u32),
+            Buffer::writable(at + REQUEST_LEN, RESPONSE_LEN as u32),
+        ];
+        match self.ring.add(&pieces, slot as u64) {
+            Ok(()) => {}
+            Err(AddError::Full | AddError::Invalid) => return Err(ControlError::Full),
+        }
+        if let Some(place) = self.in_flight.get_mut(slot) {
+            *place = Some(command);
+        }
+        self.ring.publish();
+        // Commands are rare: the device's wish not to be notified is not asked for, so
+        // that a device that lost count still looks.
+        transport.doorbell(abi::QUEUE_CONTROL);
+        Ok(())
+    }
+
+    /// What the device has answered since this was last asked.
+    ///
+    /// # Errors
+    /// If the device broke the ring.
+    pub fn answers(&mut self) -> Result<Vec<Answer>, ControlError> {
+        self.completions.clear();
+        self.ring.reap(SLOTS as usize, &mut self.completions)?;
+        let answer = |completion: &Completion| {
+            let slot = completion.token;
+            let command = self.in_flight.get_mut(slot as usize).and_then(Option::take)?;
+            let at = self.buffers + slot * BUFFER_STRIDE + REQUEST_LEN;
+            // An answer too short to have a status is one that refuses.
+            let status = match u64::from(completion.len) < RESPONSE_LEN {
+                true => abi::CTRL_INVALID,
+                false => self.window.load_u32(at).unwrap_or(abi::CTRL_INVALID),
+            };
+            Some(Answer { command, status })
+        };
+        Ok(self.completions.iter().filter_map(answer).collect())
+    }
+
+    /// Gives the device a command and waits for its answer, at most `patience`.
+    /// Answers to other commands that arrive meanwhile are dropped.
+    ///
+    /// # Errors
+    /// If it does not come in time, or is not `CTRL_OK`.
+    pub fn call(
+        &mut self,
+        transport: &dyn Transport,
+        command: Command,
+        patience: Duration,
+    ) -> Result<(), ControlError> {
+        // Answers that have come already are not this command's.
+        self.answers()?;
+        self.send(transport, command)?;
+        let start = Instant::now();
+        loop {
+            if let Some(answer) = self.answers()?.into_iter().find(|answer| answer.command == command) {
+                return match answer.status {
+                    abi::CTRL_OK => Ok(()),
+                    status => Err(ControlError::Refused { command, status }),
+                };
+            }
+            let waited = start.elapsed();
+            if waited >= patience {
+                return Err(ControlError::Timeout { command, waited });
+            }
+            wait(transport.interrupt_fd(abi::QUEUE_CONTROL), patience - waited);
+        }
+    }
+
+    /// Tells the device that the vrings of a generation are served.
+    ///
+    /// # Errors
+    /// As [`call`](Self::call); `CTRL_STALE` if the generation is an old one.
+    pub fn attach(&mut self, transport: &dyn Transport, generation: u64, interrupt: bool) -> Result<(), ControlError> {
+        self.call(transport, Command::Attach { generation, interrupt }, ANSWER_TIME)
+    }
+
+    /// Tells the device that nothing is served any more.
+    ///
+    /// # Errors
+    /// As [`call`](Self::call).
+    pub fn detach(&mut self, transport: &dyn Transport) -> Result<(), ControlError> {
+        self.call(transport, Command::Detach, ANSWER_TIME)
+    }
+
+    /// Tells the device that a vring is broken and no longer served.
+    ///
+    /// # Errors
+    /// As [`call`](Self::call).
+    pub fn report_fault(
+        &mut self,
+        transport: &dyn Transport,
+        vring: u16,
+        kind: FaultKind,
+        value: u64,
+    ) -> Result<(), ControlError> {
+        self.call(transport, Command::Fault { vring, kind, value }, ANSWER_TIME)
+    }
+}
+
+/// Sleeps until the interrupt, or a short while if there is none: it may also be an
+/// older interrupt, or one that somebody else takes.
+fn wait(interrupt: Option<BorrowedFd<'_>>, most: Duration) {
+    let Some(interrupt) = interrupt else {
+        std::thread::sleep(most.min(Duration::from_micros(100)));
+        return;
+    };
+    let mut fds = [PollFd::new(interrupt, PollFlags::POLLIN)];
+    // An interrupt can be lost (a vector shared and drained elsewhere): look again soon.
+    let most = most.min(Duration::from_millis(20)).as_millis() as u16;
+    if poll(&mut fds, PollTimeout::from(most.max(1))).is_ok_and(|ready| ready > 0) {
+        // Non-blocking by the transport's contract. What it announced is looked at by
+        // whoever loops around this.
+        let _ = nix::unistd::read(interrupt, &mut [0; 8]);
+    }
+}
+
+#[cfg(test)]
+#[path = "control_tests.rs"]
+mod tests;

@@ -1,0 +1,141 @@
+//! The control ring against a device that answers from within the doorbell.
+
+use std::os::fd::AsFd;
+use std::sync::Mutex;
+
+use nix::sys::memfd::{MFdFlags, memfd_create};
+use nix::unistd::ftruncate;
+use vhost_pci_device::abi::DeviceConfig;
+
+use super::*;
+use crate::transport::TransportError;
+
+/// What the device does with a command.
+#[derive(Clone, Copy)]
+enum Device {
+    Answers(u32),
+    Silent,
+    ClaimsTooMuch,
+}
+
+struct Fake {
+    config: DeviceConfig,
+    window: SharedMemory,
+    device: Mutex<(Device, u16)>,
+    seen: Mutex<Vec<(u16, u16, u32, u32, u64)>>,
+}
+
+const AREA: u64 = abi::CONTROL_OFFSET;
+
+impl Fake {
+    fn new(device: Device) -> Self {
+        let len = 1 << 20;
+        let file = memfd_create(c"test", MFdFlags::MFD_CLOEXEC).unwrap();
+        ftruncate(&file, len).unwrap();
+        let window = SharedMemory::map(file.as_fd(), 0, len as usize).unwrap();
+        let config = DeviceConfig { control_offset: AREA.into(), ..DeviceConfig::default() };
+        Self { config, window, device: Mutex::new((device, 0)), seen: Mutex::default() }
+    }
+
+    fn answer(&self) {
+        let mut device = self.device.lock().unwrap();
+        let word = |at| self.window.load_u16(AREA + at).unwrap();
+        while device.1 != word(abi::CONTROL_AVAIL + 2) {
+            let slot = u64::from(device.1 % abi::CONTROL_RING_SIZE);
+            let head = word(abi::CONTROL_AVAIL + 4 + 2 * slot);
+            let descriptor = |index: u16| AREA + abi::CONTROL_DESC + 16 * u64::from(index);
+            let request = self.window.load_u64(descriptor(head)).unwrap();
+            let second = self.window.load_u16(descriptor(head) + 14).unwrap();
+            let response = self.window.load_u64(descriptor(second)).unwrap();
+            let window = &self.window;
+            self.seen.lock().unwrap().push((
+                window.load_u16(request).unwrap(),
+                window.load_u16(request + 2).unwrap(),
+                window.load_u32(request + 4).unwrap(),
+                window.load_u32(request + 8).unwrap(),
+                window.load_u64(request + 16).unwrap(),
+            ));
+            let len = match device.0 {
+                Device::Silent => return,
+                Device::Answers(status) => {
+                    window.store_u32(response, status).unwrap();
+                    8
+                }
+                Device::ClaimsTooMuch => 9,
+            };
+            let used = AREA + abi::CONTROL_USED;
+            window.store_u32(used + 4 + 8 * slot, head.into()).unwrap();
+            window.store_u32(used + 8 + 8 * slot, len).unwrap();
+            device.1 += 1;
+            window.store_u16_release(used + 2, device.1).unwrap();
+        }
+    }
+}
+
+impl Transport for Fake {
+    fn name(&self) -> &str {
+        "fake"
+    }
+    fn config(&self) -> &DeviceConfig {
+        &self.config
+    }
+    fn window(&self) -> &SharedMemory {
+        &self.window
+    }
+    fn doorbell(&self, queue: u16) {
+        assert_eq!(queue, abi::QUEUE_CONTROL);
+        self.answer();
+    }
+    fn interrupt_fd(&self, _: u16) -> Option<BorrowedFd<'_>> {
+        None
+    }
+    fn check(&self) -> Result<(), TransportError> {
+        Ok(())
+    }
+}
+
+#[test]
+fn commands_arrive_as_the_abi_says_and_are_answered() {
+    let device = Fake::new(Device::Answers(abi::CTRL_OK));
+    let mut ring = ControlRing::new(&device).unwrap();
+    for _ in 0..20 {
+        ring.attach(&device, 6, true).unwrap();
+        ring.report_fault(&device, 3, FaultKind::Unmapped, 0x1234).unwrap();
+        ring.detach(&device).unwrap();
+    }
+    let seen = device.seen.lock().unwrap();
+    assert_eq!(seen.len(), 60);
+    assert_eq!(seen[57], (abi::CTRL_ATTACH, 0, abi::ATTACH_F_INTERRUPT, 0, 6));
+    assert_eq!(seen[58], (abi::CTRL_FAULT, 3, 0, FaultKind::Unmapped as u32, 0x1234));
+    assert_eq!(seen[59], (abi::CTRL_DETACH, 0, 0, 0, 0));
+}
+
+#[test]
+fn a_refusal_is_told_apart_from_silence() {
+    let device = Fake::new(Device::Answers(abi::CTRL_STALE));
+    let mut ring = ControlRing::new(&device).unwrap();
+    let error = ring.attach(&device, 2, false).unwrap_err();
+    assert!(matches!(error, ControlError::Refused { status: abi::CTRL_STALE, .. }));
+
+    let device = Fake::new(Device::Silent);
+    let mut ring = ControlRing::new(&device).unwrap();
+    let short = Duration::from_millis(1);
+    for _ in 0..SLOTS {
+        let error = ring.call(&device, Command::Detach, short).unwrap_err();
+        assert!(matches!(error, ControlError::Timeout { .. }));
+    }
+    // What the device has not given back is not used again.
+    assert_eq!(ring.send(&device, Command::Detach), Err(ControlError::Full));
+    // It wakes up at last: all are answered, and there is room.
+    device.device.lock().unwrap().0 = Device::Answers(abi::CTRL_OK);
+    device.answer();
+    assert_eq!(ring.answers().unwrap().len(), SLOTS as usize);
+    ring.detach(&device).unwrap();
+}
+
+#[test]
+fn a_device_that_breaks_the_ring_is_found_out() {
+    let device = Fake::new(Device::ClaimsTooMuch);
+    let mut ring = ControlRing::new(&device).unwrap();
+    assert!(matches!(ring.detach(&device), Err(ControlError::Ring(_))));
+}

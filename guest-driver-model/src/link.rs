@@ -1,0 +1,265 @@
+//! The link page: what the device tells the peer's driver about the link
+//! (`docs/vhost-pci-device.md`, section 7).
+//!
+//! Owns: reading it, by plain loads, under its generation counter, and refusing
+//! what cannot be true. Never writes it, and never believes a count or an offset in
+//! it before comparing it with the lengths of the link area and of the window.
+
+use std::mem::{offset_of, size_of};
+use std::sync::atomic::{Ordering, fence};
+
+use vhost_pci_device::abi;
+
+use crate::shm::{SharedMemory, ShmError};
+pub use crate::translate::{Access, Mapping};
+
+/// How often a snapshot is tried while the device changes the page.
+const ATTEMPTS: usize = 64;
+
+/// Why the link page gave no snapshot.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
+pub enum LinkError {
+    /// The link area is not in the window (yet): it reads as zero.
+    #[error("no link area is mapped")]
+    NotMapped,
+    /// The device was changing the page all the time. Try again later.
+    #[error("the link page is being changed")]
+    Changing,
+    /// The page starts with something else than `LINK_MAGIC`.
+    #[error("the link page's magic is {found:#x}")]
+    Magic {
+        /// What was read.
+        found: u32,
+    },
+    /// The page has a version or header length that this driver does not know.
+    #[error("link page version {version} with a header of {header_len} bytes is not known")]
+    Version {
+        /// The version read.
+        version: u16,
+        /// The header length read, bytes.
+        header_len: u16,
+    },
+    /// A table does not fit the link area.
+    #[error("a table of {count} entries at {offset:#x} is not inside the link area")]
+    Table {
+        /// Where it is said to start, bytes from the start of the link area.
+        offset: u32,
+        /// How many entries it is said to have.
+        count: u32,
+    },
+    /// A mapping is empty, not made of pages, wraps, is not inside the window, or
+    /// covers the link area.
+    #[error("mapping {index} cannot be: IOVA {iova:#x}, {len:#x} bytes, window offset {window_offset:#x}")]
+    Mapping {
+        /// Its place in the table.
+        index: usize,
+        /// The IOVA read.
+        iova: u64,
+        /// The length read, bytes.
+        len: u64,
+        /// The window offset read.
+        window_offset: u64,
+    },
+    /// A mapping starts before its predecessor ends.
+    #[error("mapping {index} at IOVA {iova:#x} is not after its predecessor")]
+    Order {
+        /// Its place in the table.
+        index: usize,
+        /// The IOVA read.
+        iova: u64,
+    },
+    /// The link area is not inside the window, or not aligned.
+    #[error("link area: {0}")]
+    Area(#[from] ShmError),
+}
+
+/// One of the owner's vrings, as the link page tells. Not yet validated:
+/// [`RingConfig`](crate::ring::RingConfig) does that, for each vring by itself.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct VringInfo {
+    /// The owner's front-end has started and enabled it.
+    pub enabled: bool,
+    /// Entries.
+    pub size: u32,
+    /// IOVA of the descriptor table.
+    pub desc: u64,
+    /// IOVA of the available ring.
+    pub avail: u64,
+    /// IOVA of the used ring.
+    pub used: u64,
+    /// The available index that the owner's front-end named at the start.
+    pub base: u32,
+}
+
+/// The link page of one generation.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct LinkSnapshot {
+    /// The generation; even.
+    pub generation: u64,
+    /// The owner's VMM is connected.
+    pub owner: bool,
+    /// All mappings are in place and the vrings may be used.
+    pub up: bool,
+    /// The virtio device number of the owner's device.
+    pub owner_device: u32,
+    /// The virtio features that the owner's driver accepted.
+    pub features: u64,
+    /// Sorted by IOVA; they do not overlap and each lies inside the window.
+    pub mappings: Vec<Mapping>,
+    /// By the owner's vring number.
+    pub vrings: Vec<VringInfo>,
+}
+
+impl LinkSnapshot {
+    /// Whether the owner's driver accepted the feature with this bit number.
+    pub fn has_feature(&self, bit: u32) -> bool {
+        self.features.checked_shr(bit).is_some_and(|rest| rest & 1 == 1)
+    }
+}
+
+/// The link area of a window.
+#[derive(Clone, Debug)]
+pub struct LinkPage {
+    area: SharedMemory,
+    offset: u64,
+    window_len: u64,
+}
+
+impl LinkPage {
+    /// The link area at `link_offset`, `link_len` bytes long, both from the config
+    /// space of the device.
+    pub fn new(window: SharedMemory, link_offset: u64, link_len: u64) -> Result<Self, LinkError> {
+        let area = window.part(link_offset, link_len)?;
+        let page = Self { area, offset: link_offset, window_len: window.len() };
+        // Bounds and alignment of the header's last and its widest field.
+        page.area.part(0, size_of::<abi::LinkHeader>() as u64)?;
+        page.area.load_u64(offset_of!(abi::LinkHeader, generation) as u64)?;
+        Ok(page)
+    }
+
+    /// The generation: one load, cheap enough to poll. Odd while the device changes
+    /// the page; another value than the snapshot's means that the snapshot is old.
+    #[inline]
+    pub fn generation(&self) -> u64 {
+        // Acquire: pairs with the device's release store of the generation at the end
+        // of a change. `new` has made the same access, so it does not fail.
+        self.area.load_u64_acquire(offset_of!(abi::LinkHeader, generation) as u64).unwrap_or(1)
+    }
+
+    /// A consistent copy of the page, validated.
+    pub fn snapshot(&self) -> Result<LinkSnapshot, LinkError> {
+        for _ in 0..ATTEMPTS {
+            let generation = self.generation();
+            if !generation.is_multiple_of(2) {
+                std::hint::spin_loop();
+                continue;
+            }
+            let result = self.read(generation);
+            // Acquire fence: pairs with the device's release fence between its store
+            // of the odd generation and its stores to the page: had a load above
+            // seen one of these, the load below sees the odd value or a later one.
+            fence(Ordering::Acquire);
+            if self.generation() == generation {
+                return result;
+            }
+        }
+        Err(LinkError::Changing)
+    }
+
+    fn read(&self, generation: u64) -> Result<LinkSnapshot, LinkError> {
+        let area = &self.area;
+        let word = |field: usize| area.load_u32(field as u64);
+        match word(offset_of!(abi::LinkHeader, magic))? {
+            abi::LINK_MAGIC => {}
+            0 => return Err(LinkError::NotMapped),
+            found => return Err(LinkError::Magic { found }),
+        }
+        let version = area.load_u16(offset_of!(abi::LinkHeader, version) as u64)?;
+        let header_len = area.load_u16(offset_of!(abi::LinkHeader, header_len) as u64)?;
+        if version != abi::ABI_VERSION || usize::from(header_len) < size_of::<abi::LinkHeader>() {
+            return Err(LinkError::Version { version, header_len });
+        }
+        let status = word(offset_of!(abi::LinkHeader, status))?;
+        Ok(LinkSnapshot {
+            generation,
+            owner: status & abi::LINK_S_OWNER != 0,
+            up: status & abi::LINK_S_UP != 0,
+            owner_device: word(offset_of!(abi::LinkHeader, owner_device))?,
+            features: area.load_u64(offset_of!(abi::LinkHeader, features) as u64)?,
+            mappings: self.mappings(
+                word(offset_of!(abi::LinkHeader, mapping_table))?,
+                word(offset_of!(abi::LinkHeader, mapping_count))?,
+            )?,
+            vrings: self.vrings(
+                word(offset_of!(abi::LinkHeader, vring_table))?,
+                word(offset_of!(abi::LinkHeader, vring_count))?,
+            )?,
+        })
+    }
+
+    /// A table of `count` entries of `T`, after checking that it lies inside the
+    /// area: so its length, and what is allocated for it, is bounded by the area's.
+    fn table<T>(&self, offset: u32, count: u32) -> Result<SharedMemory, LinkError> {
+        let len = u64::from(count) * size_of::<T>() as u64;
+        let aligned = u64::from(offset).is_multiple_of(8);
+        let table = self.area.part(u64::from(offset), len);
+        table.ok().filter(|_| aligned).ok_or(LinkError::Table { offset, count })
+    }
+
+    fn mappings(&self, offset: u32, count: u32) -> Result<Vec<Mapping>, LinkError> {
+        let table = self.table::<abi::Mapping>(offset, count)?;
+        let mut mappings = Vec::with_capacity(count as usize);
+        // The first IOVA that the next mapping may have; `None` past the last address.
+        let mut free_from = Some(0_u64);
+        for index in 0..count as usize {
+            let at = (index * size_of::<abi::Mapping>()) as u64;
+            let mapping = Mapping {
+                iova: table.load_u64(at + offset_of!(abi::Mapping, iova) as u64)?,
+                len: table.load_u64(at + offset_of!(abi::Mapping, len) as u64)?,
+                window_offset: table.load_u64(at + offset_of!(abi::Mapping, window_offset) as u64)?,
+                access: Access::from_bits(table.load_u32(at + offset_of!(abi::Mapping, access) as u64)?),
+            };
+            let Mapping { iova, len, window_offset, .. } = mapping;
+            if !self.can_be(&mapping) {
+                return Err(LinkError::Mapping { index, iova, len, window_offset });
+            }
+            if free_from.is_none_or(|free| iova < free) {
+                return Err(LinkError::Order { index, iova });
+            }
+            free_from = iova.checked_add(len);
+            mappings.push(mapping);
+        }
+        Ok(mappings)
+    }
+
+    fn can_be(&self, mapping: &Mapping) -> bool {
+        let Mapping { iova, len, window_offset, .. } = *mapping;
+        let pages = [iova, len, window_offset].into_iter().all(|value| value.is_multiple_of(abi::PAGE_SIZE));
+        // Both ends inclusive, so that a range may end with the address space.
+        let within = |start: u64| len.checked_sub(1).and_then(|last| start.checked_add(last));
+        let window_last = within(window_offset);
+        pages
+            && within(iova).is_some()
+            && window_last.is_some_and(|last| {
+                last < self.window_len
+                    && (last < self.offset || window_offset >= self.offset + self.area.len())
+            })
+    }
+
+    fn vrings(&self, offset: u32, count: u32) -> Result<Vec<VringInfo>, LinkError> {
+        let table = self.table::<abi::Vring>(offset, count)?;
+        let vring = |index: usize| {
+            let at = (index * size_of::<abi::Vring>()) as u64;
+            Ok(VringInfo {
+                enabled: table.load_u32(at + offset_of!(abi::Vring, flags) as u64)? & abi::VRING_F_ENABLED
+                    != 0,
+                size: table.load_u32(at + offset_of!(abi::Vring, size) as u64)?,
+                desc: table.load_u64(at + offset_of!(abi::Vring, desc) as u64)?,
+                avail: table.load_u64(at + offset_of!(abi::Vring, avail) as u64)?,
+                used: table.load_u64(at + offset_of!(abi::Vring, used) as u64)?,
+                base: table.load_u32(at + offset_of!(abi::Vring, base) as u64)?,
+            })
+        };
+        (0..count as usize).map(vring).collect()
+    }
+}

@@ -1,0 +1,57 @@
+//! Virtio-net packets over rings (virtio 1.3, 5.1): bursts in the manner of DPDK's
+//! `rx_burst` and `tx_burst`, for both sides of a link.
+//!
+//! | module | what it holds |
+//! |---|---|
+//! | [`header`] | the header before each packet |
+//! | [`burst`] | private storage of a burst of received packets |
+//! | [`peer`] | the peer's port: the device half of all of the owner's queues |
+//! | [`owner`] | the owner's port: the driver half, with buffers in its own memory |
+//! | [`layout`] | where an owner's port keeps its rings and buffers |
+//!
+//! Vring `2 * pair` is the owner's receive queue, `2 * pair + 1` its transmit queue
+//! (5.1.2). What the owner transmits the peer receives.
+
+pub mod burst;
+pub mod header;
+pub mod layout;
+pub mod owner;
+pub mod peer;
+mod transmit;
+
+pub use burst::{Packet, PacketBurst};
+pub use header::{HEADER_LEN, MAX_FRAME, NetHeader};
+pub use layout::{LayoutError, OwnerConfig, OwnerLayout};
+pub use owner::OwnerPort;
+pub use peer::{PeerPort, PortError};
+
+/// The owner's receive queue of a pair.
+pub const fn receive_vring(pair: u16) -> u16 {
+    pair.wrapping_mul(2)
+}
+
+/// The owner's transmit queue of a pair.
+pub const fn transmit_vring(pair: u16) -> u16 {
+    pair.wrapping_mul(2).wrapping_add(1)
+}
+
+/// What has passed through a port. Received and transmitted are as the port's own
+/// side sees it; bytes are those of frames, without headers.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Counters {
+    /// Packets received.
+    pub rx_packets: u64,
+    /// Bytes received.
+    pub rx_bytes: u64,
+    /// Packets received that were not whole, and dropped.
+    pub rx_drops: u64,
+    /// Packets transmitted.
+    pub tx_packets: u64,
+    /// Bytes transmitted.
+    pub tx_bytes: u64,
+    /// Packets to transmit that no buffer of the other side can take, dropped.
+    pub tx_drops: u64,
+}
+
+#[cfg(test)]
+mod fetch_tests;

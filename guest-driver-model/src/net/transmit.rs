@@ -1,0 +1,173 @@
+//! Placing frames into the owner's posted receive buffers (virtio 1.3, 5.1.6.4).
+//!
+//! Owns: the chains that were popped ahead, in order. A chain leaves it only when it
+//! is completed with a packet, so a packet that does not fit costs no buffer.
+
+use vhost_pci_device::abi::FaultKind;
+
+use super::Counters;
+use super::header::{HEADER_LEN, MAX_FRAME, NetHeader};
+use crate::ring::{ChainBurst, DeviceRing, Direction, Fault, Segment};
+use crate::shm::{SharedMemory, ShmError};
+
+/// How many chains are popped ahead at once.
+const POP: usize = 64;
+
+/// What became of a frame.
+enum Placed {
+    /// It is in the owner's buffers.
+    Sent,
+    /// It would not fit if all of the owner's buffers were free.
+    Never,
+    /// Not enough buffers are posted now.
+    NotYet,
+}
+
+/// Transmits on one queue.
+#[derive(Debug)]
+pub(super) struct Transmitter {
+    mergeable: bool,
+    posted: ChainBurst,
+    /// The first of `posted` that is not completed.
+    cursor: usize,
+}
+
+impl Transmitter {
+    pub(super) fn new(mergeable: bool) -> Self {
+        Self { mergeable, posted: ChainBurst::with_capacity(POP), cursor: 0 }
+    }
+
+    /// Sends frames until one has to wait. Returns how many are done with.
+    #[inline]
+    pub(super) fn send<'a>(
+        &mut self,
+        ring: &mut DeviceRing,
+        window: &SharedMemory,
+        frames: impl IntoIterator<Item = &'a [u8]>,
+        counters: &mut Counters,
+    ) -> Result<usize, Fault> {
+        // A dead ring takes nothing more, even where good chains were popped ahead.
+        if let Some(fault) = ring.fault() {
+            return Err(fault);
+        }
+        let mut done = 0;
+        for frame in frames {
+            match self.place(ring, window, frame) {
+                Ok(Placed::Sent) => {
+                    counters.tx_packets += 1;
+                    counters.tx_bytes += frame.len() as u64;
+                }
+                Ok(Placed::Never) => counters.tx_drops += 1,
+                Ok(Placed::NotYet) => break,
+                Err(fault) if done == 0 => return Err(fault),
+                Err(_) => break,
+            }
+            done += 1;
+        }
+        Ok(done)
+    }
+
+    #[inline]
+    fn place(&mut self, ring: &mut DeviceRing, window: &SharedMemory, frame: &[u8]) -> Result<Placed, Fault> {
+        if frame.len() > MAX_FRAME {
+            return Ok(Placed::Never);
+        }
+        let len = HEADER_LEN + frame.len();
+        // How many chains the packet takes.
+        let mut room = 0_u64;
+        let mut taken = 0_usize;
+        while taken == 0 || (self.mergeable && room < len as u64) {
+            let Some(capacity) = self.capacity(ring, taken)? else {
+                let all_posted = taken >= usize::from(ring.size());
+                return Ok(if all_posted { Placed::Never } else { Placed::NotYet });
+            };
+            if capacity < HEADER_LEN as u64 {
+                return Err(ring.fail(FaultKind::Length, capacity));
+            }
+            room += capacity;
+            taken += 1;
+        }
+        if room < len as u64 {
+            return Ok(Placed::Never);
+        }
+        // 5.1.6.4.1: 1 without VIRTIO_NET_F_MRG_RXBUF. `taken` is at most the ring's size.
+        let header = NetHeader { num_buffers: taken as u16, ..NetHeader::default() };
+        self.fill(ring, window, &header.to_bytes(), frame, taken)
+            .map_err(|_| ring.fail(FaultKind::Unmapped, len as u64))?;
+        self.cursor += taken;
+        Ok(Placed::Sent)
+    }
+
+    /// Room in the chain `ahead` of the cursor, bytes; `None` if the owner has not
+    /// posted it.
+    #[inline]
+    fn capacity(&mut self, ring: &mut DeviceRing, ahead: usize) -> Result<Option<u64>, Fault> {
+        if let Some(chain) = self.posted.chain(self.cursor + ahead) {
+            return Ok(Some(chain.len));
+        }
+        // Completed chains go before new ones come, so that this stays small. In the
+        // common case all are completed, and nothing moves.
+        if self.cursor == self.posted.len() {
+            self.posted.clear();
+        } else {
+            self.posted.discard(self.cursor);
+        }
+        self.cursor = 0;
+        ring.pop_burst(POP, Direction::DeviceWrites, &mut self.posted)?;
+        Ok(self.posted.chain(self.cursor + ahead).map(|chain| chain.len))
+    }
+
+    /// Copies header and frame into the next `taken` chains, which have the room, and
+    /// completes them.
+    #[inline]
+    fn fill(
+        &self,
+        ring: &mut DeviceRing,
+        window: &SharedMemory,
+        header: &[u8; HEADER_LEN],
+        frame: &[u8],
+        taken: usize,
+    ) -> Result<(), ShmError> {
+        let mut source = Source { header, frame };
+        for at in self.cursor..self.cursor + taken {
+            let Some(chain) = self.posted.chain(at) else { break };
+            let mut written = 0;
+            for segment in chain.segments {
+                if source.is_empty() {
+                    break;
+                }
+                written += source.fill(window, segment)?;
+            }
+            ring.push_used(chain.head, written);
+        }
+        Ok(())
+    }
+}
+
+/// What is left to copy of a packet.
+struct Source<'a> {
+    header: &'a [u8],
+    frame: &'a [u8],
+}
+
+impl Source<'_> {
+    fn is_empty(&self) -> bool {
+        self.header.is_empty() && self.frame.is_empty()
+    }
+
+    /// Fills one segment as far as possible. Returns the bytes written.
+    #[inline]
+    fn fill(&mut self, window: &SharedMemory, segment: &Segment) -> Result<u32, ShmError> {
+        let room = segment.len as usize;
+        let mut written = 0;
+        for part in [&mut self.header, &mut self.frame] {
+            let (now, later) = part.split_at(part.len().min(room - written));
+            if !now.is_empty() {
+                window.write(segment.offset + written as u64, now)?;
+            }
+            written += now.len();
+            *part = later;
+        }
+        Ok(written as u32)
+    }
+}

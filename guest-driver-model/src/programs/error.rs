@@ -1,0 +1,78 @@
+//! Why a program ends before its time.
+
+use std::io;
+
+use crate::control::ControlError;
+use crate::link::LinkError;
+use crate::net::LayoutError;
+use crate::owner::OwnerError;
+use crate::shm::ShmError;
+use crate::transport::TransportError;
+
+/// Why a program ends before its time.
+#[derive(Debug, thiserror::Error)]
+pub enum ProgramError {
+    /// No device was chosen.
+    #[error("which device? Give --device ADDRESS or --device auto in a guest, or --socket PATH for a broker's peer socket")]
+    NoDevice,
+    /// The device cannot be had, or is gone.
+    #[error(transparent)]
+    Transport(#[from] TransportError),
+    /// The device has no interrupts.
+    #[error("{device} has no interrupts here: use --vfio, or --mode poll")]
+    NoInterrupts {
+        /// The device's name.
+        device: String,
+    },
+    /// The link area is not where the config space says.
+    #[error("link area: {0}")]
+    Link(#[from] LinkError),
+    /// The control area is not where the config space says.
+    #[error(transparent)]
+    Control(#[from] ControlError),
+    /// The broker does not serve the owner.
+    #[error(transparent)]
+    Owner(#[from] OwnerError),
+    /// The broker has hung up on the owner.
+    #[error("{socket}: the broker has closed the connection")]
+    BrokerGone {
+        /// The owner socket.
+        socket: String,
+    },
+    /// The broker does not offer what the owner's driver needs.
+    #[error("{socket}: the broker offers features {offered:#x}, which lack {missing:#x}")]
+    Features {
+        /// The owner socket.
+        socket: String,
+        /// What it offers.
+        offered: u64,
+        /// What is missing.
+        missing: u64,
+    },
+    /// The owner's port does not fit its memory.
+    #[error(transparent)]
+    Layout(#[from] LayoutError),
+    /// As above.
+    #[error(transparent)]
+    Memory(#[from] ShmError),
+    /// The tap interface cannot be had.
+    #[error("tap interface {name}: {step}: {source}{advice}")]
+    Tap {
+        /// The interface's name.
+        name: String,
+        /// What was tried.
+        step: &'static str,
+        /// The system's answer.
+        source: io::Error,
+        /// What to do, or nothing.
+        advice: &'static str,
+    },
+    /// The system refused something else.
+    #[error("{what}: {source}")]
+    System {
+        /// What was tried.
+        what: &'static str,
+        /// The system's answer.
+        source: io::Error,
+    },
+}

@@ -1,0 +1,128 @@
+//! The programs of `vhost-pci-guest`: what runs in guests, and what stands in for
+//! them where no VM is started.
+//!
+//! | module | what it does |
+//! |---|---|
+//! | [`tap`], [`echo`], [`sink`], [`generate`] | a peer's work on packets |
+//! | [`show`] | prints what the device and the link look like |
+//! | [`owner`] | an owner without a VM |
+//! | [`peer_loop`] | the main loop of the peers |
+//! | [`device`], [`wire`], [`waiting`], [`stop`], [`traffic`], [`quiet`] | its parts |
+//! | [`pattern`], [`source`] | packets that can be checked |
+//!
+//! Results go to stdout, messages to stderr (`RUST_LOG` chooses which). Exit status 0
+//! means that the program did what it was asked until it was asked to end; packets
+//! lost or corrupted are in the counters, not in the status.
+
+pub mod device;
+pub mod echo;
+mod error;
+pub mod generate;
+pub mod owner;
+pub mod pattern;
+pub mod peer_loop;
+pub mod quiet;
+pub mod show;
+pub mod sink;
+pub mod source;
+pub mod stop;
+mod sys;
+pub mod tap;
+pub mod traffic;
+pub mod waiting;
+pub mod wire;
+
+use std::ffi::OsString;
+use std::io::{IsTerminal, Write};
+
+use clap::Parser;
+use tracing_subscriber::EnvFilter;
+
+pub use self::error::ProgramError;
+
+/// Drives a vhost-pci device from a guest, or stands in for a guest and its VMM.
+#[derive(Clone, Debug, clap::Parser)]
+#[command(name = "vhost-pci-guest", version, no_binary_name = true)]
+pub struct Args {
+    /// What to do.
+    #[command(subcommand)]
+    pub program: Program,
+}
+
+/// A program with what it was told.
+#[derive(Clone, Debug, clap::Subcommand)]
+pub enum Program {
+    /// Give Linux a network interface to the owner
+    Tap(tap::TapArgs),
+    /// Send each packet back to its owner
+    Echo(echo::EchoArgs),
+    /// Count and check what the owner sends
+    Sink(sink::SinkArgs),
+    /// Send packets to the owner
+    Gen(generate::GenArgs),
+    /// Print what the device and the link look like, as JSON
+    Show(show::ShowArgs),
+    /// Be an owner without a VM
+    Owner(owner::OwnerArgs),
+}
+
+impl Program {
+    /// Runs the program to its end.
+    ///
+    /// # Errors
+    /// If it cannot do what it is for.
+    pub fn run(&self) -> Result<(), ProgramError> {
+        match self {
+            Self::Tap(args) => tap::run(args),
+            Self::Echo(args) => echo::run(args),
+            Self::Sink(args) => sink::run(args),
+            Self::Gen(args) => generate::run(args),
+            Self::Show(args) => show::run(args),
+            Self::Owner(args) => owner::run(args),
+        }
+    }
+}
+
+/// All of `main`, for arguments without the program's name. A mistake in them, and
+/// `--help`, end the process.
+///
+/// # Errors
+/// What the program ends with, if it cannot do what it is for.
+pub fn main<I>(args: I) -> anyhow::Result<()>
+where
+    I: IntoIterator<Item: Into<OsString> + Clone>,
+{
+    let args = Args::try_parse_from(args).unwrap_or_else(|error| error.exit());
+    let filter = EnvFilter::try_from_default_env().unwrap_or_else(|_| EnvFilter::new("info"));
+    // A caller that has set up its own messages keeps them.
+    let messages = tracing_subscriber::fmt().with_env_filter(filter).with_writer(std::io::stderr);
+    let _ = messages.without_time().with_ansi(std::io::stderr().is_terminal()).with_target(false).try_init();
+    Ok(args.program.run()?)
+}
+
+/// A line on stdout. Whoever stops reading has seen enough.
+fn say(line: &str) {
+    let _ = writeln!(std::io::stdout().lock(), "{line}");
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use clap::CommandFactory;
+
+    #[test]
+    fn the_command_line_is_consistent() {
+        Args::command().debug_assert();
+    }
+
+    #[test]
+    fn a_device_or_a_socket_is_chosen_not_both() {
+        let parse = |line: &str| Args::try_parse_from(line.split(' '));
+        assert!(parse("sink --socket /x --mode interrupt --seconds 2 --json").is_ok());
+        assert!(parse("tap --device auto --vfio --ifname vp1 --mtu 9000").is_ok());
+        assert!(parse("echo --device auto --socket /x").is_err());
+        assert!(parse("gen --vfio").is_err());
+        assert!(parse("owner --socket /x --mode echo-check --guest-start 0").is_ok());
+        assert!(parse("owner --socket /x --guest-start x").is_err());
+    }
+}

@@ -1,0 +1,382 @@
+//! `owner`: an owner without a VM, which sends, receives and checks packets.
+
+use std::path::PathBuf;
+use std::time::{Duration, Instant};
+
+use super::ProgramError;
+use super::pattern::Checker;
+use super::sink::Check;
+use super::source::{Source, SourceArgs};
+use super::stop::Stop;
+use super::traffic::{ReportArgs, Reporter, Traffic};
+use super::waiting::{Mode, Pause, WaitArgs, sleep};
+use super::wire::BURST;
+use crate::net::{OwnerConfig, OwnerLayout, OwnerPort, PacketBurst, receive_vring, transmit_vring};
+use crate::owner::{Kicks, OwnerMemory, OwnerVmm};
+use crate::ring::{DriverFault, RingPlaces};
+
+/// What the owner does.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, clap::ValueEnum)]
+pub enum Work {
+    /// Send
+    #[default]
+    Gen,
+    /// Receive and check
+    Sink,
+    /// Send, and receive what another generator sends
+    Both,
+    /// Send, and check that each packet comes back
+    EchoCheck,
+}
+
+/// What `owner` can be told.
+#[derive(Clone, Debug, clap::Args)]
+pub struct OwnerArgs {
+    /// The owner socket of the broker
+    #[arg(long, value_name = "PATH")]
+    pub socket: PathBuf,
+    /// What to do
+    #[arg(long = "mode", value_enum, default_value_t)]
+    pub work: Work,
+    /// How to find out about work
+    #[arg(long = "wait", value_enum, default_value_t)]
+    pub wait: Mode,
+    /// When polling has found nothing for a while, sleep this long between looks
+    #[arg(long, default_value_t = 0, value_name = "MICROSECONDS")]
+    pub idle_us: u64,
+    /// What to send.
+    #[command(flatten)]
+    pub source: SourceArgs,
+    /// `none`: only count; and send the same frames over and over
+    #[arg(long, value_enum, default_value_t)]
+    pub check: Check,
+    /// Queue pairs; packets are sent over all in turn
+    #[arg(long, default_value_t = 1)]
+    pub pairs: u16,
+    /// Entries of each ring
+    #[arg(long, default_value_t = 256)]
+    pub ring_size: u16,
+    /// Length of each buffer, bytes
+    #[arg(long, default_value_t = 2048)]
+    pub buffer_len: u32,
+    /// Do without VIRTIO_NET_F_MRG_RXBUF
+    #[arg(long)]
+    pub no_mergeable: bool,
+    /// Transmit long packets by indirect descriptors
+    #[arg(long)]
+    pub indirect: bool,
+    /// Length of the memory, MiB
+    #[arg(long, default_value_t = 64)]
+    pub memory_mib: u64,
+    /// Guest-physical address of the memory
+    #[arg(long, default_value = "0x100000000", value_parser = address)]
+    pub guest_start: u64,
+    /// Stop and restart the device this often
+    #[arg(long, value_name = "MILLISECONDS")]
+    pub restart_every_ms: Option<u64>,
+    /// End this many seconds after the first packet
+    #[arg(long)]
+    pub seconds: Option<f64>,
+    /// End when so many packets have been sent (and, for echo-check, come back)
+    #[arg(long)]
+    pub packets: Option<u64>,
+    /// When the broker is gone, wait for it to come back instead of ending
+    #[arg(long)]
+    pub reconnect: bool,
+    /// How to report.
+    #[command(flatten)]
+    pub report: ReportArgs,
+}
+
+fn address(text: &str) -> Result<u64, String> {
+    let parsed = match text.strip_prefix("0x") {
+        Some(digits) => u64::from_str_radix(digits, 16),
+        None => text.parse(),
+    };
+    parsed.map_err(|error| format!("{error}; give a number such as 0 or 0x100000000"))
+}
+
+/// Rounds between two looks at the clock.
+const ROUNDS: u32 = 64;
+/// The longest sleep.
+const LONGEST_SLEEP: Duration = Duration::from_secs(1);
+/// Between two tries to have the broker back.
+const RECONNECT_PAUSE: Duration = Duration::from_millis(200);
+/// How long packets on their way may take at the end.
+const LAST_PACKETS: Duration = Duration::from_secs(2);
+
+/// Runs `owner`.
+///
+/// # Errors
+/// If the broker does not serve the owner, or is gone.
+pub fn run(args: &OwnerArgs) -> Result<(), ProgramError> {
+    let stop = Stop::on_signals().map_err(|source| ProgramError::System { what: "signal handlers", source })?;
+    run_until(args, &stop)
+}
+
+/// As [`run`], until `stop` is requested.
+///
+/// # Errors
+/// As [`run`].
+pub fn run_until(args: &OwnerArgs, stop: &Stop) -> Result<(), ProgramError> {
+    let mut owner = Owner::new(args)?;
+    let mut reporter = Reporter::new(&args.report, "owner");
+    let mut said = false;
+    let result = loop {
+        let gone = match owner.connect().map(|()| said = false).and_then(|()| owner.serve(&mut reporter, stop)) {
+            Err(error @ (ProgramError::Owner(_) | ProgramError::BrokerGone { .. })) if args.reconnect => error,
+            result => break result,
+        };
+        owner.vmm = None;
+        if stop.is_requested() {
+            break Ok(());
+        }
+        if !std::mem::replace(&mut said, true) {
+            tracing::warn!("{gone}; waiting for it to come back");
+        }
+        std::thread::sleep(RECONNECT_PAUSE);
+    };
+    reporter.end(&owner.traffic());
+    result
+}
+
+struct Owner<'a> {
+    args: &'a OwnerArgs,
+    memory: OwnerMemory,
+    layout: OwnerLayout,
+    places: Vec<RingPlaces>,
+    port: OwnerPort,
+    vmm: Option<OwnerVmm>,
+    /// One a pair.
+    sources: Vec<Source>,
+    received: PacketBurst,
+    checkers: Vec<Checker>,
+    traffic: Traffic,
+}
+
+impl<'a> Owner<'a> {
+    fn new(args: &'a OwnerArgs) -> Result<Self, ProgramError> {
+        let config = OwnerConfig {
+            pairs: args.pairs,
+            ring_size: args.ring_size,
+            buffer_len: args.buffer_len,
+            mergeable: !args.no_mergeable,
+            indirect: args.indirect,
+        };
+        let memory = OwnerMemory::new(args.memory_mib << 20, args.guest_start)
+            .map_err(|source| ProgramError::System { what: "the owner's memory", source })?;
+        let layout = OwnerLayout::new(config, 0, memory.len())?;
+        let sources = Source::several(&args.source, args.check, args.pairs);
+        let checker = |source: &Source| match args.work {
+            Work::EchoCheck => Checker::of_stream(source.stream()),
+            _ => Checker::new(),
+        };
+        Ok(Self {
+            port: OwnerPort::new(memory.shared(), &layout, args.guest_start)?,
+            places: layout.vrings().iter().map(|vring| vring.places).collect(),
+            checkers: sources.iter().map(checker).collect(),
+            vmm: None,
+            sources,
+            received: PacketBurst::with_capacity(BURST, 2048),
+            traffic: Traffic::default(),
+            args,
+            memory,
+            layout,
+        })
+    }
+
+    fn traffic(&self) -> Traffic {
+        let verdicts = self.checkers.iter().map(Checker::verdict);
+        verdicts.fold(self.traffic, |sum, verdict| Traffic {
+            lost: sum.lost + verdict.lost,
+            reordered: sum.reordered + verdict.reordered,
+            corrupted: sum.corrupted + verdict.corrupted,
+            ..sum
+        })
+    }
+
+    fn connect(&mut self) -> Result<(), ProgramError> {
+        let vmm = OwnerVmm::connect(&self.args.socket, self.layout.vrings().len() as u16)?;
+        let missing = self.layout.config().features() & !vmm.offered();
+        if missing != 0 {
+            let socket = self.args.socket.display().to_string();
+            return Err(ProgramError::Features { socket, offered: vmm.offered(), missing });
+        }
+        self.vmm = Some(vmm);
+        self.start()
+    }
+
+    /// Starts the device, each ring from where its used index stands: as QEMU does
+    /// when a back-end comes back.
+    fn start(&mut self) -> Result<(), ProgramError> {
+        let Some(vmm) = &mut self.vmm else { return Ok(()) };
+        let base = |vring: u16| {
+            let used = self.places.get(usize::from(vring)).map(|places| places.used + 2);
+            used.and_then(|used| self.memory.shared().load_u16(used).ok()).unwrap_or(0)
+        };
+        vmm.start(self.layout.config().features(), &self.memory, &self.places, base)?;
+        self.traffic.links += 1;
+        tracing::info!(socket = %self.args.socket.display(), vrings = self.places.len(), "the owner's device is started");
+        for vring in 0..self.places.len() as u16 {
+            // What was published before the start, and nobody was kicked for.
+            vmm.kick(vring);
+        }
+        let polling = self.args.wait == Mode::Poll;
+        self.set_calls(!polling);
+        Ok(())
+    }
+
+    fn set_calls(&mut self, enabled: bool) -> bool {
+        let mut work = false;
+        for vring in 0..self.places.len() as u16 {
+            // A fault shows again with the next burst.
+            work |= self.port.set_calls(vring, enabled).unwrap_or(false);
+        }
+        work
+    }
+
+    fn serve(&mut self, reporter: &mut Reporter, stop: &Stop) -> Result<(), ProgramError> {
+        let wait = WaitArgs { mode: self.args.wait, idle_us: self.args.idle_us };
+        let mut pause = Pause::default();
+        let mut rounds = 0;
+        let (mut checked, mut restarted) = (Instant::now(), Instant::now());
+        let mut ending: Option<Instant> = None;
+        loop {
+            let moved = match self.round(ending.is_none()) {
+                Ok(moved) => moved,
+                Err(fault) => {
+                    self.reset(fault)?;
+                    continue;
+                }
+            };
+            rounds += 1;
+            if moved > 0 {
+                pause.reset();
+            } else if wait.mode == Mode::Interrupt {
+                self.sleep(ending.is_some());
+                rounds = ROUNDS;
+            } else {
+                pause.rest(&wait);
+            }
+            let enough = self.args.packets.is_some_and(|limit| self.traffic.tx_packets.max(self.traffic.rx_packets) >= limit);
+            if rounds < ROUNDS && !enough {
+                continue;
+            }
+            rounds = 0;
+            let running = reporter.tick(&self.traffic());
+            let over = self.args.seconds.is_some_and(|seconds| running.as_secs_f64() >= seconds);
+            if (over || enough || stop.is_requested()) && ending.is_none() {
+                ending = Some(Instant::now());
+            }
+            if ending.is_some_and(|since| self.is_done(since)) {
+                self.end();
+                return Ok(());
+            }
+            if checked.elapsed() >= LONGEST_SLEEP {
+                checked = Instant::now();
+                if self.vmm.as_ref().is_some_and(OwnerVmm::is_gone) {
+                    return Err(ProgramError::BrokerGone { socket: self.args.socket.display().to_string() });
+                }
+            }
+            let every = self.args.restart_every_ms.map(Duration::from_millis);
+            if every.is_some_and(|every| restarted.elapsed() >= every) {
+                restarted = Instant::now();
+                self.restart()?;
+            }
+        }
+    }
+
+    /// One burst each way.
+    fn round(&mut self, send: bool) -> Result<usize, DriverFault> {
+        let mut moved = 0;
+        let Some(vmm) = &self.vmm else { return Ok(0) };
+        if send && self.args.work != Work::Sink {
+            for (pair, source) in (0..self.args.pairs).zip(&mut self.sources) {
+                let mut result = Ok(0);
+                let sent = source.offer(|frames| {
+                    result = self.port.tx_burst(pair, frames);
+                    result.unwrap_or(0)
+                });
+                result?;
+                if sent > 0 && self.port.needs_kick(transmit_vring(pair)) {
+                    vmm.kick(transmit_vring(pair));
+                }
+                self.traffic.tx_packets += sent as u64;
+                self.traffic.tx_bytes += (sent * source.frame_len()) as u64;
+                moved += sent;
+            }
+        }
+        for (pair, checker) in (0..self.args.pairs).zip(&mut self.checkers) {
+            self.received.clear();
+            let received = self.port.rx_burst(pair, &mut self.received, BURST)?;
+            if received == 0 {
+                continue;
+            }
+            if self.port.needs_kick(receive_vring(pair)) {
+                vmm.kick(receive_vring(pair));
+            }
+            moved += received;
+            self.traffic.rx_packets += received as u64;
+            for frame in self.received.frames() {
+                self.traffic.rx_bytes += frame.len() as u64;
+                if self.args.check == Check::Pattern && self.args.work != Work::Gen {
+                    checker.check(frame);
+                }
+            }
+        }
+        Ok(moved)
+    }
+
+    fn sleep(&mut self, ending: bool) {
+        if !self.set_calls(true)
+            && let Some(vmm) = &self.vmm
+        {
+            let calls: Vec<_> = (0..self.places.len() as u16).filter_map(|vring| vmm.call_fd(vring)).collect();
+            let longest = if ending { Duration::from_millis(10) } else { LONGEST_SLEEP };
+            let patience = self.sources.iter().map(Source::patience).fold(longest, Duration::min);
+            sleep(&calls, &[], patience);
+        }
+        self.set_calls(false);
+    }
+
+    /// Whether packets that are on their way have arrived, or have had their time.
+    fn is_done(&mut self, since: Instant) -> bool {
+        let in_flight = (0..self.args.pairs)
+            .map(|pair| self.port.reap_transmitted(pair).map_or(0, u64::from))
+            .sum::<u64>();
+        let echoed = self.args.work != Work::EchoCheck || self.traffic.rx_packets >= self.traffic.tx_packets;
+        (in_flight == 0 && echoed) || since.elapsed() >= LAST_PACKETS
+    }
+
+    /// The device broke a ring: begin again with fresh ones.
+    fn reset(&mut self, fault: DriverFault) -> Result<(), ProgramError> {
+        tracing::warn!("{fault}; restarting the device");
+        self.traffic.faults += 1;
+        if let Some(vmm) = &mut self.vmm {
+            vmm.stop()?;
+        }
+        self.port = OwnerPort::new(self.memory.shared(), &self.layout, self.args.guest_start)?;
+        self.start()
+    }
+
+    fn restart(&mut self) -> Result<(), ProgramError> {
+        if let Some(vmm) = &mut self.vmm {
+            vmm.stop()?;
+        }
+        self.start()
+    }
+
+    fn end(&mut self) {
+        // What never came back is lost.
+        if self.args.work == Work::EchoCheck && self.args.check == Check::Pattern {
+            let seen: u64 = self.checkers.iter().map(|checker| checker.verdict().intact).sum();
+            let known: u64 = self.checkers.iter().map(|checker| checker.verdict().lost).sum();
+            self.traffic.lost += self.traffic.tx_packets.saturating_sub(seen + known);
+        }
+        if let Some(mut vmm) = self.vmm.take()
+            && let Err(error) = vmm.stop()
+        {
+            tracing::warn!("stopping: {error}");
+        }
+    }
+}

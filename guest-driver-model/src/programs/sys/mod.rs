@@ -1,0 +1,3 @@
+//! The programs' only `unsafe` code.
+
+pub mod tun;

@@ -1,0 +1,73 @@
+//! Tap interfaces: the ioctls of /dev/net/tun and of a socket.
+
+use std::ffi::{c_char, c_short};
+use std::fs::{File, OpenOptions};
+use std::io;
+use std::os::fd::{AsRawFd, RawFd};
+use std::os::unix::fs::OpenOptionsExt;
+
+use nix::sys::socket::{AddressFamily, SockFlag, SockType, socket};
+
+/// The request structure for an interface of this name.
+fn request(name: &str) -> io::Result<libc::ifreq> {
+    // SAFETY: `ifreq` is plain data, for which all zeros is a value.
+    let mut request: libc::ifreq = unsafe { std::mem::zeroed() };
+    // The last byte stays zero: the kernel wants a terminated string.
+    if name.is_empty() || name.len() >= request.ifr_name.len() || !name.is_ascii() {
+        return Err(io::Error::new(io::ErrorKind::InvalidInput, "an interface's name has 1 to 15 ASCII characters"));
+    }
+    for (to, from) in request.ifr_name.iter_mut().zip(name.bytes()) {
+        *to = from as c_char;
+    }
+    Ok(request)
+}
+
+/// An interface ioctl.
+fn control(fd: RawFd, number: libc::c_ulong, request: &mut libc::ifreq) -> io::Result<()> {
+    // SAFETY: `request` is a live `ifreq`, which is what every ioctl number in this
+    // file reads and writes, and no more than it. The type of the number differs
+    // between C libraries.
+    let result = unsafe { libc::ioctl(fd, number as _, std::ptr::from_mut(request)) };
+    if result < 0 { Err(io::Error::last_os_error()) } else { Ok(()) }
+}
+
+/// Opens (and creates, if need be) a tap interface: frames as they are, no extra
+/// header, non-blocking.
+pub fn open_tap(name: &str) -> io::Result<File> {
+    let tun = OpenOptions::new().read(true).write(true).custom_flags(libc::O_NONBLOCK).open("/dev/net/tun")?;
+    let mut request = request(name)?;
+    request.ifr_ifru.ifru_flags = (libc::IFF_TAP | libc::IFF_NO_PI) as c_short;
+    control(tun.as_raw_fd(), libc::TUNSETIFF as _, &mut request)?;
+    Ok(tun)
+}
+
+/// Sets an interface's MTU, bytes.
+pub fn set_mtu(name: &str, mtu: u16) -> io::Result<()> {
+    let socket = socket(AddressFamily::Inet, SockType::Datagram, SockFlag::SOCK_CLOEXEC, None)?;
+    let mut request = request(name)?;
+    request.ifr_ifru.ifru_mtu = mtu.into();
+    control(socket.as_raw_fd(), libc::SIOCSIFMTU as _, &mut request)
+}
+
+/// Brings an interface up.
+pub fn bring_up(name: &str) -> io::Result<()> {
+    let socket = socket(AddressFamily::Inet, SockType::Datagram, SockFlag::SOCK_CLOEXEC, None)?;
+    let mut request = request(name)?;
+    control(socket.as_raw_fd(), libc::SIOCGIFFLAGS as _, &mut request)?;
+    // SAFETY: SIOCGIFFLAGS has filled this member of the union; any bits are valid.
+    let flags = unsafe { request.ifr_ifru.ifru_flags };
+    request.ifr_ifru.ifru_flags = flags | libc::IFF_UP as c_short;
+    control(socket.as_raw_fd(), libc::SIOCSIFFLAGS as _, &mut request)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_name_that_is_none_is_refused() {
+        assert!(request("").is_err());
+        assert!(request("a-name-of-16-byte").is_err());
+        assert!(request("vp0").is_ok());
+    }
+}

@@ -1,0 +1,169 @@
+//! What a program has moved, and how it says so: once a second and at the end.
+
+use std::io::Write;
+use std::time::{Duration, Instant};
+
+use serde::Serialize;
+
+/// Counters since the program's start. Bytes are those of frames.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize)]
+pub struct Traffic {
+    /// Packets sent to the other VM.
+    pub tx_packets: u64,
+    /// Packets received from it.
+    pub rx_packets: u64,
+    /// Bytes sent.
+    pub tx_bytes: u64,
+    /// Bytes received.
+    pub rx_bytes: u64,
+    /// Packets that are missing among those received.
+    pub lost: u64,
+    /// Packets received after a later one, or twice.
+    pub reordered: u64,
+    /// Packets received with a wrong byte.
+    pub corrupted: u64,
+    /// Packets dropped here: the other end of the program could not take them.
+    pub dropped: u64,
+    /// Times that the other side broke a vring.
+    pub faults: u64,
+    /// Times that a link came up.
+    pub links: u64,
+}
+
+/// Whether and how to report.
+#[derive(Clone, Debug, Default, clap::Args)]
+pub struct ReportArgs {
+    /// Print a line with packet and bit rates once a second
+    #[arg(long)]
+    pub report: bool,
+    /// Print one JSON object with all counters at the end
+    #[arg(long)]
+    pub json: bool,
+    /// Print one JSON object with all counters (since the start) once a second, and at
+    /// the end
+    #[arg(long)]
+    pub json_lines: bool,
+}
+
+const INTERVAL: Duration = Duration::from_secs(1);
+
+/// Reports.
+pub struct Reporter {
+    args: ReportArgs,
+    name: &'static str,
+    /// When the first packet had passed.
+    start: Option<Instant>,
+    last: Instant,
+    before: Traffic,
+}
+
+/// A JSON line.
+#[derive(Serialize)]
+struct Line<'a> {
+    program: &'a str,
+    /// Seconds since the first packet.
+    seconds: f64,
+    #[serde(flatten)]
+    traffic: Traffic,
+    /// The last line of the program.
+    end: bool,
+}
+
+impl Reporter {
+    /// A reporter for the program of this name.
+    pub fn new(args: &ReportArgs, name: &'static str) -> Self {
+        Self { args: args.clone(), name, start: None, last: Instant::now(), before: Traffic::default() }
+    }
+
+    /// To be called often. Returns how long ago the first packet passed.
+    pub fn tick(&mut self, traffic: &Traffic) -> Duration {
+        let now = Instant::now();
+        if self.start.is_none() && traffic.tx_packets + traffic.rx_packets > 0 {
+            self.start = Some(now);
+        }
+        let passed = now.duration_since(self.last);
+        if passed >= INTERVAL {
+            if self.args.report {
+                self.print(&self.rates(traffic, passed));
+            }
+            if self.args.json_lines {
+                self.print_json(traffic, false);
+            }
+            self.last = now;
+            self.before = *traffic;
+        }
+        self.start.map_or(Duration::ZERO, |start| now.duration_since(start))
+    }
+
+    /// The program ends.
+    pub fn end(&self, traffic: &Traffic) {
+        if self.args.json || self.args.json_lines {
+            self.print_json(traffic, true);
+        } else {
+            self.print(&format!(
+                "{}: sent {} packets, received {}; lost {}, reordered {}, corrupted {}, dropped {}, faults {}",
+                self.name,
+                traffic.tx_packets,
+                traffic.rx_packets,
+                traffic.lost,
+                traffic.reordered,
+                traffic.corrupted,
+                traffic.dropped,
+                traffic.faults
+            ));
+        }
+    }
+
+    fn rates(&self, now: &Traffic, passed: Duration) -> String {
+        let seconds = passed.as_secs_f64();
+        let way = |packets: u64, bytes: u64| {
+            (packets as f64 / seconds / 1e6, bytes as f64 * 8.0 / seconds / 1e9)
+        };
+        let before = &self.before;
+        let (tx, tx_bits) = way(now.tx_packets - before.tx_packets, now.tx_bytes - before.tx_bytes);
+        let (rx, rx_bits) = way(now.rx_packets - before.rx_packets, now.rx_bytes - before.rx_bytes);
+        format!(
+            "{}: tx {tx:.3} Mpps {tx_bits:.3} Gbit/s  rx {rx:.3} Mpps {rx_bits:.3} Gbit/s  lost {} corrupted {} dropped {}",
+            self.name, now.lost, now.corrupted, now.dropped
+        )
+    }
+
+    fn print_json(&self, traffic: &Traffic, end: bool) {
+        let seconds = self.start.map_or(0.0, |start| start.elapsed().as_secs_f64());
+        let line = Line { program: self.name, seconds, traffic: *traffic, end };
+        if let Ok(text) = serde_json::to_string(&line) {
+            self.print(&text);
+        }
+    }
+
+    /// Whoever stops reading has seen enough: that is no reason to stop.
+    fn print(&self, line: &str) {
+        let mut out = std::io::stdout().lock();
+        let _ = writeln!(out, "{line}").and_then(|()| out.flush());
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_json_line_has_the_counters_at_its_top() {
+        let traffic = Traffic { tx_packets: 3, corrupted: 1, ..Traffic::default() };
+        let line = Line { program: "sink", seconds: 1.5, traffic, end: true };
+        let value = serde_json::to_value(&line).unwrap();
+        assert_eq!(value["tx_packets"], 3);
+        assert_eq!(value["corrupted"], 1);
+        assert_eq!(value["end"], true);
+    }
+
+    #[test]
+    fn time_counts_from_the_first_packet() {
+        let mut reporter = Reporter::new(&ReportArgs::default(), "test");
+        assert_eq!(reporter.tick(&Traffic::default()), Duration::ZERO);
+        let one = Traffic { rx_packets: 1, ..Traffic::default() };
+        assert_eq!(reporter.tick(&one), Duration::ZERO);
+        std::thread::sleep(Duration::from_millis(2));
+        assert!(reporter.tick(&one) >= Duration::from_millis(2));
+    }
+}

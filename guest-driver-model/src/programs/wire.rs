@@ -1,0 +1,72 @@
+//! The port as a program uses it for one round: bursts in, bursts out, with calls to
+//! the owner where they are wanted and faults noted.
+
+use vhost_pci_device::abi::queue_of_vring;
+
+use crate::net::{PacketBurst, PeerPort, receive_vring, transmit_vring};
+use crate::transport::Transport;
+
+/// Packets moved at a time.
+pub const BURST: usize = 64;
+
+/// A port and the doorbells that belong to it.
+pub struct Wire<'a> {
+    port: &'a mut PeerPort,
+    transport: &'a dyn Transport,
+    faulted: bool,
+}
+
+impl<'a> Wire<'a> {
+    /// For one round.
+    pub fn new(port: &'a mut PeerPort, transport: &'a dyn Transport) -> Self {
+        Self { port, transport, faulted: false }
+    }
+
+    /// Queue pairs.
+    pub fn pairs(&self) -> u16 {
+        self.port.pairs()
+    }
+
+    /// Whether a vring turned out to be broken in this round, or was before.
+    pub fn is_faulted(&self) -> bool {
+        self.faulted
+    }
+
+    /// Receives up to [`BURST`] packets of a pair into `burst`, which is cleared first.
+    /// Returns how many; none from a broken vring.
+    pub fn receive(&mut self, pair: u16, burst: &mut PacketBurst) -> usize {
+        burst.clear();
+        match self.port.rx_burst(pair, burst, BURST) {
+            Ok(0) => 0,
+            Ok(received) => {
+                self.call(transmit_vring(pair));
+                received
+            }
+            Err(_) => {
+                self.faulted = true;
+                0
+            }
+        }
+    }
+
+    /// Sends frames to a pair. Returns how many are done with; none of a broken vring.
+    pub fn transmit<'frame>(&mut self, pair: u16, frames: impl IntoIterator<Item = &'frame [u8]>) -> usize {
+        match self.port.tx_burst(pair, frames) {
+            Ok(0) => 0,
+            Ok(done) => {
+                self.call(receive_vring(pair));
+                done
+            }
+            Err(_) => {
+                self.faulted = true;
+                0
+            }
+        }
+    }
+
+    fn call(&mut self, vring: u16) {
+        if self.port.needs_call(vring) {
+            self.transport.doorbell(queue_of_vring(vring));
+        }
+    }
+}

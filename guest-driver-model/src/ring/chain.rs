@@ -1,0 +1,210 @@
+//! Descriptor chains as the device half hands them out: validated, translated and
+//! private. What is in here was in shared memory once and is not any more.
+
+use virtio_bindings::virtio_ring::{VRING_DESC_F_INDIRECT, VRING_DESC_F_NEXT, VRING_DESC_F_WRITE};
+
+/// One descriptor (virtio 1.3, 2.7.5), fetched once into private memory.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) struct Descriptor {
+    pub(crate) addr: u64,
+    pub(crate) len: u32,
+    flags: u16,
+    pub(crate) next: u16,
+}
+
+impl Descriptor {
+    pub(crate) const NEXT: u16 = VRING_DESC_F_NEXT as u16;
+    pub(crate) const WRITE: u16 = VRING_DESC_F_WRITE as u16;
+    pub(crate) const INDIRECT: u16 = VRING_DESC_F_INDIRECT as u16;
+
+    pub(crate) const fn new(addr: u64, len: u32, flags: u16, next: u16) -> Self {
+        Self { addr, len, flags, next }
+    }
+
+    /// The next descriptor of the chain, if there is one.
+    #[inline]
+    pub(crate) fn next(&self) -> Option<u16> {
+        (self.flags & Self::NEXT != 0).then_some(self.next)
+    }
+
+    /// Whether the device writes the buffer; otherwise it reads it.
+    #[inline]
+    pub(crate) fn is_writable(&self) -> bool {
+        self.flags & Self::WRITE != 0
+    }
+
+    /// Whether the buffer is a table of descriptors (2.7.5.3).
+    #[inline]
+    pub(crate) fn is_indirect(&self) -> bool {
+        self.flags & Self::INDIRECT != 0
+    }
+
+    /// From the two halves as they are in memory, in native order.
+    #[inline]
+    pub(crate) const fn from_halves([addr, rest]: [u64; 2]) -> Self {
+        Self { addr, len: rest as u32, flags: (rest >> 32) as u16, next: (rest >> 48) as u16 }
+    }
+
+    /// The two halves as they are in memory, in native order.
+    #[inline]
+    pub(crate) const fn halves(&self) -> [u64; 2] {
+        [self.addr, self.len as u64 | (self.flags as u64) << 32 | (self.next as u64) << 48]
+    }
+}
+
+/// A piece of a buffer.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Segment {
+    /// Where it is, bytes from the start of the window. The `len` bytes from here on
+    /// were in one mapping of the generation in which the chain was popped.
+    pub offset: u64,
+    /// Length, bytes; not 0.
+    pub len: u32,
+    /// The device writes it; otherwise the device reads it.
+    pub writable: bool,
+}
+
+/// What the chains of a queue are for.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Direction {
+    /// The device only reads (a transmit queue).
+    DeviceReads,
+    /// The device only writes (a receive queue).
+    DeviceWrites,
+    /// A readable part, then a writable part; either may be missing.
+    Both,
+}
+
+/// One chain of a burst.
+#[derive(Clone, Copy, Debug)]
+pub struct Chain<'burst> {
+    /// What the used ring calls it.
+    pub head: u16,
+    /// Sum of the segments' lengths, bytes.
+    pub len: u64,
+    /// In the order of the chain; never empty.
+    pub segments: &'burst [Segment],
+}
+
+#[derive(Clone, Copy, Debug)]
+struct Entry {
+    head: u16,
+    segments: u16,
+    first: u32,
+    len: u64,
+}
+
+/// A burst of chains. Meant to be cleared and filled again: it stops allocating once
+/// it has seen the largest burst.
+#[derive(Clone, Debug, Default)]
+pub struct ChainBurst {
+    segments: Vec<Segment>,
+    chains: Vec<Entry>,
+}
+
+impl ChainBurst {
+    /// Room for `chains` chains of one or two segments without an allocation.
+    pub fn with_capacity(chains: usize) -> Self {
+        Self { segments: Vec::with_capacity(2 * chains), chains: Vec::with_capacity(chains) }
+    }
+
+    /// Forgets all chains, keeps the room.
+    #[inline]
+    pub fn clear(&mut self) {
+        self.segments.clear();
+        self.chains.clear();
+    }
+
+    /// How many chains there are.
+    #[inline]
+    pub fn len(&self) -> usize {
+        self.chains.len()
+    }
+
+    /// Whether there is no chain.
+    #[inline]
+    pub fn is_empty(&self) -> bool {
+        self.chains.is_empty()
+    }
+
+    /// The chain at a position.
+    #[inline]
+    pub fn chain(&self, at: usize) -> Option<Chain<'_>> {
+        let entry = self.chains.get(at)?;
+        let first = entry.first as usize;
+        let segments = self.segments.get(first..first + usize::from(entry.segments))?;
+        Some(Chain { head: entry.head, len: entry.len, segments })
+    }
+
+    /// All chains, in the order in which the driver made them available.
+    #[inline]
+    pub fn iter(&self) -> impl Iterator<Item = Chain<'_>> {
+        (0..self.len()).map_while(|at| self.chain(at))
+    }
+
+    /// Forgets the first `count` chains; the others move to the front.
+    pub fn discard(&mut self, count: usize) {
+        let gone = self.chains.get(count).map_or(self.segments.len(), |next| next.first as usize);
+        self.segments.drain(..gone);
+        self.chains.drain(..count.min(self.chains.len()));
+        for entry in &mut self.chains {
+            entry.first -= gone as u32;
+        }
+    }
+
+    /// Where the segments of the next chain will start.
+    #[inline]
+    pub(crate) fn mark(&self) -> usize {
+        self.segments.len()
+    }
+
+    #[inline]
+    pub(crate) fn push_segment(&mut self, segment: Segment) {
+        self.segments.push(segment);
+    }
+
+    /// Makes the segments since `mark` a chain.
+    #[inline]
+    pub(crate) fn finish(&mut self, head: u16, mark: usize, len: u64) {
+        let segments = (self.segments.len() - mark) as u16;
+        self.chains.push(Entry { head, segments, first: mark as u32, len });
+    }
+
+    /// Drops the segments since `mark`.
+    #[inline]
+    pub(crate) fn abandon(&mut self, mark: usize) {
+        self.segments.truncate(mark);
+    }
+}
+
+#[cfg(test)]
+#[allow(clippy::unwrap_used)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn chains_left_after_a_discard_keep_their_segments() {
+        let mut burst = ChainBurst::default();
+        for head in 0..5_u16 {
+            let mark = burst.mark();
+            for piece in 0..=head {
+                let offset = u64::from(head) << 8 | u64::from(piece);
+                burst.push_segment(Segment { offset, len: 1, writable: false });
+            }
+            burst.finish(head, mark, u64::from(head) + 1);
+        }
+        burst.discard(3);
+        let heads: Vec<_> = burst.iter().map(|chain| (chain.head, chain.segments.len())).collect();
+        assert_eq!(heads, [(3, 4), (4, 5)]);
+        assert_eq!(burst.chain(1).unwrap().segments[4].offset, 4 << 8 | 4);
+        burst.discard(2);
+        assert!(burst.is_empty() && burst.mark() == 0);
+    }
+
+    #[test]
+    fn a_descriptor_has_the_layout_of_the_specification() {
+        let descriptor = Descriptor::new(0x1122_3344_5566_7788, 0xaabb_ccdd, Descriptor::NEXT, 0x0102);
+        assert_eq!(descriptor.halves(), [0x1122_3344_5566_7788, 0x0102_0001_aabb_ccdd]);
+        assert_eq!(Descriptor::from_halves(descriptor.halves()), descriptor);
+    }
+}

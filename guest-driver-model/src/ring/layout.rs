@@ -1,0 +1,187 @@
+//! Geometry of a split virtqueue (virtio 1.3, 2.7): sizes, alignments and places of
+//! its three areas. Touches no memory.
+
+use vhost_pci_device::abi::FaultKind;
+use virtio_bindings::virtio_ring::{VRING_AVAIL_ALIGN_SIZE, VRING_DESC_ALIGN_SIZE, VRING_USED_ALIGN_SIZE};
+
+use crate::link::VringInfo;
+use crate::translate::{Access, Translation};
+
+/// The largest queue size (virtio 1.3, 2.7).
+pub const MAX_SIZE: u16 = 1 << 15;
+/// Length of a descriptor (2.7.5), bytes.
+pub const DESC_LEN: u32 = 16;
+/// Length of a used ring element (2.7.8), bytes.
+pub const USED_ELEMENT_LEN: u32 = 8;
+/// Where the flags are in the available ring (2.7.6) and in the used ring (2.7.8).
+pub const FLAGS_AT: u64 = 0;
+/// Where the index is in either ring.
+pub const INDEX_AT: u64 = 2;
+/// Where the slots start in either ring.
+pub const SLOTS_AT: u64 = 4;
+
+/// Length of the descriptor table (2.7), bytes.
+pub const fn desc_len(size: u16) -> u32 {
+    DESC_LEN * size as u32
+}
+
+/// Length of the available ring (2.7) with its event field, bytes.
+pub const fn avail_len(size: u16) -> u32 {
+    6 + 2 * size as u32
+}
+
+/// Length of the used ring (2.7) with its event field, bytes.
+pub const fn used_len(size: u16) -> u32 {
+    6 + USED_ELEMENT_LEN * size as u32
+}
+
+/// Whether a queue may have this size.
+pub const fn is_valid_size(size: u32) -> bool {
+    size.is_power_of_two() && size <= MAX_SIZE as u32
+}
+
+/// A vring with a possible size and well-aligned addresses. Made from what the link
+/// page says by `TryFrom`; its error is [`FaultKind::Geometry`].
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct RingConfig {
+    size: u16,
+    desc: u64,
+    avail: u64,
+    used: u64,
+}
+
+impl TryFrom<&VringInfo> for RingConfig {
+    type Error = FaultKind;
+
+    fn try_from(info: &VringInfo) -> Result<Self, FaultKind> {
+        let size = u16::try_from(info.size).map_err(|_| FaultKind::Geometry)?;
+        let config = Self { size, desc: info.desc, avail: info.avail, used: info.used };
+        let aligned = config.desc.is_multiple_of(u64::from(VRING_DESC_ALIGN_SIZE))
+            && config.avail.is_multiple_of(u64::from(VRING_AVAIL_ALIGN_SIZE))
+            && config.used.is_multiple_of(u64::from(VRING_USED_ALIGN_SIZE));
+        if is_valid_size(info.size) && aligned { Ok(config) } else { Err(FaultKind::Geometry) }
+    }
+}
+
+impl RingConfig {
+    /// Entries; a power of two.
+    pub fn size(&self) -> u16 {
+        self.size
+    }
+
+    /// Finds the three areas in the window. Each must lie inside one mapping; the
+    /// used ring's must be readable too, for its index is where the device starts.
+    pub fn place(&self, translation: &mut Translation) -> Result<RingPlaces, FaultKind> {
+        let mut find =
+            |iova, len, access| translation.translate(iova, len, access).map_err(|_| FaultKind::Geometry);
+        Ok(RingPlaces {
+            size: self.size,
+            desc: find(self.desc, desc_len(self.size), Access::READ)?,
+            avail: find(self.avail, avail_len(self.size), Access::READ)?,
+            used: find(self.used, used_len(self.size), Access::READ_WRITE)?,
+        })
+    }
+}
+
+/// Where a ring's areas are in a memory, bytes from its start.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct RingPlaces {
+    /// Entries; a power of two, at most [`MAX_SIZE`].
+    pub size: u16,
+    /// Descriptor table.
+    pub desc: u64,
+    /// Available ring.
+    pub avail: u64,
+    /// Used ring.
+    pub used: u64,
+}
+
+impl RingPlaces {
+    /// The three areas from `offset` on, each on cache lines of its own, and the
+    /// first offset behind them. `offset` is a multiple of 64.
+    pub fn at(offset: u64, size: u16) -> (Self, u64) {
+        let line = |end: u64| end.next_multiple_of(64);
+        let avail = line(offset + u64::from(desc_len(size)));
+        let used = line(avail + u64::from(avail_len(size)));
+        let end = line(used + u64::from(used_len(size)));
+        (Self { size, desc: offset, avail, used }, end)
+    }
+
+    /// The vring as the link page would tell it, if the memory started at `iova_base`.
+    pub fn info(&self, iova_base: u64) -> VringInfo {
+        let iova = |offset: u64| iova_base.wrapping_add(offset);
+        VringInfo {
+            enabled: true,
+            size: u32::from(self.size),
+            desc: iova(self.desc),
+            avail: iova(self.avail),
+            used: iova(self.used),
+            base: 0,
+        }
+    }
+}
+
+#[cfg(test)]
+#[allow(clippy::unwrap_used)]
+mod tests {
+    use super::*;
+    use crate::translate::Mapping;
+
+    fn info() -> VringInfo {
+        VringInfo { enabled: true, size: 256, desc: 0x1000, avail: 0x2000, used: 0x3000, base: 0 }
+    }
+
+    #[test]
+    fn sizes_other_than_powers_of_two_up_to_32768_are_refused() {
+        for size in [0, 3, 255, 257, 65_536, 1 << 31, u32::MAX] {
+            assert_eq!(
+                RingConfig::try_from(&VringInfo { size, ..info() }),
+                Err(FaultKind::Geometry),
+                "{size}"
+            );
+        }
+        for power in 0..=15 {
+            assert!(RingConfig::try_from(&VringInfo { size: 1 << power, ..info() }).is_ok());
+        }
+    }
+
+    #[test]
+    fn misaligned_areas_are_refused() {
+        for bad in [
+            VringInfo { desc: 0x1008, ..info() },
+            VringInfo { avail: 0x2001, ..info() },
+            VringInfo { used: 0x3002, ..info() },
+        ] {
+            assert_eq!(RingConfig::try_from(&bad), Err(FaultKind::Geometry));
+        }
+    }
+
+    #[test]
+    fn an_area_outside_one_mapping_or_without_its_access_is_refused() {
+        let config = RingConfig::try_from(&info()).unwrap();
+        let page = |iova: u64, access| Mapping { iova, len: 0x1000, window_offset: iova << 4, access };
+        let mut good = Translation::new(&[
+            page(0x1000, Access::READ),
+            page(0x2000, Access::READ),
+            page(0x3000, Access::READ_WRITE),
+        ]);
+        let places = RingPlaces { size: 256, desc: 0x1_0000, avail: 0x2_0000, used: 0x3_0000 };
+        assert_eq!(config.place(&mut good), Ok(places));
+        let mut read_only = Translation::new(&[Mapping { len: 0x3000, ..page(0x1000, Access::READ) }]);
+        assert_eq!(config.place(&mut read_only), Err(FaultKind::Geometry));
+        let across = RingConfig::try_from(&VringInfo { desc: 0x1010, ..info() }).unwrap();
+        assert_eq!(across.place(&mut good), Err(FaultKind::Geometry));
+    }
+
+    #[test]
+    fn areas_laid_out_do_not_overlap_and_are_aligned() {
+        for power in 0..=15 {
+            let size = 1 << power;
+            let (places, end) = RingPlaces::at(4096, size);
+            assert!(places.desc + u64::from(desc_len(size)) <= places.avail);
+            assert!(places.avail + u64::from(avail_len(size)) <= places.used);
+            assert!(places.used + u64::from(used_len(size)) <= end);
+            assert!(RingConfig::try_from(&places.info(0)).is_ok());
+        }
+    }
+}

@@ -1,0 +1,30 @@
+//! Split virtqueues (virtio 1.3, 2.7), both halves, over memory that another VM can
+//! rewrite at any moment.
+//!
+//! | module | what it holds |
+//! |---|---|
+//! | [`layout`] | geometry: sizes, alignments, where the three areas are |
+//! | [`index`] | index publication and notification suppression; nothing else orders memory |
+//! | [`chain`] | what a popped burst of descriptor chains is |
+//! | [`device`] | the device half, which a peer plays through the window |
+//! | [`driver`] | the driver half, which an owner's guest plays in its own memory |
+//!
+//! What a port does with a ring is five operations: pop a burst of chains, push used
+//! entries, flush them, ask whether to notify, and (un)suppress notifications. None of
+//! them shows the ring's format. EVENT_IDX is thus another way to answer two questions
+//! in [`index`], IN_ORDER another way to push and reap, and a packed ring another
+//! `DeviceRing` that fills the same [`ChainBurst`]: no second data path.
+
+pub mod chain;
+pub mod device;
+pub mod driver;
+pub mod index;
+pub mod layout;
+
+pub use chain::{Chain, ChainBurst, Direction, Segment};
+pub use device::{DeviceRing, Fault};
+pub use driver::{AddError, Buffer, Completion, DriverFault, DriverFaultKind, DriverRing, IndirectTables};
+pub use layout::{RingConfig, RingPlaces};
+
+#[cfg(test)]
+pub(crate) mod fetch_tests;

@@ -1,0 +1,479 @@
+//! Memory that another VM can rewrite at any moment.
+//!
+//! Owns: the bounds of such memory, what keeps it mapped, and each way to touch
+//! it. It is the only module of the data path with `unsafe`. It never makes a
+//! `&T`, `&mut T` or slice into the memory, and it never interprets what it reads.
+//!
+//! # Why racing with the other VM is sound here
+//!
+//! - Words (indices, flags, descriptors) are read and written by *atomic*
+//!   operations of exactly the field's size. Each call is one access: the compiler
+//!   may neither repeat nor split it. A caller that keeps the result in a local has
+//!   therefore fetched the field once.
+//! - Bulk bytes (packets, indirect tables) are moved by a plain `memcpy`, between
+//!   two empty `asm!` blocks that may, for all the compiler knows, rewrite all of
+//!   memory. The stores of the other VM are no accesses of this program; the
+//!   compiler sees them as done by these blocks, on this thread. Hence it can
+//!   neither use what it knew of the shared bytes before the copy, nor, after the
+//!   copy, read them again in place of the private copy (which it does with a bare
+//!   `copy_nonoverlapping`, and which would be a double fetch). What remains is
+//!   tearing: while `memcpy` runs each byte may be the old one or the new one, and
+//!   any bytes are valid for `u8`. A volatile or per-byte atomic loop would say the
+//!   same at a tenth of the speed; `vm-memory` decided likewise.
+//!
+//! All words are little-endian, as virtio's and the link page's are, and all
+//! offsets and lengths are in bytes.
+
+use std::any::Any;
+use std::fmt;
+use std::io;
+use std::num::NonZeroUsize;
+use std::os::fd::{AsFd, BorrowedFd};
+use std::ptr::{self, NonNull};
+use std::sync::Arc;
+use std::sync::atomic::{AtomicU16, AtomicU32, AtomicU64, Ordering};
+
+use nix::sys::mman::{MapFlags, ProtFlags, mmap, munmap};
+use nix::sys::stat::{SFlag, fstat};
+
+/// An access that does not fit the memory.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
+pub enum ShmError {
+    /// The range is not inside the memory.
+    #[error("{len} bytes at {offset:#x} are not inside a memory of {memory_len:#x} bytes")]
+    OutOfBounds {
+        /// Start of the range.
+        offset: u64,
+        /// Length of the range.
+        len: u64,
+        /// Length of the memory.
+        memory_len: u64,
+    },
+    /// A word's address is not a multiple of its alignment.
+    #[error("offset {offset:#x} is not aligned to {align} bytes")]
+    Misaligned {
+        /// Where the word is.
+        offset: u64,
+        /// The alignment that it needs.
+        align: usize,
+    },
+}
+
+/// Memory that is shared with another VM or process, mapped for reading and
+/// writing. Clones name the same memory and keep it mapped.
+#[derive(Clone)]
+pub struct SharedMemory {
+    base: NonNull<u8>,
+    len: usize,
+    keep: Arc<dyn Any + Send + Sync>,
+}
+
+// SAFETY: the memory has no owning thread: every access is by atomics or by the raw
+// copies described above, and `keep`, which keeps it mapped, is Send and Sync.
+unsafe impl Send for SharedMemory {}
+// SAFETY: as for Send; no method hands out a reference into the memory.
+unsafe impl Sync for SharedMemory {}
+
+impl fmt::Debug for SharedMemory {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "SharedMemory({:p}, {:#x} bytes)", self.base, self.len)
+    }
+}
+
+/// What `SharedMemory::map` mapped; unmapped when the last user is gone.
+struct MappedRange {
+    base: NonNull<u8>,
+    len: usize,
+}
+
+// SAFETY: only an address and a length, used by `drop` alone.
+unsafe impl Send for MappedRange {}
+// SAFETY: as for Send.
+unsafe impl Sync for MappedRange {}
+
+impl Drop for MappedRange {
+    fn drop(&mut self) {
+        // SAFETY: `map` made this very range, and every `SharedMemory` over it holds
+        // an `Arc` of this value: none is left.
+        let unmapped = unsafe { munmap(self.base.cast(), self.len) };
+        debug_assert!(unmapped.is_ok());
+    }
+}
+
+/// Stands, for the compiler, for whatever the other VM did up to here.
+#[inline(always)]
+fn other_vm_may_have_written() {
+    #[cfg(not(miri))]
+    // SAFETY: the block holds no instruction.
+    unsafe {
+        std::arch::asm!("", options(nostack, preserves_flags));
+    }
+}
+
+/// Declares the accesses to one size of word.
+macro_rules! words {
+    ($($native:ty, $atomic:ty, $load:ident, $load_acquire:ident, $store:ident, $store_release:ident;)*) => {$(
+        #[doc = concat!("One relaxed load of a little-endian `", stringify!($native), "`.")]
+        #[inline]
+        pub fn $load(&self, offset: u64) -> Result<$native, ShmError> {
+            let at = self.word(offset, size_of::<$native>())?;
+            // SAFETY: `word` checked bounds and alignment; atomics may race.
+            let word = unsafe { <$atomic>::from_ptr(at.as_ptr().cast()) };
+            // Relaxed: pairs with nothing; the caller orders it, if need be.
+            Ok(<$native>::from_le(word.load(Ordering::Relaxed)))
+        }
+
+        #[doc = concat!("One acquire load of a little-endian `", stringify!($native), "`.")]
+        #[inline]
+        pub fn $load_acquire(&self, offset: u64) -> Result<$native, ShmError> {
+            let at = self.word(offset, size_of::<$native>())?;
+            // SAFETY: as above.
+            let word = unsafe { <$atomic>::from_ptr(at.as_ptr().cast()) };
+            // Acquire: pairs with the other side's release store of the same word.
+            Ok(<$native>::from_le(word.load(Ordering::Acquire)))
+        }
+
+        #[doc = concat!("One relaxed store of a little-endian `", stringify!($native), "`.")]
+        #[inline]
+        pub fn $store(&self, offset: u64, value: $native) -> Result<(), ShmError> {
+            let at = self.word(offset, size_of::<$native>())?;
+            // SAFETY: as above.
+            let word = unsafe { <$atomic>::from_ptr(at.as_ptr().cast()) };
+            // Relaxed: pairs with nothing; the caller orders it, if need be.
+            word.store(value.to_le(), Ordering::Relaxed);
+            Ok(())
+        }
+
+        #[doc = concat!("One release store of a little-endian `", stringify!($native), "`.")]
+        #[inline]
+        pub fn $store_release(&self, offset: u64, value: $native) -> Result<(), ShmError> {
+            let at = self.word(offset, size_of::<$native>())?;
+            // SAFETY: as above.
+            let word = unsafe { <$atomic>::from_ptr(at.as_ptr().cast()) };
+            // Release: pairs with the other side's acquire load of the same word.
+            word.store(value.to_le(), Ordering::Release);
+            Ok(())
+        }
+    )*};
+}
+
+impl SharedMemory {
+    /// Maps `len` bytes of a file or device, from `file_offset` (a multiple of the
+    /// page size) on, shared and for reading and writing.
+    ///
+    /// A regular file must be long enough. Who cannot trust the file's owner not to
+    /// shorten it later must have sealed it: touching a page past the end is SIGBUS.
+    pub fn map(fd: BorrowedFd<'_>, file_offset: u64, len: usize) -> io::Result<Self> {
+        let invalid = |what: &str| io::Error::new(io::ErrorKind::InvalidInput, what);
+        let length = NonZeroUsize::new(len).ok_or_else(|| invalid("an empty mapping"))?;
+        let end = file_offset.checked_add(len as u64).ok_or_else(|| invalid("the mapping wraps"))?;
+        let start = i64::try_from(file_offset).map_err(|_| invalid("the offset is too large"))?;
+        let stat = fstat(fd)?;
+        let regular = SFlag::from_bits_truncate(stat.st_mode) & SFlag::S_IFMT == SFlag::S_IFREG;
+        if regular && u64::try_from(stat.st_size).is_ok_and(|size| size < end) {
+            return Err(invalid("the file ends before the mapping"));
+        }
+        let access = ProtFlags::PROT_READ | ProtFlags::PROT_WRITE;
+        // SAFETY: the kernel chooses a free address range, so no memory of this
+        // program is replaced.
+        let base = unsafe { mmap(None, length, access, MapFlags::MAP_SHARED, fd.as_fd(), start) }?.cast();
+        let keep = Arc::new(MappedRange { base, len });
+        // SAFETY: the range was just mapped for reading and writing, nothing else
+        // names it, and it stays until `keep` is dropped.
+        Ok(unsafe { Self::from_raw_parts(base, len, keep) })
+    }
+
+    /// Takes memory that something else mapped.
+    ///
+    /// # Safety
+    /// While `keep` or a clone of it lives, `len` bytes from `base` on are mapped
+    /// for reading and writing, and this program touches them only through
+    /// `SharedMemory`, or by atomics and raw copies as described at the module's top.
+    pub unsafe fn from_raw_parts(base: NonNull<u8>, len: usize, keep: Arc<dyn Any + Send + Sync>) -> Self {
+        Self { base, len, keep }
+    }
+
+    /// Length, bytes.
+    pub fn len(&self) -> u64 {
+        self.len as u64
+    }
+
+    /// Whether there is no memory at all.
+    pub fn is_empty(&self) -> bool {
+        self.len == 0
+    }
+
+    /// A part of the memory as a memory of its own, with offsets from its start.
+    pub fn part(&self, offset: u64, len: u64) -> Result<Self, ShmError> {
+        let base = self.range(offset, len)?;
+        Ok(Self { base, len: len as usize, keep: Arc::clone(&self.keep) })
+    }
+
+    /// The address of a range after checking that it is inside.
+    #[inline]
+    fn range(&self, offset: u64, len: u64) -> Result<NonNull<u8>, ShmError> {
+        let memory_len = self.len as u64;
+        if offset > memory_len || len > memory_len - offset {
+            return Err(ShmError::OutOfBounds { offset, len, memory_len });
+        }
+        // SAFETY: `offset` is at most `len`, so the address is in the range that
+        // `from_raw_parts` was promised, or one past its end.
+        Ok(unsafe { self.base.add(offset as usize) })
+    }
+
+    /// The address of an aligned word after checking that it is inside.
+    #[inline]
+    fn word(&self, offset: u64, size: usize) -> Result<NonNull<u8>, ShmError> {
+        let at = self.range(offset, size as u64)?;
+        if !at.addr().get().is_multiple_of(size) {
+            return Err(ShmError::Misaligned { offset, align: size });
+        }
+        trace::note(at, size);
+        Ok(at)
+    }
+
+    words! {
+        u16, AtomicU16, load_u16, load_u16_acquire, store_u16, store_u16_release;
+        u32, AtomicU32, load_u32, load_u32_acquire, store_u32, store_u32_release;
+        u64, AtomicU64, load_u64, load_u64_acquire, store_u64, store_u64_release;
+    }
+
+    /// Copies bytes out. What arrives is private and does not change any more; it
+    /// may be a mixture of what the other side wrote meanwhile.
+    #[inline]
+    pub fn read(&self, offset: u64, into: &mut [u8]) -> Result<(), ShmError> {
+        let from = self.range(offset, into.len() as u64)?;
+        trace::note(from, into.len());
+        other_vm_may_have_written();
+        // SAFETY: `range` checked the source; `into` is exclusive and as long, and no
+        // reference of this program names shared memory, so they do not overlap.
+        // Races: see the module's top.
+        unsafe { ptr::copy_nonoverlapping(from.as_ptr(), into.as_mut_ptr(), into.len()) };
+        other_vm_may_have_written();
+        Ok(())
+    }
+
+    /// Copies bytes in.
+    #[inline]
+    pub fn write(&self, offset: u64, from: &[u8]) -> Result<(), ShmError> {
+        let to = self.range(offset, from.len() as u64)?;
+        other_vm_may_have_written();
+        // SAFETY: `range` checked the target; `from` is private memory, as no
+        // reference of this program names shared memory. Races: see the module's top.
+        unsafe { ptr::copy_nonoverlapping(from.as_ptr(), to.as_ptr(), from.len()) };
+        other_vm_may_have_written();
+        Ok(())
+    }
+
+    /// Sets bytes to zero.
+    pub fn zero(&self, offset: u64, len: u64) -> Result<(), ShmError> {
+        let to = self.range(offset, len)?;
+        other_vm_may_have_written();
+        // SAFETY: `range` checked the target. Races: see the module's top.
+        unsafe { ptr::write_bytes(to.as_ptr(), 0, len as usize) };
+        other_vm_may_have_written();
+        Ok(())
+    }
+
+    /// Copies from one shared memory to another (or within one: the ranges may
+    /// overlap), without a private copy in between: for packets that nobody looks at.
+    #[inline]
+    pub fn copy_between(
+        from: &Self,
+        from_offset: u64,
+        to: &Self,
+        to_offset: u64,
+        len: u64,
+    ) -> Result<(), ShmError> {
+        let source = from.range(from_offset, len)?;
+        let target = to.range(to_offset, len)?;
+        trace::note(source, len as usize);
+        other_vm_may_have_written();
+        // SAFETY: both ranges were checked; `ptr::copy` allows overlap. Races: see
+        // the module's top.
+        unsafe { ptr::copy(source.as_ptr(), target.as_ptr(), len as usize) };
+        other_vm_may_have_written();
+        Ok(())
+    }
+}
+
+/// One aligned 16-bit word, checked once: a ring's index or flags.
+#[derive(Clone, Debug)]
+pub(crate) struct Word16 {
+    at: NonNull<u8>,
+    _memory: SharedMemory,
+}
+
+// SAFETY: an address inside the memory that `_memory` keeps, which is Send.
+unsafe impl Send for Word16 {}
+// SAFETY: accessed by atomics only.
+unsafe impl Sync for Word16 {}
+
+impl Word16 {
+    /// Checks bounds and alignment, once.
+    pub(crate) fn new(memory: &SharedMemory, offset: u64) -> Result<Self, ShmError> {
+        Ok(Self { at: memory.word(offset, 2)?, _memory: memory.clone() })
+    }
+
+    #[inline]
+    fn atomic(&self) -> &AtomicU16 {
+        // SAFETY: `new` checked bounds and alignment and `_memory` keeps it mapped.
+        // An atomic may change under its reference.
+        unsafe { AtomicU16::from_ptr(self.at.as_ptr().cast()) }
+    }
+
+    #[inline]
+    pub(crate) fn load(&self, order: Ordering) -> u16 {
+        u16::from_le(self.atomic().load(order))
+    }
+
+    #[inline]
+    pub(crate) fn store(&self, value: u16, order: Ordering) {
+        self.atomic().store(value.to_le(), order);
+    }
+}
+
+/// An array of a power of two of `STRIDE`-byte slots, checked once: an available
+/// ring (2), a used ring (8) or a descriptor table (16). Indices wrap, so that no
+/// index is out of bounds.
+#[derive(Clone, Debug)]
+pub(crate) struct Slots<const STRIDE: usize> {
+    base: NonNull<u8>,
+    mask: u16,
+    _memory: SharedMemory,
+}
+
+// SAFETY: an address inside the memory that `_memory` keeps, which is Send.
+unsafe impl<const STRIDE: usize> Send for Slots<STRIDE> {}
+// SAFETY: accessed by atomics only.
+unsafe impl<const STRIDE: usize> Sync for Slots<STRIDE> {}
+
+impl<const STRIDE: usize> Slots<STRIDE> {
+    /// The largest access: 8 bytes for descriptors; used elements are 4-aligned.
+    const ALIGN: usize = STRIDE / 2 + STRIDE % 4 / 2;
+
+    /// Checks bounds and alignment of `count` slots from `offset` on, once.
+    /// `count` is a power of two (others are rounded down).
+    pub(crate) fn new(memory: &SharedMemory, offset: u64, count: u16) -> Result<Self, ShmError> {
+        let count = 1_u16 << count.max(1).ilog2();
+        let base = memory.range(offset, u64::from(count) * STRIDE as u64)?;
+        if !base.addr().get().is_multiple_of(Self::ALIGN) {
+            return Err(ShmError::Misaligned { offset, align: Self::ALIGN });
+        }
+        Ok(Self { base, mask: count - 1, _memory: memory.clone() })
+    }
+
+    #[inline]
+    fn slot(&self, index: u16) -> NonNull<u8> {
+        // SAFETY: `mask` keeps the index below the count that `new` checked.
+        unsafe { self.base.add(usize::from(index & self.mask) * STRIDE) }
+    }
+}
+
+impl Slots<2> {
+    /// One relaxed load of the slot that `index` wraps to.
+    #[inline]
+    pub(crate) fn load(&self, index: u16) -> u16 {
+        let at = self.slot(index);
+        trace::note(at, 2);
+        // SAFETY: `slot` is in bounds, `new` checked the alignment.
+        let word = unsafe { AtomicU16::from_ptr(at.as_ptr().cast()) };
+        // Relaxed: ordered by the acquire load of the ring's index before it.
+        u16::from_le(word.load(Ordering::Relaxed))
+    }
+
+    /// One relaxed store to the slot that `index` wraps to.
+    #[inline]
+    pub(crate) fn store(&self, index: u16, value: u16) {
+        // SAFETY: as in `load`.
+        let word = unsafe { AtomicU16::from_ptr(self.slot(index).as_ptr().cast()) };
+        // Relaxed: ordered by the release store of the ring's index after it.
+        word.store(value.to_le(), Ordering::Relaxed);
+    }
+}
+
+impl Slots<8> {
+    /// Two relaxed loads: the halves of the slot that `index` wraps to.
+    #[inline]
+    pub(crate) fn load(&self, index: u16) -> [u32; 2] {
+        let at = self.slot(index);
+        trace::note(at, 8);
+        [0, 4].map(|byte| {
+            // SAFETY: `slot` is in bounds with 8 bytes, `new` checked the alignment.
+            let word = unsafe { AtomicU32::from_ptr(at.as_ptr().add(byte).cast()) };
+            // Relaxed: ordered by the acquire load of the ring's index before it.
+            u32::from_le(word.load(Ordering::Relaxed))
+        })
+    }
+
+    /// Two relaxed stores to the slot that `index` wraps to.
+    #[inline]
+    pub(crate) fn store(&self, index: u16, halves: [u32; 2]) {
+        let at = self.slot(index);
+        for (half, byte) in halves.into_iter().zip([0, 4]) {
+            // SAFETY: as in `load`.
+            let word = unsafe { AtomicU32::from_ptr(at.as_ptr().add(byte).cast()) };
+            // Relaxed: ordered by the release store of the ring's index after it.
+            word.store(half.to_le(), Ordering::Relaxed);
+        }
+    }
+}
+
+impl Slots<16> {
+    /// Two relaxed loads: the halves of the slot that `index` wraps to.
+    #[inline]
+    pub(crate) fn load(&self, index: u16) -> [u64; 2] {
+        let at = self.slot(index);
+        trace::note(at, 16);
+        [0, 8].map(|byte| {
+            // SAFETY: `slot` is in bounds with 16 bytes, `new` checked the alignment.
+            let word = unsafe { AtomicU64::from_ptr(at.as_ptr().add(byte).cast()) };
+            // Relaxed: ordered by the acquire load of the ring's index before it.
+            u64::from_le(word.load(Ordering::Relaxed))
+        })
+    }
+
+    /// Two relaxed stores to the slot that `index` wraps to.
+    #[inline]
+    pub(crate) fn store(&self, index: u16, halves: [u64; 2]) {
+        let at = self.slot(index);
+        for (half, byte) in halves.into_iter().zip([0, 8]) {
+            // SAFETY: as in `load`.
+            let word = unsafe { AtomicU64::from_ptr(at.as_ptr().add(byte).cast()) };
+            // Relaxed: ordered by the release store of the ring's index after it.
+            word.store(half.to_le(), Ordering::Relaxed);
+        }
+    }
+}
+
+/// Which shared bytes were fetched: lets unit tests prove that none is fetched twice.
+#[cfg(not(test))]
+mod trace {
+    #[inline(always)]
+    pub(super) fn note(_at: std::ptr::NonNull<u8>, _len: usize) {}
+}
+
+#[cfg(test)]
+pub(crate) mod trace {
+    use std::cell::RefCell;
+    use std::ptr::NonNull;
+
+    thread_local! {
+        static FETCHED: RefCell<Option<Vec<(usize, usize)>>> = const { RefCell::new(None) };
+    }
+
+    pub(super) fn note(at: NonNull<u8>, len: usize) {
+        FETCHED.with_borrow_mut(|fetched| {
+            if let Some(list) = fetched {
+                list.push((at.addr().get(), len));
+            }
+        });
+    }
+
+    /// Runs `body` and returns the ranges (address, bytes) that this thread fetched.
+    pub(crate) fn fetches_of<R>(body: impl FnOnce() -> R) -> (R, Vec<(usize, usize)>) {
+        FETCHED.set(Some(Vec::new()));
+        let result = body();
+        (result, FETCHED.take().unwrap_or_default())
+    }
+}

@@ -1,0 +1,11 @@
+//! The transport's only `unsafe` code: memory mappings, device registers, DMA.
+//!
+//! Everything here is offered through safe functions. No reference into a mapping
+//! ever leaves these files.
+
+pub mod dma;
+pub mod event;
+pub mod fd;
+pub mod mapping;
+pub mod mmio;
+pub mod reservation;

@@ -1,0 +1,278 @@
+//! The device through /sys/bus/pci, by polling: for guests without an IOMMU.
+//!
+//! Takes the device from a kernel driver that is bound to it (virtio-pci binds to
+//! every virtio function, also to one it has no virtio driver for), maps its BARs,
+//! and starts it. There are no interrupts: that needs [`vfio`](super::vfio).
+
+use std::fs::{self, File, OpenOptions};
+use std::io;
+use std::os::unix::fs::FileExt;
+use std::path::{Path, PathBuf};
+
+use vhost_pci_device::abi::{DeviceConfig, MAX_VRINGS, PCI_DEVICE_ID_STAND_IN, PCI_VENDOR_ID, QUEUE_VRING_FIRST};
+
+use super::sys::mapping::Mapping;
+use super::virtio_pci::{ConfigSpace, Function, PciAccess, Resources, VirtioPci, config_space};
+use super::{Transport, TransportError, ring_memory};
+use crate::shm::SharedMemory;
+
+/// Where Linux shows PCI functions.
+const DEVICES: &str = "/sys/bus/pci/devices";
+
+/// A function's folder in sysfs.
+#[derive(Clone, Debug)]
+pub struct PciDevice {
+    address: String,
+    folder: PathBuf,
+}
+
+impl PciDevice {
+    /// The function with this address; `03:00.0` stands for `0000:03:00.0`.
+    ///
+    /// # Errors
+    /// [`TransportError::NoSuchDevice`].
+    pub fn at(address: &str) -> Result<Self, TransportError> {
+        let full = match address.matches(':').count() {
+            1 => format!("0000:{address}"),
+            _ => address.to_owned(),
+        };
+        let folder = Path::new(DEVICES).join(&full);
+        if full.contains('/') || full.starts_with('.') || !folder.join("config").exists() {
+            return Err(TransportError::NoSuchDevice { address: address.to_owned() });
+        }
+        Ok(Self { address: full, folder })
+    }
+
+    /// Every function with the device's vendor and device number, by address. Which
+    /// of them is a vhost-pci device, only its config space tells.
+    pub fn candidates() -> Vec<Self> {
+        let mut found: Vec<_> = fs::read_dir(DEVICES)
+            .into_iter()
+            .flatten()
+            .filter_map(|entry| Self::at(entry.ok()?.file_name().to_str()?).ok())
+            .filter(Self::has_identity)
+            .collect();
+        found.sort_by(|one, other| one.address.cmp(&other.address));
+        found
+    }
+
+    fn has_identity(&self) -> bool {
+        let number = |file: &str| {
+            let text = fs::read_to_string(self.folder.join(file)).ok()?;
+            u16::from_str_radix(text.trim().strip_prefix("0x")?, 16).ok()
+        };
+        number("vendor") == Some(PCI_VENDOR_ID) && number("device") == Some(PCI_DEVICE_ID_STAND_IN)
+    }
+
+    /// The address with its domain.
+    pub fn address(&self) -> &str {
+        &self.address
+    }
+
+    /// The folder in sysfs.
+    pub fn folder(&self) -> &Path {
+        &self.folder
+    }
+
+    /// Whether a virtio driver of the kernel's is using the device: virtio-pci alone
+    /// binds to functions that no virtio driver wants, too.
+    fn is_in_use(&self) -> bool {
+        let children = fs::read_dir(&self.folder).into_iter().flatten().flatten();
+        let virtio = |name: &str| name.starts_with("virtio");
+        children
+            .filter(|entry| entry.file_name().to_str().is_some_and(virtio))
+            .any(|entry| entry.path().join("driver").exists())
+    }
+
+    /// The name of the kernel driver that has the device.
+    pub fn driver(&self) -> Option<String> {
+        let link = fs::read_link(self.folder.join("driver")).ok()?;
+        Some(link.file_name()?.to_string_lossy().into_owned())
+    }
+
+    /// Takes the device from its kernel driver, if it has one, and says so.
+    ///
+    /// # Errors
+    /// What the kernel answers.
+    pub fn unbind(&self) -> Result<(), TransportError> {
+        if let Some(driver) = self.driver() {
+            tracing::info!(device = self.address, driver, "taking the device from its kernel driver");
+            self.store("driver/unbind", &self.address)?;
+        }
+        Ok(())
+    }
+
+    /// Writes to a file of the folder.
+    pub(super) fn store(&self, file: &str, value: &str) -> Result<(), TransportError> {
+        let path = self.folder.join(file);
+        fs::write(&path, value).map_err(|source| self.file_error("write to", path, source))
+    }
+
+    pub(super) fn file_error(&self, action: &'static str, path: PathBuf, source: io::Error) -> TransportError {
+        let advice = match source.kind() {
+            io::ErrorKind::PermissionDenied => " (run as root)",
+            _ => "",
+        };
+        TransportError::File { address: self.address.clone(), action, path, source, advice }
+    }
+}
+
+/// The files of a function, opened.
+struct SysfsPci {
+    device: PciDevice,
+    config: File,
+    bars: [u64; 6],
+}
+
+impl SysfsPci {
+    fn open(device: PciDevice) -> Result<Self, TransportError> {
+        let path = device.folder.join("config");
+        let config = OpenOptions::new()
+            .read(true)
+            .write(true)
+            .open(&path)
+            .map_err(|source| device.file_error("open", path, source))?;
+        let path = device.folder.join("resource");
+        let text =
+            fs::read_to_string(&path).map_err(|source| device.file_error("read", path, source))?;
+        Ok(Self { bars: bar_lens(&text), device, config })
+    }
+}
+
+/// Lengths of the six BARs, from lines of `start end flags` in hexadecimal.
+fn bar_lens(resource: &str) -> [u64; 6] {
+    let number = |word: &str| u64::from_str_radix(word.strip_prefix("0x")?, 16).ok();
+    let mut lens = [0; 6];
+    for (len, line) in lens.iter_mut().zip(resource.lines()) {
+        let mut words = line.split_whitespace().map_while(number);
+        if let (Some(start), Some(end)) = (words.next(), words.next()) {
+            *len = end.checked_sub(start).filter(|last| *last != 0).map_or(0, |last| last.saturating_add(1));
+        }
+    }
+    lens
+}
+
+impl ConfigSpace for SysfsPci {
+    fn read(&self, offset: u16, bytes: &mut [u8]) -> io::Result<()> {
+        // Who is not root reads only 64 bytes: an error, not zeros.
+        self.config.read_exact_at(bytes, offset.into())
+    }
+
+    fn write(&self, offset: u16, bytes: &[u8]) -> io::Result<()> {
+        self.config.write_all_at(bytes, offset.into())
+    }
+}
+
+impl PciAccess for SysfsPci {
+    fn address(&self) -> &str {
+        &self.device.address
+    }
+
+    fn bar_len(&self, bar: u8) -> u64 {
+        self.bars.get(usize::from(bar)).copied().unwrap_or(0)
+    }
+
+    fn map_bar(&self, bar: u8, offset: u64, len: usize) -> io::Result<Mapping> {
+        let path = self.device.folder.join(format!("resource{bar}"));
+        let file = OpenOptions::new().read(true).write(true).open(path)?;
+        Mapping::of_file(file, offset, len)
+    }
+}
+
+/// The device, reached through sysfs.
+pub struct SysfsTransport(VirtioPci);
+
+impl SysfsTransport {
+    /// Starts the device at a PCI address, or, for `None`, the first vhost-pci device.
+    ///
+    /// # Errors
+    /// If there is none, it is no vhost-pci device, or it does not start.
+    pub fn open(address: Option<&str>) -> Result<Self, TransportError> {
+        first_of(address, Self::start)
+    }
+
+    fn start(device: PciDevice) -> Result<Self, TransportError> {
+        device.unbind()?;
+        device.store("enable", "1")?;
+        let pci = SysfsPci::open(device)?;
+        config_space::enable(&pci)
+            .map_err(|source| pci.device.file_error("write to", pci.device.folder.join("config"), source))?;
+        let function = Function::open(&pci)?;
+        let (memory, rings) = ring_memory::lock(&pci.device.address, QUEUE_VRING_FIRST + MAX_VRINGS)?;
+        let resources = Resources { rings, interrupts: Vec::new(), keep: Box::new(memory) };
+        function.start(&pci, resources).map(Self)
+    }
+}
+
+/// Starts the device at `address`, or the first candidate that is a vhost-pci
+/// device. A candidate that is something else is passed over.
+pub(super) fn first_of<T>(
+    address: Option<&str>,
+    start: impl Fn(PciDevice) -> Result<T, TransportError>,
+) -> Result<T, TransportError> {
+    if let Some(address) = address {
+        return start(PciDevice::at(address)?);
+    }
+    let mut tried = Vec::new();
+    for device in PciDevice::candidates() {
+        tried.push(device.address.clone());
+        if device.is_in_use() {
+            continue;
+        }
+        match start(device) {
+            Err(error @ (TransportError::Config { .. } | TransportError::Capability { .. })) => {
+                tracing::warn!("passed over {error}");
+            }
+            result => return result,
+        }
+    }
+    Err(TransportError::NotFound { tried })
+}
+
+impl Transport for SysfsTransport {
+    fn name(&self) -> &str {
+        self.0.name()
+    }
+
+    fn config(&self) -> &DeviceConfig {
+        self.0.config()
+    }
+
+    fn window(&self) -> &SharedMemory {
+        self.0.window()
+    }
+
+    fn doorbell(&self, queue: u16) {
+        self.0.doorbell(queue);
+    }
+
+    fn interrupt_fd(&self, _: u16) -> Option<std::os::fd::BorrowedFd<'_>> {
+        None
+    }
+
+    fn check(&self) -> Result<(), TransportError> {
+        self.0.check()
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn bar_lengths_are_read_from_the_resource_file() {
+        let text = "0x0000000000000000 0x0000000000000000 0x0000000000000000\n\
+                    0x00000000febd5000 0x00000000febd5fff 0x0000000000040200\n\
+                    0x0000000800000000 0x00000008ffffffff 0x000000000014220c\n\
+                    rubbish\n";
+        assert_eq!(bar_lens(text), [0, 0x1000, 0x1_0000_0000, 0, 0, 0]);
+        assert_eq!(bar_lens("0x5 0x1 0x0\n0x0 0xffffffffffffffff 0x0"), [0, u64::MAX, 0, 0, 0, 0]);
+    }
+
+    #[test]
+    fn an_address_that_is_no_device_is_refused() {
+        for address in ["", "..", "../../../etc", "ffff:ff:1f.7"] {
+            assert!(matches!(PciDevice::at(address), Err(TransportError::NoSuchDevice { .. })), "{address}");
+        }
+    }
+}

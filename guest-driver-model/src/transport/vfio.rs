@@ -1,0 +1,261 @@
+//! The device through VFIO, with MSI-X interrupts as eventfds.
+//!
+//! Needs an IOMMU in the guest (`intel_iommu=on` and `-device intel-iommu` for
+//! QEMU), since VFIO has none-IOMMU mode switched off in most kernels.
+
+use std::fs;
+use std::io;
+use std::path::Path;
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+use vfio_bindings::bindings::vfio::{
+    VFIO_PCI_CONFIG_REGION_INDEX, VFIO_PCI_MSIX_IRQ_INDEX, VFIO_REGION_INFO_FLAG_MMAP,
+};
+use vfio_ioctls::{VfioContainer, VfioDevice, VfioError, VfioRegionInfoCap};
+use vhost_pci_device::abi::{DeviceConfig, MAX_VRINGS, PAGE_SIZE, QUEUE_VRING_FIRST};
+
+use super::sys::dma::DmaPages;
+use super::sys::event::Event;
+use super::sys::fd::borrow_device;
+use super::sys::mapping::Mapping;
+use super::sysfs::{PciDevice, first_of};
+use super::virtio_pci::{ConfigSpace, Function, PciAccess, Resources, RingPlaces, VirtioPci, config_space};
+use super::{Transport, TransportError};
+use crate::shm::SharedMemory;
+
+/// The kernel driver that gives a device to VFIO.
+const DRIVER: &str = "vfio-pci";
+/// Where the device finds the queues' memory: below 4 GiB, away from 0 and from the
+/// interrupt window at 0xfee0_0000.
+const RING_IOVA: u64 = 16 << 20;
+/// How long udev or devtmpfs may take to make the group's node.
+const NODE_TIME: Duration = Duration::from_secs(2);
+
+/// The device, reached through VFIO.
+pub struct VfioTransport(VirtioPci);
+
+/// A VFIO device as a PCI function.
+struct VfioPci {
+    address: String,
+    device: Arc<VfioDevice>,
+}
+
+/// What must outlive the device's work, in this order of release.
+struct Keep {
+    _rings: DmaPages,
+    _device: Arc<VfioDevice>,
+}
+
+impl VfioTransport {
+    /// Starts the device at a PCI address, or, for `None`, the first vhost-pci device.
+    /// Binds it to vfio-pci if it is not.
+    ///
+    /// # Errors
+    /// If there is none, VFIO cannot have it, or it does not start.
+    pub fn open(address: Option<&str>) -> Result<Self, TransportError> {
+        first_of(address, Self::start)
+    }
+
+    fn start(pci: PciDevice) -> Result<Self, TransportError> {
+        bind(&pci)?;
+        let address = pci.address().to_owned();
+        let failed = |step, advice| {
+            let address = address.clone();
+            move |source| TransportError::Vfio { address, step, source, advice }
+        };
+        let container = Arc::new(VfioContainer::new(None).map_err(failed(
+            "opening a container",
+            " (is the module vfio_iommu_type1 loaded, and /dev mounted?)",
+        ))?);
+        let device = VfioDevice::new(pci.folder(), container.clone(), true).map_err(failed(
+            "opening the device",
+            " (every device of its IOMMU group must be bound to vfio-pci or to no driver, nobody else may use it, \
+             and the platform must remap interrupts: intremap=on)",
+        ))?;
+        let function_access = VfioPci { address: address.clone(), device: Arc::new(device) };
+        let device = &function_access.device;
+        // VFIO enables memory, but not bus mastering: without it no MSI-X arrives.
+        config_space::enable(&function_access).map_err(|source| TransportError::Event {
+            device: address.clone(),
+            what: "enabling bus mastering through VFIO",
+            source,
+        })?;
+        let function = Function::open(&function_access)?;
+        let queues = QUEUE_VRING_FIRST + MAX_VRINGS;
+        let len = RingPlaces::pages_for(queues) * PAGE_SIZE as usize;
+        let pages = Mapping::locked_pages(len).map_err(|error| TransportError::RingMemory {
+            address: address.clone(),
+            problem: format!("mlock of {len} bytes: {error} (see `ulimit -l`)"),
+        })?;
+        let pages = DmaPages::new(container, RING_IOVA, pages)
+            .map_err(failed("mapping the virtqueues' memory for DMA", " (see `ulimit -l`)"))?;
+        let places = (0..RingPlaces::pages_for(queues) as u64).map(|page| RING_IOVA + page * PAGE_SIZE);
+        let interrupts = enable_msix(device, &address)?;
+        let resources = Resources {
+            rings: RingPlaces { pages: places.collect() },
+            interrupts,
+            keep: Box::new(Keep { _rings: pages, _device: device.clone() }),
+        };
+        function.start(&function_access, resources).map(Self)
+    }
+}
+
+/// Gives each MSI-X vector an eventfd: as many as there are queues, or fewer if the
+/// device has fewer vectors. None at all means polling.
+fn enable_msix(device: &VfioDevice, address: &str) -> Result<Vec<Event>, TransportError> {
+    let count = device.get_irq_info(VFIO_PCI_MSIX_IRQ_INDEX).map_or(0, |irq| irq.count);
+    let count = count.min(u32::from(QUEUE_VRING_FIRST + MAX_VRINGS));
+    if count == 0 {
+        tracing::warn!(device = address, "the device has no MSI-X vectors: polling only");
+        return Ok(Vec::new());
+    }
+    let events = (0..count).map(|_| Event::new()).collect::<io::Result<Vec<_>>>().map_err(|source| {
+        TransportError::Event { device: address.to_owned(), what: "an eventfd for an interrupt", source }
+    })?;
+    device.enable_msix(events.iter().map(Event::inner).collect()).map_err(|source| TransportError::Vfio {
+        address: address.to_owned(),
+        step: "enabling MSI-X",
+        source,
+        advice: "",
+    })?;
+    Ok(events)
+}
+
+/// Binds the device to vfio-pci, unless it is already, and says so.
+fn bind(pci: &PciDevice) -> Result<(), TransportError> {
+    let group = fs::read_link(pci.folder().join("iommu_group")).map_err(|_| TransportError::Vfio {
+        address: pci.address().to_owned(),
+        step: "finding its IOMMU group",
+        source: VfioError::InvalidPath,
+        advice: ": the guest has no IOMMU (start it with `-device intel-iommu,intremap=on` and intel_iommu=on), \
+                 or use the device without --vfio",
+    })?;
+    if pci.driver().as_deref() != Some(DRIVER) {
+        let probe = Path::new("/sys/bus/pci/drivers_probe");
+        pci.unbind()?;
+        tracing::info!(device = pci.address(), "binding the device to vfio-pci");
+        pci.store("driver_override", DRIVER)?;
+        fs::write(probe, pci.address()).map_err(|source| pci.file_error("write to", probe.into(), source))?;
+        if pci.driver().as_deref() != Some(DRIVER) {
+            return Err(TransportError::File {
+                address: pci.address().to_owned(),
+                action: "bind the device to vfio-pci through",
+                path: probe.into(),
+                source: io::ErrorKind::NotFound.into(),
+                advice: " (load the module vfio-pci first)",
+            });
+        }
+    }
+    let node = Path::new("/dev/vfio").join(group.file_name().unwrap_or_default());
+    let deadline = Instant::now() + NODE_TIME;
+    while !node.exists() && Instant::now() < deadline {
+        std::thread::sleep(Duration::from_millis(10));
+    }
+    Ok(())
+}
+
+impl ConfigSpace for VfioPci {
+    fn read(&self, offset: u16, bytes: &mut [u8]) -> io::Result<()> {
+        // The library answers a failed read by leaving the bytes: make that visible.
+        let len = self.device.get_region_size(VFIO_PCI_CONFIG_REGION_INDEX);
+        if u64::from(offset) + bytes.len() as u64 > len {
+            return Err(io::ErrorKind::UnexpectedEof.into());
+        }
+        self.device.region_read(VFIO_PCI_CONFIG_REGION_INDEX, bytes, offset.into());
+        Ok(())
+    }
+
+    fn write(&self, offset: u16, bytes: &[u8]) -> io::Result<()> {
+        self.device.region_write(VFIO_PCI_CONFIG_REGION_INDEX, bytes, offset.into());
+        Ok(())
+    }
+}
+
+impl PciAccess for VfioPci {
+    fn address(&self) -> &str {
+        &self.address
+    }
+
+    fn bar_len(&self, bar: u8) -> u64 {
+        self.device.get_region_size(bar.into())
+    }
+
+    fn map_bar(&self, bar: u8, offset: u64, len: usize) -> io::Result<Mapping> {
+        let bar = u32::from(bar);
+        if self.device.get_region_flags(bar) & VFIO_REGION_INFO_FLAG_MMAP == 0 {
+            return Err(io::Error::new(io::ErrorKind::Unsupported, "VFIO does not let this BAR be mapped"));
+        }
+        if !can_map(&self.device.get_region_caps(bar), offset, len as u64) {
+            return Err(io::Error::new(io::ErrorKind::Unsupported, "VFIO keeps a part of this range for MSI-X"));
+        }
+        let start = self.device.get_region_offset(bar).checked_add(offset).ok_or(io::ErrorKind::InvalidInput)?;
+        Mapping::of_file(borrow_device(&self.device), start, len)
+    }
+}
+
+/// Whether a range of a region can be mapped. A region with a sparse-mmap capability
+/// is mappable in the listed areas only: the kernel keeps the MSI-X table.
+fn can_map(capabilities: &[VfioRegionInfoCap], offset: u64, len: u64) -> bool {
+    let mut sparse = None;
+    for capability in capabilities {
+        match capability {
+            VfioRegionInfoCap::MsixMappable => return true,
+            VfioRegionInfoCap::SparseMmap(areas) => sparse = Some(&areas.areas),
+            _ => {}
+        }
+    }
+    let inside = |start: u64, size: u64| {
+        let into = offset.checked_sub(start);
+        into.and_then(|into| size.checked_sub(into)).is_some_and(|rest| len <= rest)
+    };
+    sparse.is_none_or(|areas| areas.iter().any(|area| inside(area.offset, area.size)))
+}
+
+impl Transport for VfioTransport {
+    fn name(&self) -> &str {
+        self.0.name()
+    }
+
+    fn config(&self) -> &DeviceConfig {
+        self.0.config()
+    }
+
+    fn window(&self) -> &SharedMemory {
+        self.0.window()
+    }
+
+    fn doorbell(&self, queue: u16) {
+        self.0.doorbell(queue);
+    }
+
+    fn interrupt_fd(&self, queue: u16) -> Option<std::os::fd::BorrowedFd<'_>> {
+        self.0.interrupt_fd(queue)
+    }
+
+    fn check(&self) -> Result<(), TransportError> {
+        self.0.check()
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use vfio_ioctls::{VfioRegionInfoCapSparseMmap, VfioRegionSparseMmapArea};
+
+    #[test]
+    fn only_listed_areas_of_a_sparse_region_are_mapped() {
+        let areas = vec![
+            VfioRegionSparseMmapArea { offset: 0, size: 0x1000 },
+            VfioRegionSparseMmapArea { offset: 0x2000, size: 0x2000 },
+        ];
+        let sparse = [VfioRegionInfoCap::SparseMmap(VfioRegionInfoCapSparseMmap { areas })];
+        assert!(can_map(&sparse, 0, 0x1000));
+        assert!(can_map(&sparse, 0x3000, 0x1000));
+        assert!(!can_map(&sparse, 0, 0x2000));
+        assert!(!can_map(&sparse, 0x1000, 0x1000));
+        assert!(!can_map(&sparse, 0x3000, u64::MAX));
+        assert!(can_map(&[], 0x1000, 0x1000));
+        assert!(can_map(&[VfioRegionInfoCap::MsixMappable], 0x1000, 0x1000));
+    }
+}

@@ -1,0 +1,226 @@
+//! A virtio PCI function (virtio 1.3, 4.1) with a vhost-pci device in it: what is
+//! the same whether its BARs and config space are reached through sysfs or VFIO.
+
+pub mod capability;
+pub mod config_space;
+pub mod initialise;
+
+use std::any::Any;
+use std::io;
+use std::os::fd::{AsFd, BorrowedFd};
+use std::sync::Arc;
+
+use vhost_pci_device::abi::{self, DeviceConfig};
+
+pub use self::capability::{Capabilities, CapabilityError, Place};
+pub use self::config_space::ConfigSpace;
+pub use self::initialise::{InitError, RingPlaces};
+use super::sys::event::Event;
+use super::sys::mapping::Mapping;
+use super::sys::mmio::Mmio;
+use super::{Transport, TransportError, check_config};
+use crate::shm::SharedMemory;
+
+/// Little-endian device registers; offsets are bytes from the structure's start.
+pub trait Registers {
+    /// Loads a byte.
+    fn read8(&self, at: u64) -> u8;
+    /// Loads two bytes.
+    fn read16(&self, at: u64) -> u16;
+    /// Loads four bytes.
+    fn read32(&self, at: u64) -> u32;
+    /// Stores a byte.
+    fn write8(&self, at: u64, value: u8);
+    /// Stores two bytes.
+    fn write16(&self, at: u64, value: u16);
+    /// Stores four bytes.
+    fn write32(&self, at: u64, value: u32);
+}
+
+/// How the parts of a PCI function are reached.
+pub(super) trait PciAccess: ConfigSpace {
+    /// Domain, bus, device and function, as Linux writes them.
+    fn address(&self) -> &str;
+    /// Length of a BAR, 0 if there is none.
+    fn bar_len(&self, bar: u8) -> u64;
+    /// Maps a page-aligned part of a BAR.
+    fn map_bar(&self, bar: u8, offset: u64, len: usize) -> io::Result<Mapping>;
+}
+
+/// Where and how a queue is notified.
+struct Doorbell {
+    register: Mmio,
+    at: u64,
+}
+
+/// A started function.
+pub(super) struct VirtioPci {
+    name: String,
+    config: DeviceConfig,
+    window: SharedMemory,
+    doorbells: Vec<Doorbell>,
+    /// One eventfd a vector; empty if the driver polls.
+    interrupts: Vec<Event>,
+    common: Mmio,
+    /// The queues' memory and whatever else must outlive the device's work.
+    _keep: Box<dyn Any + Send + Sync>,
+}
+
+/// What a function needs from its transport to be started.
+pub(super) struct Resources {
+    /// Where the device finds the queues' memory.
+    pub rings: RingPlaces,
+    /// An eventfd for each MSI-X vector in use; empty to poll.
+    pub interrupts: Vec<Event>,
+    /// Owner of the queues' memory and of the device's files.
+    pub keep: Box<dyn Any + Send + Sync>,
+}
+
+/// The function's structures, mapped; not touched beyond reading.
+pub(super) struct Function {
+    capabilities: Capabilities,
+    common: Mmio,
+    notify: Mmio,
+    config: Mmio,
+}
+
+impl Function {
+    /// Finds and maps the function's structures, and reads the config space's magic:
+    /// only a vhost-pci device passes. Nothing is written.
+    pub(super) fn open(pci: &dyn PciAccess) -> Result<Self, TransportError> {
+        let lens = std::array::from_fn(|bar| pci.bar_len(bar as u8));
+        let capabilities = Capabilities::read(pci, &lens)
+            .map_err(|source| TransportError::Capability { address: pci.address().into(), source })?;
+        let function = Self {
+            common: registers(pci, capabilities.common)?,
+            notify: registers(pci, capabilities.notify)?,
+            config: registers(pci, capabilities.device)?,
+            capabilities,
+        };
+        let config = initialise::read_config(&function.common, &function.config);
+        check_config(&config, capabilities.window.len)
+            .map_err(|source| TransportError::Config { device: pci.address().into(), source })?;
+        Ok(function)
+    }
+
+    /// Starts the device (virtio 1.3, 3.1.1).
+    pub(super) fn start(self, pci: &dyn PciAccess, resources: Resources) -> Result<VirtioPci, TransportError> {
+        let address = || pci.address().to_owned();
+        // Until it is started, nothing of the window is used: map it first, so that
+        // a failure leaves the device as it was.
+        let window = window(pci, self.capabilities.window)?;
+        let vectors = u16::try_from(resources.interrupts.len()).unwrap_or(u16::MAX);
+        let started = initialise::start(&self.common, &self.config, &resources.rings, vectors)
+            .map_err(|source| TransportError::Init { address: address(), source })?;
+        let mut device = VirtioPci {
+            name: address(),
+            config: started.config,
+            window,
+            doorbells: Vec::new(),
+            interrupts: resources.interrupts,
+            common: self.common,
+            _keep: resources.keep,
+        };
+        // From here on a failure drops `device`, which resets it.
+        let multiplier = u64::from(self.capabilities.notify_off_multiplier);
+        for (queue, offset) in started.notify_offsets.into_iter().enumerate() {
+            let at = u64::from(offset) * multiplier;
+            if at + 2 > self.capabilities.notify.len || !at.is_multiple_of(2) {
+                let source = InitError::Doorbell { queue: queue as u16, at, len: self.capabilities.notify.len };
+                return Err(TransportError::Init { address: address(), source });
+            }
+            device.doorbells.push(Doorbell { register: self.notify.clone(), at });
+        }
+        check_config(&device.config, self.capabilities.window.len)
+            .map_err(|source| TransportError::Config { device: address(), source })?;
+        Ok(device)
+    }
+}
+
+impl Transport for VirtioPci {
+    fn name(&self) -> &str {
+        &self.name
+    }
+
+    fn config(&self) -> &DeviceConfig {
+        &self.config
+    }
+
+    fn window(&self) -> &SharedMemory {
+        &self.window
+    }
+
+    fn doorbell(&self, queue: u16) {
+        if let Some(doorbell) = self.doorbells.get(usize::from(queue)) {
+            // 4.1.5.2: without VIRTIO_F_NOTIFICATION_DATA the 16-bit queue index.
+            doorbell.register.write16(doorbell.at, queue);
+        }
+    }
+
+    fn interrupt_fd(&self, queue: u16) -> Option<BorrowedFd<'_>> {
+        let vectors = u16::try_from(self.interrupts.len()).unwrap_or(u16::MAX);
+        let vector = initialise::vector_of_queue(queue, vectors)?;
+        let event = self.interrupts.get(usize::from(vector))?;
+        Some(event.as_fd())
+    }
+
+    fn check(&self) -> Result<(), TransportError> {
+        let gone = |why| Err(TransportError::Gone { device: self.name.clone(), why });
+        match self.common.read8(initialise::DEVICE_STATUS) {
+            u8::MAX => gone("the device answers no more (unplugged?)"),
+            0 => gone("the device was reset"),
+            status if status & initialise::STATUS_NEEDS_RESET != 0 => {
+                gone("the device reports DEVICE_NEEDS_RESET: its broker may have gone")
+            }
+            _ => Ok(()),
+        }
+    }
+}
+
+impl Drop for VirtioPci {
+    fn drop(&mut self) {
+        // The device lets go of the queues' memory before it is freed (`_keep`).
+        self.common.write8(initialise::DEVICE_STATUS, 0);
+    }
+}
+
+/// The page-aligned range around a place.
+fn pages_around(place: Place) -> Option<(u64, usize, usize)> {
+    let start = place.offset & !(abi::PAGE_SIZE - 1);
+    let into = usize::try_from(place.offset - start).ok()?;
+    let len = usize::try_from(place.len).ok()?.checked_add(into)?;
+    Some((start, len.checked_next_multiple_of(abi::PAGE_SIZE as usize)?, into))
+}
+
+fn map(pci: &dyn PciAccess, place: Place) -> Result<(Mapping, usize), TransportError> {
+    let error = |source| TransportError::Bar {
+        address: pci.address().to_owned(),
+        bar: place.bar,
+        offset: place.offset,
+        len: place.len,
+        source,
+        advice: " (run as root; another driver or a locked-down kernel may hold the BAR)",
+    };
+    let (start, len, into) = pages_around(place).ok_or_else(|| error(io::ErrorKind::InvalidInput.into()))?;
+    let mapping = pci.map_bar(place.bar, start, len).map_err(error)?;
+    Ok((mapping, into))
+}
+
+fn registers(pci: &dyn PciAccess, place: Place) -> Result<Mmio, TransportError> {
+    // Structures longer than their registers are not mapped whole.
+    let place = Place { len: place.len.min(1 << 20), ..place };
+    let (mapping, into) = map(pci, place)?;
+    let error = || TransportError::Capability {
+        address: pci.address().to_owned(),
+        source: CapabilityError::Place { what: "structure", place, bar_len: pci.bar_len(place.bar) },
+    };
+    Mmio::new(Arc::new(mapping), into, place.len as usize).ok_or_else(error)
+}
+
+fn window(pci: &dyn PciAccess, place: Place) -> Result<SharedMemory, TransportError> {
+    let (mapping, into) = map(pci, place)?;
+    Arc::new(mapping).shared().part(into as u64, place.len).map_err(|_| TransportError::Capability {
+        address: pci.address().to_owned(),
+        source: CapabilityError::Place { what: "window", place, bar_len: pci.bar_len(place.bar) },
+    })
+}

@@ -1,0 +1,294 @@
+//! Both halves of a ring against each other: any chains, indices that wrap, and
+//! notifications that are suppressed and never lost.
+#![allow(clippy::unwrap_used, missing_docs)]
+
+mod net_support;
+
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::mpsc;
+
+use guest_driver_model::ring::{
+    Buffer, ChainBurst, Completion, DeviceRing, Direction, DriverRing, IndirectTables, RingConfig, RingPlaces,
+};
+use guest_driver_model::shm::SharedMemory;
+use guest_driver_model::translate::Translation;
+use net_support::{IOVA, TwoViews};
+use proptest::collection::vec;
+use proptest::prelude::{ProptestConfig, Strategy, any, proptest};
+use vhost_pci_device::abi::{self, DATA_OFFSET};
+
+struct Halves {
+    views: TwoViews,
+    driver: DriverRing,
+    device: DeviceRing,
+}
+
+fn halves(size: u16, indirect: bool) -> Halves {
+    let views = TwoViews::new(8 << 20);
+    let (places, end) = RingPlaces::at(0, size);
+    let tables = indirect.then_some(IndirectTables { offset: end, entries: size.min(8) });
+    let driver = DriverRing::new(1, &places, &views.owner, IOVA, tables).unwrap();
+    let config = RingConfig::try_from(&places.info(IOVA)).unwrap();
+    let translation = Translation::new(&[views.mapping()]);
+    let device = DeviceRing::new(1, &config, &views.window, translation, indirect).unwrap();
+    Halves { views, driver, device }
+}
+
+/// Where and how long the pieces are; the readable ones first.
+fn chain() -> impl Strategy<Value = Vec<Buffer>> {
+    let piece = (0x40_0000_u64..0x70_0000, 1_u32..5000, any::<bool>());
+    vec(piece, 1..6).prop_map(|pieces| {
+        let mut chain: Vec<_> =
+            pieces.into_iter().map(|(offset, len, writable)| Buffer { offset, len, writable }).collect();
+        chain.sort_by_key(|piece| piece.writable);
+        chain
+    })
+}
+
+proptest! {
+    #![proptest_config(ProptestConfig::with_cases(64))]
+
+    /// Every buffer arrives as it was described, comes back once with its own token
+    /// and the length written, whatever the bursts and the order of completion are.
+    #[test]
+    fn buffers_arrive_as_described_and_come_back_once(
+        size_log in 0_u32..7,
+        indirect in any::<bool>(),
+        chains in vec(chain(), 1..200),
+        bursts in vec((1_usize..20, 1_usize..20, any::<bool>()), 8),
+    ) {
+        let Halves { mut driver, mut device, .. } = halves(1 << size_log, indirect);
+        let mut burst = ChainBurst::default();
+        let mut completions = Vec::new();
+        let mut expected = Vec::new();
+        let (mut added, mut popped, mut back) = (0, 0, Vec::new());
+        let fits: Vec<_> = chains.into_iter().filter(|chain| chain.len() <= 1 << size_log).collect();
+        for (add, take, reversed) in bursts.into_iter().cycle() {
+            while added < fits.len() && added - popped < add && driver.add(&fits[added], added as u64).is_ok() {
+                added += 1;
+            }
+            driver.publish();
+            burst.clear();
+            let count = device.pop_burst(take, Direction::Both, &mut burst).unwrap();
+            let mut done = Vec::new();
+            for chain in burst.iter() {
+                let seen = chain.segments.iter().map(|segment| (segment.offset, segment.len, segment.writable));
+                let told = fits[popped].iter().map(|piece| (DATA_OFFSET + piece.offset, piece.len, piece.writable));
+                assert!(seen.eq(told));
+                let room: u32 = fits[popped].iter().filter(|piece| piece.writable).map(|piece| piece.len).sum();
+                done.push((chain.head, popped as u64, room - room / 3));
+                popped += 1;
+            }
+            if reversed {
+                done.reverse();
+            }
+            for (head, token, len) in done {
+                device.push_used(head, len);
+                expected.push(Completion { token, len });
+            }
+            device.flush_used();
+            completions.clear();
+            assert_eq!(driver.reap(usize::MAX, &mut completions), Ok(count));
+            back.append(&mut completions);
+            if back.len() == fits.len() {
+                break;
+            }
+        }
+        assert_eq!(back, expected);
+        assert_eq!((driver.in_flight(), driver.free()), (0, 1 << size_log));
+    }
+}
+
+#[test]
+fn a_ring_works_on_after_its_indices_wrap_three_times() {
+    for size in [1, 2, 64, 32_768] {
+        let Halves { mut driver, mut device, .. } = halves(size, false);
+        let mut burst = ChainBurst::default();
+        let mut completions = Vec::new();
+        let (mut added, mut back) = (0_u64, 0_u64);
+        while back < 3 * 65_536 + 5 {
+            while driver.add(&[Buffer::writable(0x40_0000, 64)], added).is_ok() {
+                added += 1;
+            }
+            driver.publish();
+            burst.clear();
+            device.pop_burst(usize::MAX, Direction::DeviceWrites, &mut burst).unwrap();
+            for chain in burst.iter() {
+                device.push_used(chain.head, 1);
+            }
+            device.flush_used();
+            completions.clear();
+            driver.reap(usize::MAX, &mut completions).unwrap();
+            for completion in &completions {
+                assert_eq!(completion.token, back);
+                back += 1;
+            }
+        }
+    }
+}
+
+#[test]
+fn a_device_made_anew_goes_on_where_the_used_ring_is() {
+    let Halves { views, mut driver, mut device } = halves(8, false);
+    for token in 0..6 {
+        driver.add(&[Buffer::writable(0x40_0000, 64)], token).unwrap();
+    }
+    driver.publish();
+    let mut burst = ChainBurst::default();
+    device.pop_burst(4, Direction::Both, &mut burst).unwrap();
+    // Four popped, two completed, then the peer dies.
+    for chain in burst.iter().take(2) {
+        device.push_used(chain.head, 0);
+    }
+    device.flush_used();
+    drop(device);
+    let (places, _) = RingPlaces::at(0, 8);
+    let config = RingConfig::try_from(&places.info(IOVA)).unwrap();
+    let translation = Translation::new(&[views.mapping()]);
+    let mut device = DeviceRing::new(1, &config, &views.window, translation, false).unwrap();
+    burst.clear();
+    assert_eq!(device.pop_burst(8, Direction::Both, &mut burst), Ok(4));
+    for chain in burst.iter() {
+        device.push_used(chain.head, 0);
+    }
+    device.flush_used();
+    let mut completions = Vec::new();
+    assert_eq!(driver.reap(8, &mut completions), Ok(6));
+    assert!(completions.iter().map(|completion| completion.token).eq(0..6));
+}
+
+#[test]
+fn suppressed_notifications_are_not_asked_for() {
+    let Halves { mut driver, mut device, .. } = halves(8, false);
+    assert!(!driver.needs_kick() && !device.needs_call(), "nothing has happened yet");
+    let post = |driver: &mut DriverRing| {
+        driver.add(&[Buffer::writable(0x40_0000, 64)], 0).unwrap();
+        driver.publish();
+        driver.needs_kick()
+    };
+    assert!(post(&mut driver));
+    assert!(!driver.needs_kick(), "one publication, one kick");
+    assert_eq!(device.set_kicks(false), Ok(true));
+    assert!(!post(&mut driver));
+    assert_eq!(device.set_kicks(true), Ok(true), "a chain is waiting: do not sleep");
+    assert!(post(&mut driver));
+
+    let complete = |device: &mut DeviceRing| {
+        let mut burst = ChainBurst::default();
+        device.pop_burst(1, Direction::Both, &mut burst).unwrap();
+        device.push_used(burst.chain(0).unwrap().head, 0);
+        assert!(!device.needs_call(), "not flushed yet");
+        device.flush_used();
+        device.needs_call()
+    };
+    assert!(complete(&mut device));
+    assert!(!device.needs_call(), "one flush, one call");
+    assert_eq!(driver.set_calls(false), Ok(true));
+    assert!(!complete(&mut device));
+    assert_eq!(driver.set_calls(true), Ok(true), "a completion is waiting: do not sleep");
+    assert!(complete(&mut device));
+    assert_eq!(device.set_kicks(true), Ok(false));
+}
+
+/// Both sides sleep whenever they may. A lost wake-up is a time-out.
+#[test]
+fn no_wake_up_is_lost_when_both_sides_sleep() {
+    let Halves { mut driver, mut device, views: _views } = halves(4, false);
+    let (kick, kicked) = mpsc::channel();
+    let (call, called) = mpsc::channel();
+    let wait = |signal: &mpsc::Receiver<()>| {
+        signal.recv_timeout(std::time::Duration::from_secs(20)).expect("a wake-up was lost");
+        while signal.try_recv().is_ok() {}
+    };
+    let slept = &AtomicU64::new(0);
+    const TOTAL: u64 = 30_000;
+    std::thread::scope(|scope| {
+        scope.spawn(move || {
+            let mut burst = ChainBurst::default();
+            let mut done = 0;
+            while done < TOTAL {
+                burst.clear();
+                let count = device.pop_burst(2, Direction::Both, &mut burst).unwrap();
+                if count == 0 {
+                    if !device.set_kicks(true).unwrap() {
+                        slept.fetch_add(1, Ordering::Relaxed);
+                        wait(&kicked);
+                    }
+                    device.set_kicks(false).unwrap();
+                }
+                for chain in burst.iter() {
+                    device.push_used(chain.head, 0);
+                }
+                device.flush_used();
+                if device.needs_call() {
+                    call.send(()).unwrap();
+                }
+                done += count as u64;
+            }
+        });
+        let mut completions = Vec::new();
+        let (mut added, mut back) = (0, 0);
+        while back < TOTAL {
+            while added < TOTAL && driver.add(&[Buffer::writable(0x40_0000, 64)], added).is_ok() {
+                added += 1;
+                if added % 3 == 0 {
+                    break;
+                }
+            }
+            driver.publish();
+            if driver.needs_kick() {
+                kick.send(()).unwrap();
+            }
+            completions.clear();
+            let count = driver.reap(8, &mut completions).unwrap();
+            if count == 0 {
+                if !driver.set_calls(true).unwrap() {
+                    slept.fetch_add(1, Ordering::Relaxed);
+                    wait(&called);
+                }
+                driver.set_calls(false).unwrap();
+            }
+            back += count as u64;
+        }
+    });
+    assert!(slept.load(Ordering::Relaxed) > 0, "nobody ever slept");
+}
+
+/// The control ring: 16 entries in a page, a request to read and a response to write.
+#[test]
+fn the_control_ring_fits_its_page() {
+    let window = TwoViews::new(4096).window;
+    let area: SharedMemory = window.part(abi::CONTROL_OFFSET, abi::CONTROL_LEN).unwrap();
+    let places = RingPlaces {
+        size: abi::CONTROL_RING_SIZE,
+        desc: abi::CONTROL_DESC,
+        avail: abi::CONTROL_AVAIL,
+        used: abi::CONTROL_USED,
+    };
+    let mut driver = DriverRing::new(0, &places, &area, 0, None).unwrap();
+    let config = RingConfig::try_from(&places.info(0)).unwrap();
+    let whole = guest_driver_model::link::Mapping {
+        iova: 0,
+        len: abi::CONTROL_LEN,
+        window_offset: 0,
+        access: guest_driver_model::link::Access::READ_WRITE,
+    };
+    let mut device = DeviceRing::new(0, &config, &area, Translation::new(&[whole]), false).unwrap();
+    area.write(abi::CONTROL_BUFFERS, b"a request of 24 bytes...").unwrap();
+    let response = abi::CONTROL_BUFFERS + 24;
+    driver.add(&[Buffer::readable(abi::CONTROL_BUFFERS, 24), Buffer::writable(response, 8)], 7).unwrap();
+    driver.publish();
+    let mut burst = ChainBurst::default();
+    assert_eq!(device.pop_burst(16, Direction::Both, &mut burst), Ok(1));
+    let chain = burst.chain(0).unwrap();
+    let mut request = [0; 24];
+    area.read(chain.segments[0].offset, &mut request).unwrap();
+    assert_eq!(&request, b"a request of 24 bytes...");
+    area.store_u32(chain.segments[1].offset, 3).unwrap();
+    device.push_used(chain.head, 8);
+    device.flush_used();
+    let mut completions = Vec::new();
+    assert_eq!(driver.reap(16, &mut completions), Ok(1));
+    assert_eq!(completions, [Completion { token: 7, len: 8 }]);
+    assert_eq!(area.load_u32(response), Ok(3));
+}

@@ -1,0 +1,165 @@
+//! The link page as a hostile or changing device would show it.
+#![allow(clippy::unwrap_used, missing_docs)]
+
+mod net_support;
+
+use std::time::{Duration, Instant};
+
+use guest_driver_model::link::{Access, LinkError, LinkPage, Mapping, VringInfo};
+use net_support::{Done, LinkWriter, TwoViews, link_page};
+use vhost_pci_device::abi;
+
+const PAGE: u64 = abi::PAGE_SIZE;
+
+fn views() -> TwoViews {
+    TwoViews::new(1 << 20)
+}
+
+fn mapping(iova: u64, pages: u64) -> Mapping {
+    Mapping { iova, len: pages * PAGE, window_offset: abi::DATA_OFFSET, access: Access::READ }
+}
+
+fn read(views: &TwoViews, writer: &LinkWriter) -> Result<(), LinkError> {
+    writer.write(&views.window);
+    link_page(&views.window).snapshot().map(drop)
+}
+
+#[test]
+fn a_snapshot_holds_what_the_device_wrote() {
+    let views = views();
+    let vring = VringInfo { enabled: true, size: 256, desc: 1, avail: 2, used: 3, base: 4 };
+    let mut writer = LinkWriter::new(1 << 32, vec![mapping(0, 2), mapping(8 * PAGE, 1)], vec![vring; 2]);
+    writer.generation = 8;
+    writer.write(&views.window);
+    let page = link_page(&views.window);
+    let snapshot = page.snapshot().unwrap();
+    assert_eq!((snapshot.generation, page.generation()), (8, 8));
+    assert_eq!((snapshot.owner, snapshot.up, snapshot.owner_device), (true, true, 1));
+    assert!(snapshot.has_feature(32) && !snapshot.has_feature(31) && !snapshot.has_feature(64));
+    assert_eq!(snapshot.mappings, writer.mappings);
+    assert_eq!(snapshot.vrings, writer.vrings);
+}
+
+#[test]
+fn an_unmapped_window_is_not_an_error_of_the_device() {
+    assert_eq!(link_page(&views().window).snapshot(), Err(LinkError::NotMapped));
+}
+
+#[test]
+fn a_link_area_outside_the_window_is_refused() {
+    let window = views().window;
+    for (offset, len) in [(0, window.len() + 1), (window.len(), 64), (u64::MAX, 64), (0, 63), (4, 4096)] {
+        assert!(
+            matches!(LinkPage::new(window.clone(), offset, len), Err(LinkError::Area(_))),
+            "{offset} {len}"
+        );
+    }
+}
+
+#[test]
+fn a_foreign_header_is_refused() {
+    let views = views();
+    let good = LinkWriter::new(0, vec![], vec![]);
+    assert_eq!(read(&views, &LinkWriter { magic: 7, ..good.clone() }), Err(LinkError::Magic { found: 7 }));
+    assert!(matches!(
+        read(&views, &LinkWriter { version: 2, ..good.clone() }),
+        Err(LinkError::Version { .. })
+    ));
+    assert!(matches!(read(&views, &LinkWriter { header_len: 32, ..good }), Err(LinkError::Version { .. })));
+}
+
+#[test]
+fn a_table_that_leaves_the_link_area_is_refused() {
+    let views = views();
+    let good = LinkWriter::new(0, vec![], vec![]);
+    for bad in [
+        LinkWriter { mapping_count: Some(u32::MAX), ..good.clone() },
+        LinkWriter { mapping_count: Some(abi::MAX_MAPPINGS + 1), ..good.clone() },
+        LinkWriter { mapping_table: u32::MAX, mapping_count: Some(1), ..good.clone() },
+        LinkWriter { mapping_table: 8193, mapping_count: Some(1), ..good.clone() },
+        LinkWriter { vring_count: Some(u32::MAX), ..good.clone() },
+        LinkWriter { vring_table: abi::LINK_LEN as u32, vring_count: Some(1), ..good.clone() },
+    ] {
+        assert!(matches!(read(&views, &bad), Err(LinkError::Table { .. })));
+    }
+}
+
+#[test]
+fn a_mapping_that_cannot_be_is_refused() {
+    let views = views();
+    let end = views.window.len();
+    for bad in [
+        Mapping { len: 0, ..mapping(0, 1) },
+        Mapping { len: 100, ..mapping(0, 1) },
+        Mapping { iova: 1, ..mapping(0, 1) },
+        Mapping { window_offset: abi::DATA_OFFSET + 8, ..mapping(0, 1) },
+        Mapping { window_offset: end, ..mapping(0, 1) },
+        Mapping { window_offset: end - PAGE, ..mapping(0, 2) },
+        Mapping { window_offset: u64::MAX - PAGE + 1, ..mapping(0, 2) },
+        Mapping { window_offset: 0, ..mapping(0, 1) },
+        Mapping { window_offset: abi::LINK_LEN - PAGE, ..mapping(0, 2) },
+        mapping(u64::MAX - PAGE + 1, 2),
+    ] {
+        let result = read(&views, &LinkWriter::new(0, vec![bad], vec![]));
+        assert!(matches!(result, Err(LinkError::Mapping { index: 0, .. })), "{bad:?}: {result:?}");
+    }
+    assert_eq!(read(&views, &LinkWriter::new(0, vec![mapping(u64::MAX - PAGE + 1, 1)], vec![])), Ok(()));
+}
+
+#[test]
+fn mappings_that_overlap_or_are_not_sorted_are_refused() {
+    let views = views();
+    for bad in [
+        vec![mapping(0, 2), mapping(PAGE, 1)],
+        vec![mapping(8 * PAGE, 1), mapping(0, 1)],
+        vec![mapping(0, 1), mapping(0, 1)],
+        vec![mapping(u64::MAX - PAGE + 1, 1), mapping(0, 1)],
+    ] {
+        let result = read(&views, &LinkWriter::new(0, bad, vec![]));
+        assert!(matches!(result, Err(LinkError::Order { index: 1, .. })), "{result:?}");
+    }
+}
+
+#[test]
+fn a_page_that_always_changes_ends_the_attempts() {
+    let views = views();
+    let odd = LinkWriter { generation: 3, ..LinkWriter::new(0, vec![], vec![]) };
+    assert_eq!(read(&views, &odd), Err(LinkError::Changing));
+}
+
+/// The device writes one of two pages under an odd generation; a reader must never
+/// see a mixture, nor an error that only a mixture explains.
+#[test]
+fn a_snapshot_is_never_a_mixture_of_two_generations() {
+    let views = views();
+    let pages = [1_u64, 2].map(|n| LinkWriter::new(n, vec![mapping(n * PAGE, n)], vec![]));
+    pages[0].write(&views.window);
+    let done = Done::default();
+    std::thread::scope(|scope| {
+        let _at_end = done.at_end();
+        scope.spawn(|| {
+            let mut generation = 2;
+            while !done.is_raised() {
+                views.window.store_u64(8, generation + 1).unwrap();
+                std::sync::atomic::fence(std::sync::atomic::Ordering::Release);
+                generation += 2;
+                let page = &pages[(generation / 2 % 2) as usize];
+                LinkWriter { generation, ..page.clone() }.write(&views.window);
+            }
+        });
+        let page = link_page(&views.window);
+        let mut good = 0;
+        let start = Instant::now();
+        while good < 100 || start.elapsed() < Duration::from_millis(300) {
+            match page.snapshot() {
+                Ok(snapshot) => {
+                    let n = snapshot.features;
+                    assert_eq!(snapshot.mappings, [mapping(n * PAGE, n)]);
+                    good += 1;
+                }
+                Err(LinkError::Changing) => {}
+                Err(error) => unreachable!("{error}"),
+            }
+        }
+    });
+}

@@ -1,0 +1,32 @@
+//! What a test needs to run real virtual machines and programs around them, and to say what
+//! went wrong when one fails. Owns no test: those are the scenarios in `vm/`.
+//!
+//! ```no_run
+//! # use std::time::Duration;
+//! # use vhost_pci_tests::Sandbox;
+//! # fn main() -> anyhow::Result<()> {
+//! let sandbox = Sandbox::open()?;
+//! let mut guest = sandbox
+//!     .guest("peer")
+//!     .args(["-device", "intel-iommu,intremap=on"])
+//!     .kernel_arg("intel_iommu=on")
+//!     .modules(["vfio-pci"])
+//!     .spawn()?;
+//! guest.wait_ready(Duration::from_secs(60))?;
+//! println!("{}", guest.sh_ok("uname -r", Duration::from_secs(5))?);
+//! # Ok(())
+//! # }
+//! ```
+
+mod console;
+mod guest;
+mod newc;
+mod process;
+mod qmp;
+mod sandbox;
+mod sys;
+
+pub use console::Output;
+pub use guest::{Guest, GuestConfig};
+pub use process::Process;
+pub use sandbox::Sandbox;

@@ -1,0 +1,88 @@
+//! Where a scenario finds what it runs (QEMU, kernel, initramfs, the project's programs), and
+//! its own directory for sockets and logs.
+
+use std::path::{Path, PathBuf};
+use std::process::Command;
+
+use anyhow::{Context, Result, ensure};
+use tempfile::TempDir;
+
+use crate::guest::GuestConfig;
+use crate::process::Process;
+
+/// The files made by `tests/vm/prepare`, the project's programs, and a directory that is removed
+/// when the sandbox is dropped, unless [`Sandbox::keep`] was called.
+#[derive(Debug)]
+pub struct Sandbox {
+    vm: PathBuf,
+    built: PathBuf,
+    dir: TempDir,
+}
+
+impl Sandbox {
+    /// Fails when `tests/vm/prepare` has not run.
+    pub fn open() -> Result<Self> {
+        let vm = Path::new(env!("CARGO_MANIFEST_DIR")).join("../target/vm");
+        for file in ["qemu", "vmlinux", "initramfs"] {
+            let path = vm.join(file);
+            ensure!(path.exists(), "there is no {}: run tests/vm/prepare", path.display());
+        }
+        let program = std::env::current_exe().context("where this program is")?;
+        let built = program.parent().context("this program is in no directory")?.to_owned();
+        // Short and below /tmp: a socket's path may have no more than 107 bytes.
+        let dir =
+            tempfile::Builder::new().prefix("vm-").tempdir().context("a directory for sockets and logs")?;
+        Ok(Self { vm: vm.canonicalize()?, built, dir })
+    }
+
+    /// For sockets and logs.
+    pub fn dir(&self) -> &Path {
+        self.dir.path()
+    }
+
+    /// Leaves the directory when the sandbox is dropped, for whoever looks into a failure.
+    pub fn keep(&mut self) {
+        self.dir.disable_cleanup(true);
+    }
+
+    /// Describes a guest; [`GuestConfig::spawn`] starts it. Its logs are `NAME.serial.log`
+    /// and `NAME.qemu.log`.
+    pub fn guest(&self, name: &str) -> GuestConfig<'_> {
+        GuestConfig::new(self, name)
+    }
+
+    /// Starts a program on the host. What it writes goes to `NAME.log`.
+    pub fn process(&self, name: &str, command: Command) -> Result<Process> {
+        Process::spawn(name, command, &self.dir().join(format!("{name}.log")))
+    }
+
+    /// The QEMU of `target/vm`.
+    pub fn qemu(&self) -> PathBuf {
+        self.vm.join("qemu")
+    }
+
+    /// The guests' kernel, an ELF file.
+    pub fn kernel(&self) -> PathBuf {
+        self.vm.join("vmlinux")
+    }
+
+    /// The guests' first file system, an unpacked cpio archive: busybox, modules and `/init`.
+    pub fn initramfs(&self) -> PathBuf {
+        self.vm.join("initramfs")
+    }
+
+    /// A program of the workspace, built for the host in the same profile as this one.
+    pub fn program(&self, name: &str) -> Result<PathBuf> {
+        let path = self.built.join(name);
+        ensure!(path.exists(), "there is no {}: tests/vm/run builds it", path.display());
+        Ok(path)
+    }
+
+    /// A program of the workspace, built static, to be run in a guest.
+    pub fn guest_program(&self, name: &str) -> Result<PathBuf> {
+        let profile = self.built.file_name().context("this program is in no directory")?;
+        let path = self.built.join("../x86_64-unknown-linux-gnu").join(profile).join(name);
+        ensure!(path.exists(), "there is no {}: tests/vm/run builds it", path.display());
+        Ok(path)
+    }
+}

@@ -1,0 +1,74 @@
+//! `vm`: runs scenarios with real virtual machines, by name. Owns the list of them; each has a
+//! file of its own beside this one. `tests/vm/run` builds what they need and starts this.
+
+mod boot;
+mod ping;
+mod restart;
+mod tcp;
+mod testbed;
+
+use std::process::ExitCode;
+use std::time::Instant;
+
+use anyhow::Result;
+use vhost_pci_tests::Sandbox;
+
+/// Something that is shown with real virtual machines.
+struct Scenario {
+    name: &'static str,
+    /// What it shows, in a few words.
+    shows: &'static str,
+    /// Prints what it sees; an error is what it should not have seen.
+    run: fn(&Sandbox) -> Result<()>,
+}
+
+const SCENARIOS: &[Scenario] = &[boot::SCENARIO, ping::SCENARIO, tcp::SCENARIO, restart::SCENARIO];
+
+fn main() -> ExitCode {
+    let arguments: Vec<_> = std::env::args().skip(1).collect();
+    if arguments.iter().any(|argument| argument == "--list") {
+        for scenario in SCENARIOS {
+            println!("{:16} {}", scenario.name, scenario.shows);
+        }
+        return ExitCode::SUCCESS;
+    }
+    let mut chosen = Vec::new();
+    for argument in &arguments {
+        let Some(scenario) = SCENARIOS.iter().find(|scenario| scenario.name == argument) else {
+            eprintln!("vm: there is no scenario {argument}; `vm --list` shows what there is");
+            return ExitCode::from(2);
+        };
+        chosen.push(scenario);
+    }
+    if chosen.is_empty() {
+        eprintln!("usage: vm NAME...      runs these scenarios\n       vm --list       shows their names");
+        return ExitCode::from(2);
+    }
+
+    let mut failed = 0;
+    for scenario in &chosen {
+        println!("=== {}: {}", scenario.name, scenario.shows);
+        let from = Instant::now();
+        let result = run(scenario);
+        let took = from.elapsed().as_secs_f64();
+        match result {
+            Ok(()) => println!("=== {}: passed, {took:.1} s", scenario.name),
+            Err(error) => {
+                println!("=== {}: FAILED, {took:.1} s: {error:#}", scenario.name);
+                failed += 1;
+            }
+        }
+    }
+    println!("{} passed, {failed} failed", chosen.len() - failed);
+    if failed == 0 { ExitCode::SUCCESS } else { ExitCode::FAILURE }
+}
+
+fn run(scenario: &Scenario) -> Result<()> {
+    let mut sandbox = Sandbox::open()?;
+    let result = (scenario.run)(&sandbox);
+    if result.is_err() {
+        sandbox.keep();
+        println!("the logs are in {}", sandbox.dir().display());
+    }
+    result
+}

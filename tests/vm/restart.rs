@@ -1,0 +1,49 @@
+//! Either side goes and comes back while the other stays.
+
+use anyhow::{Result, ensure};
+use vhost_pci_tests::Sandbox;
+
+use crate::Scenario;
+use crate::testbed::{BOOT, COMMAND, Mode, Testbed};
+
+pub const SCENARIO: Scenario = Scenario {
+    name: "restart",
+    shows: "the owner reboots and re-binds its driver ten times, the peer's VM is killed and started again: traffic resumes",
+    run,
+};
+
+const ROUNDS: u32 = 10;
+
+fn run(sandbox: &Sandbox) -> Result<()> {
+    let mut testbed = Testbed::start(sandbox, Mode::Interrupt)?;
+    testbed.wait_for_traffic()?;
+    let driver = testbed.peer.sh_ok("pidof vhost-pci-guest", COMMAND)?;
+
+    for round in 1..=ROUNDS {
+        testbed.owner.reboot(BOOT)?;
+        testbed.start_owner_network()?;
+        let resumed = testbed.wait_for_traffic()?;
+        println!("reboot {round}: traffic {:.1} s after it, {}", resumed.as_secs_f64(), testbed.ping(5)?);
+    }
+    let rebind = "set -e; cd /sys/bus/virtio/drivers/virtio_net; device=$(basename $(ls -d virtio*))\n\
+                  echo $device >unbind; echo $device >bind";
+    for round in 1..=ROUNDS {
+        testbed.owner.sh_ok(rebind, COMMAND)?;
+        testbed.start_owner_network()?;
+        let resumed = testbed.wait_for_traffic()?;
+        println!("re-bind {round}: traffic {:.1} s after it, {}", resumed.as_secs_f64(), testbed.ping(5)?);
+    }
+    let now = testbed.peer.sh_ok("pidof vhost-pci-guest", COMMAND)?;
+    ensure!(now == driver, "the peer's driver was restarted: process {driver}, now {now}");
+
+    let uptime = "cut -d . -f 1 /proc/uptime";
+    let before: u64 = testbed.owner.sh_ok(uptime, COMMAND)?.parse()?;
+    for round in 1..=3 {
+        testbed.replace_peer()?;
+        let resumed = testbed.wait_for_traffic()?;
+        println!("peer killed {round}: traffic {:.1} s after it, {}", resumed.as_secs_f64(), testbed.ping(5)?);
+    }
+    let after: u64 = testbed.owner.sh_ok(uptime, COMMAND)?.parse()?;
+    ensure!(after >= before, "the owner was restarted");
+    testbed.check_broker()
+}
