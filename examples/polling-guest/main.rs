@@ -23,8 +23,7 @@ fn main() -> anyhow::Result<()> {
         None => Box::new(SysfsTransport::open(None)?),
     };
     let config = device.config();
-    let page =
-        LinkPage::new(device.window().clone(), config.link_offset.value(), config.link_len.value())?;
+    let page = LinkPage::new(device.window().clone(), config.link_offset.value(), config.link_len.value())?;
     let mut burst = PacketBurst::with_capacity(BURST, 2048);
 
     loop {

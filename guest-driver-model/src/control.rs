@@ -25,9 +25,14 @@ const BUFFER_STRIDE: u64 = 64;
 /// Commands that the ring has room for: two descriptors each.
 const SLOTS: u64 = abi::CONTROL_RING_SIZE as u64 / 2;
 
+/// Where the driver leaves its mark, from the end of the control area: a device that
+/// starts anew brings a new area, and the mark is not in it.
+const MARK_FROM_END: u64 = 8;
+const MARK: u64 = u64::from_le_bytes(*b"VPdriver");
+
 const _: () = {
     assert!(REQUEST_LEN + RESPONSE_LEN <= BUFFER_STRIDE);
-    assert!(abi::CONTROL_BUFFERS + SLOTS * BUFFER_STRIDE <= abi::CONTROL_LEN);
+    assert!(abi::CONTROL_BUFFERS + SLOTS * BUFFER_STRIDE + MARK_FROM_END <= abi::CONTROL_LEN);
 };
 
 /// A command to the device (9.2).
@@ -129,6 +134,7 @@ pub struct ControlRing {
     ring: DriverRing,
     window: SharedMemory,
     buffers: u64,
+    mark: u64,
     in_flight: [Option<Command>; SLOTS as usize],
     completions: Vec<Completion>,
 }
@@ -150,7 +156,16 @@ impl ControlRing {
         // Descriptors hold window offsets.
         let ring = DriverRing::new(abi::QUEUE_CONTROL, &places, &window, 0, None)?;
         let buffers = area + abi::CONTROL_BUFFERS;
-        Ok(Self { ring, window, buffers, in_flight: [None; SLOTS as usize], completions: Vec::new() })
+        let mark = area + transport.config().control_len.value().saturating_sub(MARK_FROM_END);
+        window.store_u64(mark, MARK)?;
+        let in_flight = [None; SLOTS as usize];
+        Ok(Self { ring, window, buffers, mark, in_flight, completions: Vec::new() })
+    }
+
+    /// Whether this is still the control area that the ring was made in. If not, make
+    /// another ring: the device counts from zero again.
+    pub fn is_current(&self) -> bool {
+        self.window.load_u64(self.mark) == Ok(MARK)
     }
 
     /// Gives the device a command, and does not wait.
@@ -240,7 +255,12 @@ impl ControlRing {
     ///
     /// # Errors
     /// As [`call`](Self::call); `CTRL_STALE` if the generation is an old one.
-    pub fn attach(&mut self, transport: &dyn Transport, generation: u64, interrupt: bool) -> Result<(), ControlError> {
+    pub fn attach(
+        &mut self,
+        transport: &dyn Transport,
+        generation: u64,
+        interrupt: bool,
+    ) -> Result<(), ControlError> {
         self.call(transport, Command::Attach { generation, interrupt }, ANSWER_TIME)
     }
 

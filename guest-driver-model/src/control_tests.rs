@@ -1,4 +1,5 @@
 //! The control ring against a device that answers from within the doorbell.
+#![allow(clippy::unwrap_used)]
 
 use std::os::fd::AsFd;
 use std::sync::Mutex;
@@ -18,11 +19,14 @@ enum Device {
     ClaimsTooMuch,
 }
 
+/// Command, vring, flags, kind, value.
+type Seen = (u16, u16, u32, u32, u64);
+
 struct Fake {
     config: DeviceConfig,
     window: SharedMemory,
     device: Mutex<(Device, u16)>,
-    seen: Mutex<Vec<(u16, u16, u32, u32, u64)>>,
+    seen: Mutex<Vec<Seen>>,
 }
 
 const AREA: u64 = abi::CONTROL_OFFSET;
@@ -33,7 +37,11 @@ impl Fake {
         let file = memfd_create(c"test", MFdFlags::MFD_CLOEXEC).unwrap();
         ftruncate(&file, len).unwrap();
         let window = SharedMemory::map(file.as_fd(), 0, len as usize).unwrap();
-        let config = DeviceConfig { control_offset: AREA.into(), ..DeviceConfig::default() };
+        let config = DeviceConfig {
+            control_offset: AREA.into(),
+            control_len: abi::CONTROL_LEN.into(),
+            ..DeviceConfig::default()
+        };
         Self { config, window, device: Mutex::new((device, 0)), seen: Mutex::default() }
     }
 
@@ -138,4 +146,16 @@ fn a_device_that_breaks_the_ring_is_found_out() {
     let device = Fake::new(Device::ClaimsTooMuch);
     let mut ring = ControlRing::new(&device).unwrap();
     assert!(matches!(ring.detach(&device), Err(ControlError::Ring(_))));
+}
+
+#[test]
+fn another_control_area_is_noticed() {
+    let device = Fake::new(Device::Answers(abi::CTRL_OK));
+    let mut ring = ControlRing::new(&device).unwrap();
+    for generation in 0..100 {
+        ring.attach(&device, generation, false).unwrap();
+        assert!(ring.is_current(), "commands do not touch the mark");
+    }
+    device.window.zero(AREA, abi::CONTROL_LEN).unwrap();
+    assert!(!ring.is_current());
 }

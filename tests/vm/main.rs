@@ -2,6 +2,7 @@
 //! file of its own beside this one. `tests/vm/run` builds what they need and starts this.
 
 mod boot;
+mod driver;
 mod ping;
 mod restart;
 mod tcp;
@@ -22,7 +23,8 @@ struct Scenario {
     run: fn(&Sandbox) -> Result<()>,
 }
 
-const SCENARIOS: &[Scenario] = &[boot::SCENARIO, ping::SCENARIO, tcp::SCENARIO, restart::SCENARIO];
+const SCENARIOS: &[Scenario] =
+    &[boot::SCENARIO, ping::SCENARIO, tcp::SCENARIO, restart::SCENARIO, driver::SCENARIO];
 
 fn main() -> ExitCode {
     let arguments: Vec<_> = std::env::args().skip(1).collect();

@@ -88,7 +88,7 @@ impl<'s> Testbed<'s> {
         let up = format!(
             "vhost-pci-guest tap --device auto {mode} --ifname vp0 >/tmp/tap.log 2>&1 &\n\
              for i in $(seq 100); do ip link show vp0 >/dev/null 2>&1 && break; sleep 0.1; done\n\
-             ip addr add {PEER}/24 dev vp0 && ip link set vp0 up || {{ cat /tmp/tap.log; exit 1; }}"
+             ip link set vp0 address 02:00:00:00:00:02 && ip addr add {PEER}/24 dev vp0 && ip link set vp0 up || {{ cat /tmp/tap.log; exit 1; }}"
         );
         self.peer.sh_ok(&up, COMMAND).map(drop)
     }
@@ -99,6 +99,14 @@ impl<'s> Testbed<'s> {
         self.peer = spawn_peer(self.sandbox, self.mode)?;
         self.peer.wait_ready(BOOT)?;
         self.start_peer_network()
+    }
+
+    /// Kills the owner's VMM and starts another, while the peer goes on.
+    pub fn replace_owner(&mut self) -> Result<()> {
+        self.owner.kill()?;
+        self.owner = spawn_owner(self.sandbox)?;
+        self.owner.wait_ready(BOOT)?;
+        self.start_owner_network()
     }
 
     /// Pings the peer from the owner; fails if one of `count` is lost. Gives busybox's line of

@@ -75,6 +75,7 @@ impl OwnerMemory {
 
 #[cfg(test)]
 mod tests {
+    #![allow(clippy::unwrap_used)]
     use super::*;
 
     #[test]

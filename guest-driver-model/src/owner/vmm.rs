@@ -14,8 +14,8 @@ use vhost::{VhostBackend, VhostUserMemoryRegionInfo, VringConfigData};
 
 use super::OwnerMemory;
 use crate::ring::RingPlaces;
-use crate::transport::{ANSWER_TIME, BrokerError};
 use crate::transport::sys::event::Event;
+use crate::transport::{ANSWER_TIME, BrokerError};
 
 /// Why the broker does not serve the owner.
 #[derive(Debug, thiserror::Error)]
@@ -72,7 +72,8 @@ impl OwnerVmm {
             stream.try_clone()
         };
         let main = limit(&stream).map_err(BrokerError::from).map_err(failed("setting up the socket"))?;
-        let (front_end, offered) = negotiate(stream, vrings).map_err(|(step, source)| failed(step)(source))?;
+        let (front_end, offered) =
+            negotiate(stream, vrings).map_err(|(step, source)| failed(step)(source))?;
         let vrings = (0..vrings)
             .map(|_| Ok(Notifications { kick: Event::new()?, call: Event::new()? }))
             .collect::<std::io::Result<_>>()
@@ -158,10 +159,11 @@ impl OwnerVmm {
             // The index is 16 bits of a 32-bit field (vhost-user, GET_VRING_BASE).
             step("GET_VRING_BASE", front_end.get_vring_base(vring)).map(|base| base as u16)
         };
-        (0..vrings)
-            .map(&mut stop)
-            .collect::<Result<_, _>>()
-            .map_err(|(step, source)| OwnerError { socket: self.socket.clone(), step, source })
+        (0..vrings).map(&mut stop).collect::<Result<_, _>>().map_err(|(step, source)| OwnerError {
+            socket: self.socket.clone(),
+            step,
+            source,
+        })
     }
 
     /// The eventfd that becomes readable when the device calls for a vring.

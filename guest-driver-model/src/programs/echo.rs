@@ -93,7 +93,8 @@ impl PeerProgram for Echo {
                 false => wire.transmit(pair, held.burst.frames().skip(from)),
             };
             self.traffic.tx_packets += sent as u64;
-            self.traffic.tx_bytes += held.burst.frames().skip(from).take(sent).map(|frame| frame.len() as u64).sum::<u64>();
+            self.traffic.tx_bytes +=
+                held.burst.frames().skip(from).take(sent).map(|frame| frame.len() as u64).sum::<u64>();
             held.sent += sent;
             moved += sent;
         }

@@ -13,7 +13,9 @@ use crate::transport::TransportError;
 #[derive(Debug, thiserror::Error)]
 pub enum ProgramError {
     /// No device was chosen.
-    #[error("which device? Give --device ADDRESS or --device auto in a guest, or --socket PATH for a broker's peer socket")]
+    #[error(
+        "which device? Give --device ADDRESS or --device auto in a guest, or --socket PATH for a broker's peer socket"
+    )]
     NoDevice,
     /// The device cannot be had, or is gone.
     #[error(transparent)]

@@ -22,6 +22,7 @@ pub mod owner;
 pub mod pattern;
 pub mod peer_loop;
 pub mod quiet;
+mod session;
 pub mod show;
 pub mod sink;
 pub mod source;
@@ -107,6 +108,7 @@ fn say(line: &str) {
 
 #[cfg(test)]
 mod tests {
+    #![allow(clippy::unwrap_used)]
     use super::*;
     use clap::CommandFactory;
 

@@ -110,7 +110,8 @@ const LAST_PACKETS: Duration = Duration::from_secs(2);
 /// # Errors
 /// If the broker does not serve the owner, or is gone.
 pub fn run(args: &OwnerArgs) -> Result<(), ProgramError> {
-    let stop = Stop::on_signals().map_err(|source| ProgramError::System { what: "signal handlers", source })?;
+    let stop =
+        Stop::on_signals().map_err(|source| ProgramError::System { what: "signal handlers", source })?;
     run_until(args, &stop)
 }
 
@@ -123,10 +124,13 @@ pub fn run_until(args: &OwnerArgs, stop: &Stop) -> Result<(), ProgramError> {
     let mut reporter = Reporter::new(&args.report, "owner");
     let mut said = false;
     let result = loop {
-        let gone = match owner.connect().map(|()| said = false).and_then(|()| owner.serve(&mut reporter, stop)) {
-            Err(error @ (ProgramError::Owner(_) | ProgramError::BrokerGone { .. })) if args.reconnect => error,
-            result => break result,
-        };
+        let gone =
+            match owner.connect().map(|()| said = false).and_then(|()| owner.serve(&mut reporter, stop)) {
+                Err(error @ (ProgramError::Owner(_) | ProgramError::BrokerGone { .. })) if args.reconnect => {
+                    error
+                }
+                result => break result,
+            };
         owner.vmm = None;
         if stop.is_requested() {
             break Ok(());
@@ -258,7 +262,10 @@ impl<'a> Owner<'a> {
             } else {
                 pause.rest(&wait);
             }
-            let enough = self.args.packets.is_some_and(|limit| self.traffic.tx_packets.max(self.traffic.rx_packets) >= limit);
+            let enough = self
+                .args
+                .packets
+                .is_some_and(|limit| self.traffic.tx_packets.max(self.traffic.rx_packets) >= limit);
             if rounds < ROUNDS && !enough {
                 continue;
             }
@@ -331,7 +338,8 @@ impl<'a> Owner<'a> {
         if !self.set_calls(true)
             && let Some(vmm) = &self.vmm
         {
-            let calls: Vec<_> = (0..self.places.len() as u16).filter_map(|vring| vmm.call_fd(vring)).collect();
+            let calls: Vec<_> =
+                (0..self.places.len() as u16).filter_map(|vring| vmm.call_fd(vring)).collect();
             let longest = if ending { Duration::from_millis(10) } else { LONGEST_SLEEP };
             let patience = self.sources.iter().map(Source::patience).fold(longest, Duration::min);
             sleep(&calls, &[], patience);

@@ -144,7 +144,8 @@ impl Checker {
 
     /// Looks at every byte of a frame.
     pub fn check(&mut self, frame: &[u8]) {
-        let Some((stream, sequence)) = parse(frame).filter(|(stream, _)| self.only.is_none_or(|only| only == *stream))
+        let Some((stream, sequence)) =
+            parse(frame).filter(|(stream, _)| self.only.is_none_or(|only| only == *stream))
         else {
             self.verdict.corrupted += 1;
             return;
@@ -183,6 +184,7 @@ fn parse(frame: &[u8]) -> Option<(u32, u64)> {
 
 #[cfg(test)]
 mod tests {
+    #![allow(clippy::unwrap_used)]
     use super::*;
 
     fn frames(len: usize, count: usize) -> Vec<Vec<u8>> {

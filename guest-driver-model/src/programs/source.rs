@@ -120,6 +120,7 @@ impl Source {
 
 #[cfg(test)]
 mod tests {
+    #![allow(clippy::unwrap_used)]
     use super::*;
     use crate::programs::pattern::Checker;
 

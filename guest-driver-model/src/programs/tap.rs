@@ -45,9 +45,8 @@ pub struct Tap<D> {
 /// # Errors
 /// If there is no interface; and as [`peer_loop::run`].
 pub fn run(args: &TapArgs) -> Result<(), ProgramError> {
-    let error = |step, advice| {
-        move |source| ProgramError::Tap { name: args.ifname.clone(), step, source, advice }
-    };
+    let error =
+        |step, advice| move |source| ProgramError::Tap { name: args.ifname.clone(), step, source, advice };
     let device = tun::open_tap(&args.ifname).map_err(error(
         "opening /dev/net/tun",
         " (run as root, with the module tun loaded; each interface has one user at a time)",

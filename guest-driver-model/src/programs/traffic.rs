@@ -116,9 +116,8 @@ impl Reporter {
 
     fn rates(&self, now: &Traffic, passed: Duration) -> String {
         let seconds = passed.as_secs_f64();
-        let way = |packets: u64, bytes: u64| {
-            (packets as f64 / seconds / 1e6, bytes as f64 * 8.0 / seconds / 1e9)
-        };
+        let way =
+            |packets: u64, bytes: u64| (packets as f64 / seconds / 1e6, bytes as f64 * 8.0 / seconds / 1e9);
         let before = &self.before;
         let (tx, tx_bits) = way(now.tx_packets - before.tx_packets, now.tx_bytes - before.tx_bytes);
         let (rx, rx_bits) = way(now.rx_packets - before.rx_packets, now.rx_bytes - before.rx_bytes);
@@ -145,6 +144,7 @@ impl Reporter {
 
 #[cfg(test)]
 mod tests {
+    #![allow(clippy::unwrap_used)]
     use super::*;
 
     #[test]

@@ -11,7 +11,9 @@ use super::virtio_pci::{CapabilityError, InitError};
 #[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
 pub enum ConfigError {
     /// Another kind of device.
-    #[error("its config space starts with {found:#x}, not with {CONFIG_MAGIC:#x} (\"VPCI\"): this is no vhost-pci device")]
+    #[error(
+        "its config space starts with {found:#x}, not with {CONFIG_MAGIC:#x} (\"VPCI\"): this is no vhost-pci device"
+    )]
     Magic {
         /// The magic that was read.
         found: u32,
@@ -41,7 +43,9 @@ pub enum ConfigError {
         found: u16,
     },
     /// The BAR is smaller than the config space says.
-    #[error("its window is {announced:#x} bytes long by its config space, but only {present:#x} bytes are there")]
+    #[error(
+        "its window is {announced:#x} bytes long by its config space, but only {present:#x} bytes are there"
+    )]
     Window {
         /// Length in the config space.
         announced: u64,

@@ -11,8 +11,8 @@
 pub mod error;
 pub mod model;
 pub mod ring_memory;
-pub mod sysfs;
 pub(crate) mod sys;
+pub mod sysfs;
 pub mod vfio;
 pub mod virtio_pci;
 
@@ -60,26 +60,7 @@ pub trait Transport: Send + Sync {
 
 /// Reads the little-endian bytes of a config space.
 pub fn parse_config(bytes: &[u8; CONFIG_LEN]) -> DeviceConfig {
-    /// The `N` bytes at `at`; offsets are constants below, all inside.
-    fn field<const N: usize>(bytes: &[u8; CONFIG_LEN], at: usize) -> [u8; N] {
-        std::array::from_fn(|index| bytes.get(at + index).copied().unwrap_or_default())
-    }
-    let word = |at| u16::from_le_bytes(field(bytes, at));
-    let double = |at| u32::from_le_bytes(field(bytes, at));
-    let quad = |at| u64::from_le_bytes(field(bytes, at));
-    DeviceConfig {
-        magic: double(0).into(),
-        version: word(4).into(),
-        max_vrings: word(6).into(),
-        window_len: quad(8).into(),
-        link_offset: quad(16).into(),
-        link_len: quad(24).into(),
-        control_offset: quad(32).into(),
-        control_len: quad(40).into(),
-        data_offset: quad(48).into(),
-        max_mappings: double(56).into(),
-        reserved: double(60).into(),
-    }
+    zerocopy::transmute!(*bytes)
 }
 
 /// Checks that a config space is one that this driver understands, and that its
@@ -118,6 +99,7 @@ pub fn check_config(config: &DeviceConfig, present: u64) -> Result<(), ConfigErr
 
 #[cfg(test)]
 pub(crate) mod tests {
+    #![allow(clippy::unwrap_used)]
     use super::*;
     use vhost_pci_device::abi;
 
@@ -161,7 +143,10 @@ pub(crate) mod tests {
         assert!(matches!(check(&|c| c.max_vrings = 65.into()), ConfigError::Vrings { found: 65 }));
         assert!(matches!(check(&|c| c.max_vrings = 0.into()), ConfigError::Vrings { found: 0 }));
         assert!(matches!(check(&|c| c.window_len = (8 << 20).into()), ConfigError::Window { .. }));
-        assert!(matches!(check(&|c| c.link_offset = u64::MAX.into()), ConfigError::Area { area: "link", .. }));
+        assert!(matches!(
+            check(&|c| c.link_offset = u64::MAX.into()),
+            ConfigError::Area { area: "link", .. }
+        ));
         assert!(matches!(check(&|c| c.control_offset = (4 << 20).into()), ConfigError::Area { .. }));
         assert!(matches!(check(&|c| c.control_len = 8.into()), ConfigError::Area { area: "control", .. }));
     }

@@ -27,7 +27,8 @@ pub(super) fn lock(address: &str, queues: u16) -> Result<(Mapping, RingPlaces), 
     let count = RingPlaces::pages_for(queues);
     let memory = Mapping::locked_pages(count * PAGE_SIZE as usize)
         .map_err(|error| problem(format!("mlock of {count} pages: {error} (see `ulimit -l`)")))?;
-    let pagemap = File::open(PAGEMAP).map_err(|error| problem(format!("{PAGEMAP}: {error} (is /proc mounted?)")))?;
+    let pagemap =
+        File::open(PAGEMAP).map_err(|error| problem(format!("{PAGEMAP}: {error} (is /proc mounted?)")))?;
     let first = memory.base().addr().get() as u64 / PAGE_SIZE;
     let page = |index: u64| {
         let mut entry = [0; 8];

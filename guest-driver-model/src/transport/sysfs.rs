@@ -9,7 +9,9 @@ use std::io;
 use std::os::unix::fs::FileExt;
 use std::path::{Path, PathBuf};
 
-use vhost_pci_device::abi::{DeviceConfig, MAX_VRINGS, PCI_DEVICE_ID_STAND_IN, PCI_VENDOR_ID, QUEUE_VRING_FIRST};
+use vhost_pci_device::abi::{
+    DeviceConfig, MAX_VRINGS, PCI_DEVICE_ID_STAND_IN, PCI_VENDOR_ID, QUEUE_VRING_FIRST,
+};
 
 use super::sys::mapping::Mapping;
 use super::virtio_pci::{ConfigSpace, Function, PciAccess, Resources, VirtioPci, config_space};
@@ -108,7 +110,12 @@ impl PciDevice {
         fs::write(&path, value).map_err(|source| self.file_error("write to", path, source))
     }
 
-    pub(super) fn file_error(&self, action: &'static str, path: PathBuf, source: io::Error) -> TransportError {
+    pub(super) fn file_error(
+        &self,
+        action: &'static str,
+        path: PathBuf,
+        source: io::Error,
+    ) -> TransportError {
         let advice = match source.kind() {
             io::ErrorKind::PermissionDenied => " (run as root)",
             _ => "",
@@ -133,8 +140,7 @@ impl SysfsPci {
             .open(&path)
             .map_err(|source| device.file_error("open", path, source))?;
         let path = device.folder.join("resource");
-        let text =
-            fs::read_to_string(&path).map_err(|source| device.file_error("read", path, source))?;
+        let text = fs::read_to_string(&path).map_err(|source| device.file_error("read", path, source))?;
         Ok(Self { bars: bar_lens(&text), device, config })
     }
 }
@@ -257,6 +263,7 @@ impl Transport for SysfsTransport {
 
 #[cfg(test)]
 mod tests {
+    #![allow(clippy::unwrap_used)]
     use super::*;
 
     #[test]

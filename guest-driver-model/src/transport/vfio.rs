@@ -187,9 +187,13 @@ impl PciAccess for VfioPci {
             return Err(io::Error::new(io::ErrorKind::Unsupported, "VFIO does not let this BAR be mapped"));
         }
         if !can_map(&self.device.get_region_caps(bar), offset, len as u64) {
-            return Err(io::Error::new(io::ErrorKind::Unsupported, "VFIO keeps a part of this range for MSI-X"));
+            return Err(io::Error::new(
+                io::ErrorKind::Unsupported,
+                "VFIO keeps a part of this range for MSI-X",
+            ));
         }
-        let start = self.device.get_region_offset(bar).checked_add(offset).ok_or(io::ErrorKind::InvalidInput)?;
+        let start =
+            self.device.get_region_offset(bar).checked_add(offset).ok_or(io::ErrorKind::InvalidInput)?;
         Mapping::of_file(borrow_device(&self.device), start, len)
     }
 }
@@ -240,6 +244,7 @@ impl Transport for VfioTransport {
 
 #[cfg(test)]
 mod tests {
+    #![allow(clippy::unwrap_used)]
     use super::*;
     use vfio_ioctls::{VfioRegionInfoCapSparseMmap, VfioRegionSparseMmapArea};
 

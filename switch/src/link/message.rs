@@ -168,6 +168,8 @@ pub enum Reply {
     Config(Vec<u8>),
     /// Length of the one shared-memory region, bytes.
     ShmemLen(u64),
+    /// The request is declined; the session goes on.
+    Declined,
     /// The request was at fault; the session ends.
     Refused(String),
 }

@@ -150,6 +150,10 @@ impl PeerSession {
             // The config space is read-only: a guest that writes it changes nothing.
             Request::SetConfig => Reply::Done,
             Request::GetShmemConfig => Reply::ShmemLen(self.window_len),
+            // QEMU reports each range of the window back as memory of its VM. It drops them
+            // by itself on a device reset, and QEMU 11.1.3 then crashes at the next start when
+            // it wants to take back what it had reported and had accepted.
+            Request::AddMemReg(_) if self.started => Reply::Declined,
             Request::SetOwner
             | Request::SetMemTable(_)
             | Request::AddMemReg(_)

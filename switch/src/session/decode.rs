@@ -5,7 +5,7 @@
 use std::fs::File;
 use std::os::fd::AsFd;
 use std::sync::Mutex;
-use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 
 use crossbeam_channel::{Sender, bounded};
 use nix::sys::uio::pread;
@@ -29,13 +29,21 @@ pub struct Decoder {
     side: Side,
     session: SessionId,
     acked_protocol: AtomicU64,
+    declined: AtomicBool,
     fault: Mutex<Option<Fault>>,
 }
 
 impl Decoder {
     /// A decoder that asks the link behind `port`.
     pub fn new(port: LinkPort, side: Side, session: SessionId) -> Self {
-        Self { port, side, session, acked_protocol: AtomicU64::new(0), fault: Mutex::new(None) }
+        Self {
+            port,
+            side,
+            session,
+            acked_protocol: AtomicU64::new(0),
+            declined: AtomicBool::new(false),
+            fault: Mutex::new(None),
+        }
     }
 
     /// Whether the front-end wants answers to what it marks so.
@@ -50,6 +58,13 @@ impl Decoder {
         self.fault.lock().ok()?.take()
     }
 
+    /// Whether the last request was declined: the crate has told the front-end, if it
+    /// asked, and the session goes on.
+    pub fn take_declined(&self) -> bool {
+        // Pairs with the store in `ask`, on the same thread.
+        self.declined.swap(false, Ordering::Relaxed)
+    }
+
     /// Asks the link and waits for its answer.
     ///
     /// # Errors
@@ -60,6 +75,11 @@ impl Decoder {
         self.port.send(input);
         match answered.recv() {
             Ok(Reply::Refused(reason)) => Err(Error::ReqHandlerError(std::io::Error::other(reason))),
+            Ok(Reply::Declined) => {
+                // Pairs with the swap in `take_declined`, on the same thread.
+                self.declined.store(true, Ordering::Relaxed);
+                Err(Error::ReqHandlerError(std::io::Error::other("declined")))
+            }
             Ok(reply) => Ok(reply),
             // The link dropped the question: the session is over.
             Err(_) => Err(Error::Disconnected),

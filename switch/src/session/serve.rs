@@ -37,6 +37,7 @@ fn messages(
         match intercept::next(stream) {
             Ok(Next::Ordinary) => match handler.handle_request() {
                 Ok(()) => {}
+                Err(_) if decoder.take_declined() => {}
                 Err(error) => return decoder.take_fault().or_else(|| fault_of(error)),
             },
             Ok(Next::Taken(mut message)) => {

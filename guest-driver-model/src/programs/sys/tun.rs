@@ -14,7 +14,10 @@ fn request(name: &str) -> io::Result<libc::ifreq> {
     let mut request: libc::ifreq = unsafe { std::mem::zeroed() };
     // The last byte stays zero: the kernel wants a terminated string.
     if name.is_empty() || name.len() >= request.ifr_name.len() || !name.is_ascii() {
-        return Err(io::Error::new(io::ErrorKind::InvalidInput, "an interface's name has 1 to 15 ASCII characters"));
+        return Err(io::Error::new(
+            io::ErrorKind::InvalidInput,
+            "an interface's name has 1 to 15 ASCII characters",
+        ));
     }
     for (to, from) in request.ifr_name.iter_mut().zip(name.bytes()) {
         *to = from as c_char;
@@ -34,7 +37,8 @@ fn control(fd: RawFd, number: libc::c_ulong, request: &mut libc::ifreq) -> io::R
 /// Opens (and creates, if need be) a tap interface: frames as they are, no extra
 /// header, non-blocking.
 pub fn open_tap(name: &str) -> io::Result<File> {
-    let tun = OpenOptions::new().read(true).write(true).custom_flags(libc::O_NONBLOCK).open("/dev/net/tun")?;
+    let tun =
+        OpenOptions::new().read(true).write(true).custom_flags(libc::O_NONBLOCK).open("/dev/net/tun")?;
     let mut request = request(name)?;
     request.ifr_ifru.ifru_flags = (libc::IFF_TAP | libc::IFF_NO_PI) as c_short;
     control(tun.as_raw_fd(), libc::TUNSETIFF as _, &mut request)?;
@@ -62,6 +66,7 @@ pub fn bring_up(name: &str) -> io::Result<()> {
 
 #[cfg(test)]
 mod tests {
+    #![allow(clippy::unwrap_used)]
     use super::*;
 
     #[test]

@@ -13,10 +13,10 @@ use vhost::vhost_user::message::{VhostUserMMap, VhostUserMMapFlags};
 use vhost::vhost_user::{Error, FrontendReqHandler, HandlerResult, VhostUserFrontendReqHandler};
 
 use super::window::{Refusal, Request, Shown};
-use crate::transport::{ANSWER_TIME, BrokerError};
 use crate::transport::sys::event::Event;
 use crate::transport::sys::fd::borrow_channel;
 use crate::transport::sys::reservation::Reservation;
+use crate::transport::{ANSWER_TIME, BrokerError};
 
 /// The window as the broker changes it.
 pub struct Window {

@@ -105,7 +105,8 @@ pub(super) fn negotiate(stream: UnixStream) -> Result<(Session, Offer), Failed> 
     let bytes: [u8; CONFIG_LEN] = bytes.try_into().unwrap_or([0; CONFIG_LEN]);
     let config = parse_config(&bytes);
     let regions = step("GET_SHMEM_CONFIG", front_end.get_shmem_config())?;
-    let window_len = if regions.nregions == 0 { 0 } else { regions.memory_sizes.first().copied().unwrap_or(0) };
+    let window_len =
+        if regions.nregions == 0 { 0 } else { regions.memory_sizes.first().copied().unwrap_or(0) };
     if window_len == 0 {
         return Err(("GET_SHMEM_CONFIG", BrokerError::NoWindow));
     }

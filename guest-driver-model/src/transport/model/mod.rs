@@ -51,8 +51,9 @@ impl ModelTransport {
     pub fn connect(socket: &Path) -> Result<Self, TransportError> {
         let name = socket.display().to_string();
         let failed = |step, source| TransportError::Broker { socket: name.clone(), step, source };
-        let stream = UnixStream::connect(socket)
-            .map_err(|error| failed("connecting (is the broker running, and may you use its socket?)", error.into()))?;
+        let stream = UnixStream::connect(socket).map_err(|error| {
+            failed("connecting (is the broker running, and may you use its socket?)", error.into())
+        })?;
         Self::start(name.clone(), stream)
     }
 
@@ -75,7 +76,11 @@ impl ModelTransport {
         let queues = (0..=offer.config.max_vrings.value())
             .map(|_| Ok(Queue { kick: Event::new()?, call: Arc::new(Event::new()?) }))
             .collect::<std::io::Result<Vec<_>>>()
-            .map_err(|source| TransportError::Event { device: name.clone(), what: "an eventfd for a queue", source })?;
+            .map_err(|source| TransportError::Event {
+                device: name.clone(),
+                what: "an eventfd for a queue",
+                source,
+            })?;
         let handler = session.channel(window.clone()).map_err(|(step, error)| at(step)(error))?;
         let wake = queues.iter().map(|queue| queue.call.clone()).collect();
         // The channel is served before the device starts: the broker may map at once.

@@ -1,4 +1,5 @@
 //! The model VMM against the crate's own back-end half over a socket pair.
+#![allow(clippy::unwrap_used)]
 
 use std::fs::File;
 use std::os::fd::OwnedFd;
@@ -8,13 +9,14 @@ use std::time::{Duration, Instant};
 use nix::sys::memfd::{MFdFlags, memfd_create};
 use nix::unistd::ftruncate;
 use vhost::vhost_user::message::{
-    VhostTransferStateDirection, VhostTransferStatePhase, VhostUserConfigFlags, VhostUserInflight, VhostUserLog,
-    VhostUserMMap, VhostUserMMapFlags, VhostUserMemoryRegion, VhostUserProtocolFeatures, VhostUserShMemConfig,
-    VhostUserSharedMsg, VhostUserSingleMemoryRegion, VhostUserVirtioFeatures, VhostUserVringAddrFlags,
-    VhostUserVringState,
+    VhostTransferStateDirection, VhostTransferStatePhase, VhostUserConfigFlags, VhostUserInflight,
+    VhostUserLog, VhostUserMMap, VhostUserMMapFlags, VhostUserMemoryRegion, VhostUserProtocolFeatures,
+    VhostUserShMemConfig, VhostUserSharedMsg, VhostUserSingleMemoryRegion, VhostUserVirtioFeatures,
+    VhostUserVringAddrFlags, VhostUserVringState,
 };
 use vhost::vhost_user::{
-    Backend, BackendReqHandler, Error, GpuBackend, Result, VhostUserBackendReqHandlerMut, VhostUserFrontendReqHandler,
+    Backend, BackendReqHandler, Error, GpuBackend, Result, VhostUserBackendReqHandlerMut,
+    VhostUserFrontendReqHandler,
 };
 
 use super::*;
@@ -76,7 +78,15 @@ impl VhostUserBackendReqHandlerMut for Broker {
         assert!(num.is_power_of_two());
         Ok(())
     }
-    fn set_vring_addr(&mut self, _: u32, _: VhostUserVringAddrFlags, _: u64, _: u64, _: u64, _: u64) -> Result<()> {
+    fn set_vring_addr(
+        &mut self,
+        _: u32,
+        _: VhostUserVringAddrFlags,
+        _: u64,
+        _: u64,
+        _: u64,
+        _: u64,
+    ) -> Result<()> {
         Ok(())
     }
     fn set_vring_base(&mut self, _: u32, _: u32) -> Result<()> {
@@ -138,7 +148,12 @@ impl VhostUserBackendReqHandlerMut for Broker {
     fn get_max_mem_slots(&mut self) -> Result<u64> {
         Ok(8)
     }
-    fn add_mem_region(&mut self, _: &VhostUserSingleMemoryRegion, _: File, _: Option<bool>) -> Result<Option<u64>> {
+    fn add_mem_region(
+        &mut self,
+        _: &VhostUserSingleMemoryRegion,
+        _: File,
+        _: Option<bool>,
+    ) -> Result<Option<u64>> {
         unsupported()
     }
     fn remove_mem_region(&mut self, _: &VhostUserSingleMemoryRegion) -> Result<()> {
@@ -190,7 +205,13 @@ fn file(len: u64) -> (OwnedFd, SharedMemory) {
 }
 
 fn message(offset: u64, len: u64, file_offset: u64, flags: VhostUserMMapFlags) -> VhostUserMMap {
-    VhostUserMMap { shm_offset: offset, len, fd_offset: file_offset, flags: flags.bits(), ..VhostUserMMap::default() }
+    VhostUserMMap {
+        shm_offset: offset,
+        len,
+        fd_offset: file_offset,
+        flags: flags.bits(),
+        ..VhostUserMMap::default()
+    }
 }
 
 const WRITABLE: VhostUserMMapFlags = VhostUserMMapFlags::WRITABLE;
@@ -269,7 +290,10 @@ fn doorbells_and_interrupts_are_eventfds() {
     std::io::Write::write_all(&mut &broker.calls[1], &1_u64.to_ne_bytes()).unwrap();
     let fd = link.transport.interrupt_fd(1).unwrap();
     assert_eq!(nix::unistd::read(fd, &mut count).unwrap(), 8);
-    assert_eq!(nix::unistd::read(link.transport.interrupt_fd(0).unwrap(), &mut count), Err(nix::Error::EAGAIN));
+    assert_eq!(
+        nix::unistd::read(link.transport.interrupt_fd(0).unwrap(), &mut count),
+        Err(nix::Error::EAGAIN)
+    );
 }
 
 #[test]

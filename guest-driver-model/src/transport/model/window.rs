@@ -131,6 +131,7 @@ impl Shown {
 
 #[cfg(test)]
 mod tests {
+    #![allow(clippy::unwrap_used)]
     use super::*;
 
     const PAGE: u64 = PAGE_SIZE;

@@ -18,20 +18,12 @@ impl DmaPages {
     ///
     /// # Errors
     /// What the kernel answers to the mapping.
-    pub fn new(
-        container: Arc<VfioContainer>,
-        iova: u64,
-        pages: Mapping,
-    ) -> Result<Self, VfioError> {
+    pub fn new(container: Arc<VfioContainer>, iova: u64, pages: Mapping) -> Result<Self, VfioError> {
         // SAFETY: `pages` owns the range and makes no reference into it, and this
         // value keeps it mapped until the DMA mapping is undone (see `drop`), so
         // the device never reaches memory that has become something else.
         unsafe { container.vfio_dma_map(iova, pages.len(), pages.base().as_ptr()) }?;
-        Ok(Self {
-            container,
-            iova,
-            pages: Some(pages),
-        })
+        Ok(Self { container, iova, pages: Some(pages) })
     }
 }
 

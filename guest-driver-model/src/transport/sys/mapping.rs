@@ -34,20 +34,11 @@ impl Mapping {
     /// What mmap answers; `InvalidInput` if `len` is 0 or `offset` too large.
     pub fn of_file<F: AsFd>(file: F, offset: u64, len: usize) -> io::Result<Self> {
         let len = length(len)?;
-        let offset = offset
-            .try_into()
-            .map_err(|_| io::Error::from(io::ErrorKind::InvalidInput))?;
+        let offset = offset.try_into().map_err(|_| io::Error::from(io::ErrorKind::InvalidInput))?;
         // SAFETY: a new mapping at an address that the kernel chooses replaces
         // nothing; it is given back by `Drop` alone.
         let base = unsafe {
-            mmap(
-                None,
-                len,
-                ProtFlags::PROT_READ | ProtFlags::PROT_WRITE,
-                MapFlags::MAP_SHARED,
-                file,
-                offset,
-            )
+            mmap(None, len, ProtFlags::PROT_READ | ProtFlags::PROT_WRITE, MapFlags::MAP_SHARED, file, offset)
         }?;
         Ok(Self { base, len })
     }

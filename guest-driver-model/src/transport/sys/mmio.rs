@@ -21,14 +21,8 @@ pub struct Mmio {
 impl Mmio {
     /// The `len` bytes at `offset` of `mapping`, if they are inside it.
     pub fn new(mapping: Arc<Mapping>, offset: usize, len: usize) -> Option<Self> {
-        let inside = offset
-            .checked_add(len)
-            .is_some_and(|end| end <= mapping.len());
-        inside.then_some(Self {
-            mapping,
-            offset,
-            len,
-        })
+        let inside = offset.checked_add(len).is_some_and(|end| end <= mapping.len());
+        inside.then_some(Self { mapping, offset, len })
     }
 
     /// The address of a register of `T` at `at`, if it is inside and aligned.
@@ -90,6 +84,7 @@ impl Registers for Mmio {
 
 #[cfg(test)]
 mod tests {
+    #![allow(clippy::unwrap_used)]
     use super::*;
 
     #[test]

@@ -101,14 +101,8 @@ impl Reservation {
         writable: bool,
     ) -> io::Result<()> {
         let (at, len) = self.part(offset, len)?;
-        let file_offset = file_offset
-            .try_into()
-            .map_err(|_| io::Error::from(io::ErrorKind::InvalidInput))?;
-        let protection = if writable {
-            PROTECTION
-        } else {
-            ProtFlags::PROT_READ
-        };
+        let file_offset = file_offset.try_into().map_err(|_| io::Error::from(io::ErrorKind::InvalidInput))?;
+        let protection = if writable { PROTECTION } else { ProtFlags::PROT_READ };
         // SAFETY: `part` checked that the range lies in the reservation, which is
         // ours for as long as `self` lives: MAP_FIXED replaces only our own pages.
         // Nobody holds a Rust reference into them (crate::shm hands out none). The

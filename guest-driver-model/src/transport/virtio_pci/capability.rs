@@ -233,6 +233,7 @@ impl<F: Fn(u16, &mut [u8]) -> io::Result<()>> Reader<F> {
 
 #[cfg(test)]
 mod tests {
+    #![allow(clippy::unwrap_used)]
     use super::*;
 
     /// Configuration space with capabilities; built by hand, byte by byte.

@@ -5,8 +5,8 @@ use std::time::{Duration, Instant};
 
 use vhost_pci_device::abi::{CONFIG_LEN, DeviceConfig, QUEUE_VRING_FIRST};
 use virtio_bindings::virtio_config::{
-    VIRTIO_CONFIG_S_ACKNOWLEDGE, VIRTIO_CONFIG_S_DRIVER, VIRTIO_CONFIG_S_DRIVER_OK, VIRTIO_CONFIG_S_FEATURES_OK,
-    VIRTIO_CONFIG_S_NEEDS_RESET, VIRTIO_F_ACCESS_PLATFORM, VIRTIO_F_VERSION_1,
+    VIRTIO_CONFIG_S_ACKNOWLEDGE, VIRTIO_CONFIG_S_DRIVER, VIRTIO_CONFIG_S_DRIVER_OK,
+    VIRTIO_CONFIG_S_FEATURES_OK, VIRTIO_CONFIG_S_NEEDS_RESET, VIRTIO_F_ACCESS_PLATFORM, VIRTIO_F_VERSION_1,
 };
 
 use super::Registers;
@@ -103,7 +103,9 @@ pub enum InitError {
         vector: u16,
     },
     /// Step 7.
-    #[error("the notify address of virtqueue {queue} ({at:#x}) is not inside the notify area of {len:#x} bytes")]
+    #[error(
+        "the notify address of virtqueue {queue} ({at:#x}) is not inside the notify area of {len:#x} bytes"
+    )]
     Doorbell {
         /// The queue.
         queue: u16,
@@ -230,9 +232,15 @@ fn accept(offered: u64) -> Result<u64, InitError> {
 
 /// Sets up queue 0 and one for each vring (4.1.5.1.3), and returns their notify
 /// offsets.
-fn queues<R: Registers>(common: &R, vrings: u16, rings: &RingPlaces, vectors: u16) -> Result<Vec<u16>, InitError> {
+fn queues<R: Registers>(
+    common: &R,
+    vrings: u16,
+    rings: &RingPlaces,
+    vectors: u16,
+) -> Result<Vec<u16>, InitError> {
     let present = common.read16(NUM_QUEUES);
-    let wanted = vrings.checked_add(QUEUE_VRING_FIRST).ok_or(InitError::Queues { present, vrings: u16::MAX - 1 })?;
+    let wanted =
+        vrings.checked_add(QUEUE_VRING_FIRST).ok_or(InitError::Queues { present, vrings: u16::MAX - 1 })?;
     if present < wanted {
         return Err(InitError::Queues { present, vrings });
     }

@@ -1,4 +1,5 @@
 //! Initialisation over a device made of a register file.
+#![allow(clippy::unwrap_used)]
 
 use std::cell::RefCell;
 use std::collections::HashMap;

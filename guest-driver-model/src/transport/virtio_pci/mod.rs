@@ -104,7 +104,11 @@ impl Function {
     }
 
     /// Starts the device (virtio 1.3, 3.1.1).
-    pub(super) fn start(self, pci: &dyn PciAccess, resources: Resources) -> Result<VirtioPci, TransportError> {
+    pub(super) fn start(
+        self,
+        pci: &dyn PciAccess,
+        resources: Resources,
+    ) -> Result<VirtioPci, TransportError> {
         let address = || pci.address().to_owned();
         // Until it is started, nothing of the window is used: map it first, so that
         // a failure leaves the device as it was.
@@ -126,7 +130,8 @@ impl Function {
         for (queue, offset) in started.notify_offsets.into_iter().enumerate() {
             let at = u64::from(offset) * multiplier;
             if at + 2 > self.capabilities.notify.len || !at.is_multiple_of(2) {
-                let source = InitError::Doorbell { queue: queue as u16, at, len: self.capabilities.notify.len };
+                let source =
+                    InitError::Doorbell { queue: queue as u16, at, len: self.capabilities.notify.len };
                 return Err(TransportError::Init { address: address(), source });
             }
             device.doorbells.push(Doorbell { register: self.notify.clone(), at });

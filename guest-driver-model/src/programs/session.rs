@@ -1,0 +1,293 @@
+//! One device, from its start to its end: follows its link page, and tells it by the
+//! control ring what is served and what is broken.
+
+use std::ops::{Add, AddAssign};
+use std::time::Duration;
+
+use vhost_pci_device::abi::{self, queue_of_vring};
+
+use super::ProgramError;
+use super::peer_loop::{LONGEST_SLEEP, PeerProgram};
+use super::quiet::Quiet;
+use super::waiting::sleep;
+use super::wire::Wire;
+use crate::control::{Command, ControlRing};
+use crate::link::{LinkError, LinkPage};
+use crate::net::{PeerPort, receive_vring, transmit_vring};
+use crate::ring::Fault;
+use crate::transport::Transport;
+
+/// Between two looks for a link, where no interrupt tells of it.
+const LINK_PAUSE: Duration = Duration::from_millis(1);
+/// The same where one does.
+const LINK_SLEEP: Duration = Duration::from_millis(20);
+/// How long the device may take to answer when the program ends.
+const DETACH_TIME: Duration = Duration::from_millis(500);
+
+/// What a session counts.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub(super) struct Tally {
+    /// Vrings found broken.
+    pub faults: u64,
+    /// Links that came up.
+    pub links: u64,
+}
+
+impl Add for Tally {
+    type Output = Self;
+
+    fn add(self, other: Self) -> Self {
+        Self { faults: self.faults + other.faults, links: self.links + other.links }
+    }
+}
+
+impl AddAssign for Tally {
+    fn add_assign(&mut self, other: Self) {
+        *self = *self + other;
+    }
+}
+
+/// A link that is up.
+struct Live {
+    port: PeerPort,
+    reported: Vec<Fault>,
+}
+
+/// One device, from its start to its end.
+pub(super) struct Session<'a> {
+    transport: &'a dyn Transport,
+    interrupt: bool,
+    page: LinkPage,
+    /// There while the control area is.
+    control: Option<ControlRing>,
+    live: Option<Live>,
+    /// The generation that gave no port, and will not.
+    refused: Option<u64>,
+    tally: Tally,
+    /// For lines that the owner can cause.
+    quiet: Quiet,
+}
+
+impl<'a> Session<'a> {
+    /// On a started device. `interrupt`: the program sleeps until it is interrupted.
+    pub fn new(transport: &'a dyn Transport, interrupt: bool) -> Result<Self, ProgramError> {
+        if interrupt && transport.interrupt_fd(abi::QUEUE_CONTROL).is_none() {
+            return Err(ProgramError::NoInterrupts { device: transport.name().to_owned() });
+        }
+        let config = transport.config();
+        let page =
+            LinkPage::new(transport.window().clone(), config.link_offset.value(), config.link_len.value())?;
+        Ok(Self {
+            transport,
+            interrupt,
+            page,
+            control: None,
+            live: None,
+            refused: None,
+            tally: Tally::default(),
+            quiet: Quiet::default(),
+        })
+    }
+
+    /// What was counted.
+    pub fn tally(&self) -> Tally {
+        self.tally
+    }
+
+    /// Whether there is a link to serve.
+    pub fn is_live(&self) -> bool {
+        self.live.is_some()
+    }
+
+    /// Follows the link, and lets the program move packets. Returns how many.
+    pub fn round(&mut self, program: &mut dyn PeerProgram) -> Result<usize, ProgramError> {
+        self.follow_link(program)?;
+        let Some(live) = &mut self.live else { return Ok(0) };
+        let mut wire = Wire::new(&mut live.port, self.transport);
+        let moved = program.poll(&mut wire);
+        if wire.is_faulted() {
+            self.report_faults();
+        }
+        Ok(moved)
+    }
+
+    /// For once a second: whether the device is there, and what it has to say.
+    pub fn check(&mut self) -> Result<(), ProgramError> {
+        self.transport.check()?;
+        self.hear_answers();
+        Ok(())
+    }
+
+    /// Lets go of the owner's vrings, and then tells the device so, if it is there.
+    pub fn end(mut self, tell: bool) {
+        self.live = None;
+        if tell
+            && let Some(mut control) = self.control
+            && let Err(error) = control.call(self.transport, Command::Detach, DETACH_TIME)
+        {
+            tracing::warn!(device = self.transport.name(), "{error}");
+        }
+    }
+
+    /// Brings the port up to the link page's generation.
+    fn follow_link(&mut self, program: &mut dyn PeerProgram) -> Result<(), ProgramError> {
+        let generation = self.page.generation();
+        if self.live.as_ref().is_some_and(|live| live.port.generation() == generation) {
+            return Ok(());
+        }
+        if self.live.take().is_some() {
+            program.link_lost();
+        }
+        if self.refused == Some(generation) && generation != 0 {
+            return Ok(());
+        }
+        self.refused = None;
+        let snapshot = match self.page.snapshot() {
+            Ok(snapshot) => snapshot,
+            Err(LinkError::Changing) => return Ok(()),
+            Err(LinkError::NotMapped) => {
+                // The next control area is another one.
+                self.control = None;
+                return Ok(());
+            }
+            Err(error) => {
+                // The device's fault; what it writes next may be better.
+                if self.quiet.allows_line() {
+                    tracing::error!(device = self.transport.name(), "{error}");
+                }
+                self.refused = Some(generation);
+                return Ok(());
+            }
+        };
+        if !self.control.as_ref().is_some_and(ControlRing::is_current) {
+            self.control = Some(ControlRing::new(self.transport)?);
+        }
+        if !snapshot.up {
+            self.refused = Some(snapshot.generation);
+            return Ok(());
+        }
+        match PeerPort::new(self.transport.window(), &snapshot) {
+            Ok(port) => self.go_live(port),
+            Err(error) => {
+                if self.quiet.allows_line() {
+                    tracing::error!(device = self.transport.name(), "cannot serve this owner: {error}");
+                }
+                self.refused = Some(snapshot.generation);
+            }
+        }
+        Ok(())
+    }
+
+    fn go_live(&mut self, mut port: PeerPort) {
+        for pair in 0..port.pairs() {
+            // A fault shows again with the first burst.
+            let _ = port.set_kicks(transmit_vring(pair), false);
+            let _ = port.set_kicks(receive_vring(pair), false);
+        }
+        let generation = port.generation();
+        if self.quiet.allows_line() {
+            tracing::info!(
+                device = self.transport.name(),
+                generation,
+                pairs = port.pairs(),
+                "the link is up"
+            );
+        }
+        self.tally.links += 1;
+        let broken = port.faults().next().is_some();
+        self.live = Some(Live { port, reported: Vec::new() });
+        self.tell(Command::Attach { generation, interrupt: self.interrupt });
+        if broken {
+            self.report_faults();
+        }
+    }
+
+    /// Tells the device what is broken and new, unless the link has just changed:
+    /// memory that is being taken away looks broken, too.
+    fn report_faults(&mut self) {
+        let Some(live) = &mut self.live else { return };
+        if self.page.generation() != live.port.generation() {
+            return;
+        }
+        let new: Vec<_> = live.port.faults().filter(|fault| !live.reported.contains(fault)).collect();
+        live.reported.extend(&new);
+        self.tally.faults += new.len() as u64;
+        for fault in new {
+            if self.quiet.allows_line() {
+                tracing::warn!(device = self.transport.name(), "{fault}; not served until the link changes");
+            }
+            self.tell(fault.into());
+        }
+    }
+
+    /// Gives the device a command. It may answer or not: the link works all the same.
+    fn tell(&mut self, command: Command) {
+        // Makes room, too.
+        self.hear_answers();
+        if let Some(control) = &mut self.control
+            && let Err(error) = control.send(self.transport, command)
+            && self.quiet.allows_line()
+        {
+            tracing::warn!(device = self.transport.name(), "control ring: {error}");
+        }
+    }
+
+    fn hear_answers(&mut self) {
+        let answers = self.control.as_mut().map_or(Ok(Vec::new()), ControlRing::answers);
+        match answers {
+            Ok(answers) => {
+                // An attachment to a generation that has passed meanwhile is no news.
+                let news = |status| status != abi::CTRL_OK && status != abi::CTRL_STALE;
+                let quiet = &mut self.quiet;
+                for answer in answers.into_iter().filter(|answer| news(answer.status) && quiet.allows_line())
+                {
+                    tracing::warn!(device = self.transport.name(), ?answer, "the device refuses a command");
+                }
+            }
+            Err(error) if self.quiet.allows_line() => {
+                tracing::warn!(device = self.transport.name(), "{error}")
+            }
+            Err(_) => {}
+        }
+    }
+
+    /// Sleeps until the owner kicks, the link changes, or the program has input.
+    pub fn sleep(&mut self, program: &mut dyn PeerProgram) {
+        let Some(control) = self.transport.interrupt_fd(abi::QUEUE_CONTROL) else {
+            std::thread::sleep(LINK_PAUSE);
+            return;
+        };
+        let mut events = vec![control];
+        let mut input = Vec::new();
+        let mut kicked = Vec::new();
+        if let Some(live) = &mut self.live {
+            let buffers = program.waits_for_buffers();
+            for pair in 0..live.port.pairs() {
+                kicked.push(transmit_vring(pair));
+                if buffers {
+                    kicked.push(receive_vring(pair));
+                }
+            }
+            // Enabling every kick before looking at any ring would miss none either,
+            // but one that has work already needs no sleep.
+            let mut work = false;
+            for vring in &kicked {
+                work |= live.port.set_kicks(*vring, true).unwrap_or(false);
+            }
+            let generation = self.page.generation();
+            if !work && generation == live.port.generation() {
+                let kicks =
+                    kicked.iter().filter_map(|vring| self.transport.interrupt_fd(queue_of_vring(*vring)));
+                events.extend(kicks);
+                input.extend(program.input());
+                sleep(&events, &input, program.patience().min(LONGEST_SLEEP));
+            }
+            for vring in &kicked {
+                let _ = live.port.set_kicks(*vring, false);
+            }
+            return;
+        }
+        // Without a link: a change of the link page interrupts; but look now and then.
+        sleep(&events, &input, LINK_SLEEP);
+    }
+}
