@@ -1,5 +1,5 @@
 //! The main loop of every peer's program: bursts, waiting, reports, and the program's
-//! end. What the link does meanwhile is [`session`](super::session)'s. Nothing that an
+//! end. What the link does meanwhile is `session`'s. Nothing that an
 //! owner does ends the loop.
 
 use std::os::fd::BorrowedFd;
