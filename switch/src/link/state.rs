@@ -1,7 +1,7 @@
 //! The link: joins the owner's session, the peer's session and the window.
 //!
 //! Each event is applied in three steps: the side that it concerns takes it; what
-//! the peer should see is worked out anew ([`Link::settle`]); and the difference
+//! the peer should see is worked out anew (`settle`); and the difference
 //! becomes effects. An owner's request that takes memory away is answered when the
 //! peer has lost it, and not before.
 
