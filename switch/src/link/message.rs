@@ -200,8 +200,12 @@ pub enum Content {
     /// The control area.
     ControlArea,
     /// The page by which the kernel tells whether the peer's VMM still holds the
-    /// window (`docs/architecture.md`, Revocation).
-    Witness,
+    /// window (`docs/architecture.md`, Revocation). A new one goes into the slot that
+    /// the one before it is not in.
+    Witness {
+        /// 0 or 1.
+        slot: u8,
+    },
     /// A range of the owner's memory.
     Owner(Placement<MemoryFile>),
 }
@@ -213,7 +217,10 @@ impl Content {
         match self {
             Self::LinkArea => (WindowOffset::new(abi::LINK_OFFSET), abi::LINK_LEN),
             Self::ControlArea => (WindowOffset::new(abi::CONTROL_OFFSET), abi::CONTROL_LEN),
-            Self::Witness => (WindowOffset::new(abi::WITNESS_OFFSET), abi::PAGE_SIZE),
+            Self::Witness { slot } => {
+                let offset = abi::WITNESS_OFFSET + u64::from(*slot) * abi::PAGE_SIZE;
+                (WindowOffset::new(offset), abi::PAGE_SIZE)
+            }
             Self::Owner(placement) => (placement.offset(), placement.window().len()),
         }
     }
@@ -271,7 +278,7 @@ pub enum Event {
     Disconnected(Side, Option<Fault>),
     /// The peer's VMM confirmed a change of its window, or refused it.
     WindowDone(OpId, Result<(), String>),
-    /// The kernel says that the peer's VMM holds the witness page no more.
+    /// The kernel says that the peer's VMM holds the oldest witness page no more.
     WitnessGone,
     /// A deadline may have passed.
     Tick,
@@ -288,8 +295,8 @@ pub enum Effect {
     OpenChannel(UnixStream),
     /// Ask the peer's VMM for a change of its window.
     Window(OpId, WindowOp),
-    /// Start to ask the kernel whether the witness page is still held, until it is
-    /// not or until `StopWatching`.
+    /// Start to ask the kernel whether the oldest witness page that was not told to be
+    /// gone is still held, until it is not or until `StopWatching`.
     WatchWitness,
     /// Stop to ask.
     StopWatching,

@@ -110,7 +110,7 @@ impl Link {
                 self.leave(side, &mut effects);
             }
             Event::WindowDone(op, result) => {
-                if let Err(fault) = self.window.confirm(op, result, &mut effects) {
+                if let Err(fault) = self.window.confirm(op, result, now, &mut effects) {
                     self.peer_failed(&fault, &mut effects);
                 }
             }

@@ -4,7 +4,10 @@
 //! A revocation has happened when two things are known: the VMM answered the
 //! unmap, and the kernel says that the witness page, unmapped after it, is mapped
 //! nowhere any more. The second holds also for a VMM that answers before it acts,
-//! that was reset, or that died. This file never does I/O.
+//! that was reset, or that died. So nothing of the owner's is ever mapped without a
+//! witness beside it: none is asked for before the VMM confirmed a witness, and a
+//! revocation puts a new witness into the other slot before it takes the old one
+//! away. This file never does I/O.
 
 use std::collections::VecDeque;
 use std::time::{Duration, Instant};
@@ -20,7 +23,7 @@ const RESET_GRACE: Duration = Duration::from_millis(250);
 
 /// What stands in the window before any of the owner's memory does, in the order
 /// in which it is mapped.
-const BASE: [Content; 3] = [Content::LinkArea, Content::ControlArea, Content::Witness];
+const BASE: [Content; 3] = [Content::LinkArea, Content::ControlArea, Content::Witness { slot: 0 }];
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 enum HeldState {
@@ -112,24 +115,25 @@ impl Window {
             self.phase = Phase::Closed;
         } else {
             self.phase = Phase::Residue;
-            effects.push(Effect::WatchWitness);
+            // A change that is still on its way to the VMM may put a page there yet:
+            // only when all are answered does a missing witness mean anything.
+            if self.unconfirmed.is_empty() {
+                effects.push(Effect::WatchWitness);
+            }
         }
     }
 
     /// The peer's VMM left: it confirms nothing more.
     pub fn disconnect(&mut self, effects: &mut Vec<Effect>) {
         self.unconfirmed.clear();
-        for held in &mut self.held {
-            held.state = HeldState::Revoking;
-        }
         self.stop(effects);
     }
 
     /// Asks for the next changes towards `desired`.
     pub fn reconcile(&mut self, desired: &WindowLayout<MemoryFile>, now: Instant, effects: &mut Vec<Effect>) {
-        if self.phase != Phase::Open {
+        let Some(slot) = self.witness_slot().filter(|_| self.phase == Phase::Open) else {
             return;
-        }
+        };
         let changes = difference(&self.asked, desired);
         if changes.iter().any(|change| matches!(change, Change::Unmap(_))) {
             self.asked = self.asked.intersection(desired);
@@ -138,7 +142,7 @@ impl Window {
                     self.unmap(Content::Owner(placement), now, effects);
                 }
             }
-            self.unmap(Content::Witness, now, effects);
+            self.map(Content::Witness { slot: slot ^ 1 }, now, effects);
             self.phase = Phase::Revoking { deadline: now + self.timeout };
             return;
         }
@@ -159,6 +163,7 @@ impl Window {
         &mut self,
         op: OpId,
         result: Result<(), String>,
+        now: Instant,
         effects: &mut Vec<Effect>,
     ) -> Result<(), Fault> {
         match self.unconfirmed.pop_front() {
@@ -175,47 +180,90 @@ impl Window {
         // to unmap; whether everything is gone the witness tells.
         let clearing =
             matches!(self.phase, Phase::Clearing { .. } | Phase::Residue | Phase::Reopening { .. });
-        if let Err(reason) = result
+        if let Err(reason) = &result
             && !clearing
         {
-            return Err(Fault::Refused(reason));
+            return Err(Fault::Refused(reason.clone()));
         }
-        for held in &mut self.held {
-            if held.state == HeldState::Granting(op) {
-                held.state = HeldState::Granted;
-                if matches!(held.content, Content::Owner(_)) {
-                    self.counters.made += 1;
+        if let Some(index) = self.held.iter().position(|held| held.state == HeldState::Granting(op)) {
+            self.granted(index, result.is_ok(), now, effects);
+        }
+        if self.unconfirmed.is_empty() {
+            let gone_soon = |held: &Held| held.is_witness() && held.state == HeldState::Revoking;
+            match self.phase {
+                Phase::Closed | Phase::Open => {}
+                // The new witness is there, and all else is gone: now the old one.
+                Phase::Revoking { .. } if !self.held.iter().any(gone_soon) => {
+                    if let Some(old) = self.held.iter().find(|held| held.is_witness()) {
+                        self.unmap(old.content.clone(), now, effects);
+                    }
                 }
+                _ => effects.push(Effect::WatchWitness),
             }
-        }
-        if self.unconfirmed.is_empty()
-            && matches!(self.phase, Phase::Revoking { .. } | Phase::Clearing { .. })
-        {
-            effects.push(Effect::WatchWitness);
         }
         Ok(())
     }
 
-    /// The kernel says that the witness is mapped nowhere: what was unmapped
-    /// before it, or held beside it, is gone.
+    /// The VMM mapped what it was asked to, or did not.
+    fn granted(&mut self, index: usize, mapped: bool, now: Instant, effects: &mut Vec<Effect>) {
+        if mapped {
+            self.held[index].state = HeldState::Granted;
+            self.counters.made += u64::from(self.held[index].is_owners());
+        }
+        if !matches!(self.phase, Phase::Residue | Phase::Reopening { .. }) {
+            return;
+        }
+        // The device was stopped meanwhile. What came after a reset, which took the
+        // witness away, and what has no witness at all, no witness tells about: it is
+        // taken back.
+        let last = |held: &Held| held.is_witness() && held.state == HeldState::Granted;
+        let orphans: Vec<Content> = match (mapped, self.held[index].is_witness()) {
+            (true, false) => vec![self.held[index].content.clone()],
+            (false, true) if !self.held.iter().any(last) => {
+                let granted = self.held.iter().filter(|held| held.state == HeldState::Granted);
+                granted.map(|held| held.content.clone()).collect()
+            }
+            _ => Vec::new(),
+        };
+        for content in orphans {
+            self.unmap(content, now, effects);
+        }
+    }
+
+    /// The kernel says that the oldest witness is mapped nowhere: what was unmapped
+    /// before it is gone, and when no other is left, all is.
     pub fn witness_gone(&mut self, now: Instant, effects: &mut Vec<Effect>) {
+        if matches!(self.phase, Phase::Closed | Phase::Open) {
+            return;
+        }
+        let Some(oldest) = self.held.iter().position(Held::is_witness) else {
+            return self.all_gone(now, effects);
+        };
+        let other_stays = |held: &Held| held.is_witness() && held.state != HeldState::Revoking;
+        if self.held[oldest].state == HeldState::Revoking && self.held.iter().any(other_stays) {
+            // Only what was asked to go went; the rest the VMM still has.
+            let revoked = self.held.extract_if(.., |held| held.state == HeldState::Revoking);
+            self.counters.revoked += revoked.filter(Held::is_owners).count() as u64;
+        } else {
+            self.held.remove(oldest);
+        }
+        if let Phase::Revoking { .. } = self.phase {
+            self.phase = Phase::Open;
+        } else if self.held.iter().any(Held::is_witness) {
+            effects.push(Effect::WatchWitness);
+        } else {
+            self.all_gone(now, effects);
+        }
+    }
+
+    fn all_gone(&mut self, now: Instant, effects: &mut Vec<Effect>) {
+        self.asked = WindowLayout::new();
+        self.counters.revoked += self.held.iter().filter(|held| held.is_owners()).count() as u64;
+        self.held.clear();
+        self.unconfirmed.clear();
         match self.phase {
-            Phase::Closed | Phase::Open => {}
-            Phase::Revoking { .. } => {
-                // Only what was asked to go went; the rest the VMM still has.
-                let revoked = self.held.extract_if(.., |held| held.state == HeldState::Revoking);
-                self.counters.revoked += revoked.filter(Held::is_owners).count() as u64;
-                self.phase = Phase::Open;
-                self.map(Content::Witness, now, effects);
-            }
-            Phase::Residue => {
-                self.forget();
-                self.phase = Phase::Closed;
-            }
-            Phase::Reopening { .. } | Phase::Clearing { .. } => {
-                self.forget();
-                self.start(now, effects);
-            }
+            Phase::Reopening { .. } | Phase::Clearing { .. } => self.start(now, effects),
+            _ => self.phase = Phase::Closed,
         }
     }
 
@@ -231,7 +279,7 @@ impl Window {
             self.phase = Phase::Clearing { deadline: now + self.timeout };
             // The witness goes last: it stands for all that went before.
             let (witness, others): (Vec<_>, Vec<_>) =
-                contents.into_iter().partition(|content| *content == Content::Witness);
+                contents.into_iter().partition(|content| matches!(content, Content::Witness { .. }));
             for content in others.into_iter().chain(witness) {
                 self.unmap(content, now, effects);
             }
@@ -311,11 +359,12 @@ impl Window {
         }
     }
 
-    fn forget(&mut self) {
-        self.asked = WindowLayout::new();
-        self.counters.revoked += self.held.iter().filter(|held| held.is_owners()).count() as u64;
-        self.held.clear();
-        self.unconfirmed.clear();
+    /// The slot of the witness that the VMM confirmed.
+    fn witness_slot(&self) -> Option<u8> {
+        self.held.iter().find_map(|held| match held.content {
+            Content::Witness { slot } if held.state == HeldState::Granted => Some(slot),
+            _ => None,
+        })
     }
 
     fn map(&mut self, content: Content, now: Instant, effects: &mut Vec<Effect>) {
@@ -344,5 +393,9 @@ impl Window {
 impl Held {
     fn is_owners(&self) -> bool {
         matches!(self.content, Content::Owner(_))
+    }
+
+    fn is_witness(&self) -> bool {
+        matches!(self.content, Content::Witness { .. })
     }
 }

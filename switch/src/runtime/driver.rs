@@ -2,6 +2,7 @@
 //! runs the effects. Nothing that it does blocks: sessions, the back-end channel
 //! and the relay have their own threads.
 
+use std::collections::VecDeque;
 use std::io;
 use std::net::Shutdown;
 use std::os::fd::{AsFd, OwnedFd};
@@ -26,8 +27,11 @@ use crate::link::report::{self, LinkReport};
 use crate::link::{Effect, Event, Link, Side};
 use crate::session::serve::serve;
 
-/// The first and the longest pause between two looks at the witness page.
-const WITNESS_PAUSE: (Duration, Duration) = (Duration::from_micros(100), Duration::from_millis(20));
+/// The first pause between two looks at the witness page, and the longest: while
+/// somebody waits for the outcome, and otherwise.
+const FIRST_LOOK: Duration = Duration::from_micros(100);
+const LOOK_WAITED_FOR: Duration = Duration::from_millis(20);
+const LOOK: Duration = Duration::from_millis(500);
 
 /// A front-end that is connected.
 struct Session {
@@ -64,7 +68,8 @@ pub struct LinkDriver {
     link_area: LinkArea,
     control_area: ControlArea,
     control_ring: ControlRing,
-    witness: Option<Arc<Witness>>,
+    /// Those in the window, the oldest first.
+    witnesses: VecDeque<Arc<Witness>>,
     watch: Option<Watch>,
     wires: Vec<Wire>,
     doorbell: Option<Eventfd>,
@@ -95,7 +100,7 @@ impl LinkDriver {
             link_area: LinkArea::new()?,
             control_area: ControlArea::new()?,
             control_ring: ControlRing::new().map_err(io::Error::other)?,
-            witness: None,
+            witnesses: VecDeque::new(),
             watch: None,
             wires: Vec::new(),
             doorbell: None,
@@ -184,8 +189,9 @@ impl LinkDriver {
 
     fn time_passed(&mut self) {
         let now = Instant::now();
+        let longest = if self.link.deadline().is_some() { LOOK_WAITED_FOR } else { LOOK };
         if let Some(watch) = self.watch.as_mut().filter(|watch| now >= watch.next) {
-            watch.pause = (watch.pause * 2).min(WITNESS_PAUSE.1);
+            watch.pause = (watch.pause * 2).min(longest);
             watch.next = now + watch.pause;
             self.look_at_witness();
         }
@@ -195,7 +201,7 @@ impl LinkDriver {
     }
 
     fn look_at_witness(&mut self) {
-        let gone = match &self.witness {
+        let gone = match self.witnesses.front() {
             None => true,
             Some(witness) => witness.is_gone().unwrap_or_else(|error| {
                 warn!(link = %self.name, %error, "the kernel does not tell about the witness page");
@@ -204,7 +210,7 @@ impl LinkDriver {
         };
         if gone {
             self.watch = None;
-            self.witness = None;
+            self.witnesses.pop_front();
             self.apply(Event::WitnessGone);
         }
     }
@@ -262,7 +268,7 @@ impl LinkDriver {
             Effect::OpenChannel(stream) => self.open_channel(stream),
             Effect::Window(op, change) => self.change_window(op, change),
             Effect::WatchWitness => {
-                self.watch = Some(Watch { next: Instant::now() + WITNESS_PAUSE.0, pause: WITNESS_PAUSE.0 });
+                self.watch = Some(Watch { next: Instant::now() + FIRST_LOOK, pause: FIRST_LOOK });
             }
             Effect::StopWatching => self.watch = None,
             Effect::ResetControlRing => self.reset_control_ring(),
@@ -320,10 +326,10 @@ impl LinkDriver {
         let (source, file_offset, writable) = match &content {
             Content::LinkArea => (own(&self.link_area)?, 0, false),
             Content::ControlArea => (own(&self.control_area)?, 0, true),
-            Content::Witness => {
+            Content::Witness { .. } => {
                 let witness = Arc::new(Witness::new()?);
                 let source = own(&*witness)?;
-                self.witness = Some(witness);
+                self.witnesses.push_back(witness);
                 (source, 0, true)
             }
             Content::Owner(placement) => {

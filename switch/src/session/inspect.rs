@@ -6,8 +6,10 @@
 use std::fs::{self, File};
 use std::os::fd::{AsFd, AsRawFd, OwnedFd};
 use std::os::unix::fs::MetadataExt;
+use std::os::unix::net::UnixStream;
 
 use nix::fcntl::{FcntlArg, OFlag, fcntl};
+use nix::sys::socket::{SockType, UnixAddr, getsockname, getsockopt, sockopt};
 
 use crate::link::Fault;
 use crate::link::descriptor::{Eventfd, MemoryFile};
@@ -35,6 +37,13 @@ pub fn memory_file(file: File) -> Result<(MemoryFile, u64), Fault> {
                 .into(),
         ));
     }
+    // The peer's VMM has to map it for reading and writing: a descriptor that does not
+    // allow that would let the peer be blamed.
+    let flags =
+        fcntl(&file, FcntlArg::F_GETFL).map_err(|error| fault(format!("cannot be examined: {error}")))?;
+    if flags & OFlag::O_ACCMODE.bits() != OFlag::O_RDWR.bits() {
+        return Err(fault("is not open for reading and writing".into()));
+    }
     let memory = MemoryFile::new(OwnedFd::from(file), metadata.dev(), metadata.ino());
     Ok((memory, metadata.len()))
 }
@@ -53,6 +62,19 @@ pub fn eventfd(file: File) -> Result<Eventfd, Fault> {
     set_nonblocking(&fd)
         .map_err(|error| Fault::Descriptor(format!("an eventfd cannot be made non-blocking: {error}")))?;
     Ok(Eventfd::new(fd))
+}
+
+/// Takes a descriptor as the stream for requests to the front-end. Others may not
+/// wake their reader when they are shut down.
+///
+/// # Errors
+/// When it is no Unix stream socket.
+pub fn channel(fd: OwnedFd) -> Result<UnixStream, Fault> {
+    let unix = getsockname::<UnixAddr>(fd.as_raw_fd()).is_ok();
+    if !unix || getsockopt(&fd, sockopt::SockType) != Ok(SockType::Stream) {
+        return Err(Fault::Descriptor("the back-end channel is no Unix stream socket".into()));
+    }
+    Ok(UnixStream::from(fd))
 }
 
 fn set_nonblocking(fd: &impl AsFd) -> nix::Result<()> {

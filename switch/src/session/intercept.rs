@@ -4,18 +4,20 @@
 //! crate refuses; and SET_VRING_ENABLE, which QEMU sends before SET_FEATURES and
 //! the crate takes after it only.
 
-use std::io::{self, Read, Write};
-use std::os::fd::{AsRawFd, OwnedFd};
+use std::io::{self, IoSliceMut, Read, Write};
+use std::mem::MaybeUninit;
+use std::os::fd::{AsFd, AsRawFd, OwnedFd};
 use std::os::unix::net::UnixStream;
-use std::thread;
 use std::time::Duration;
 
+use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 use nix::sys::socket::{MsgFlags, recv};
+use rustix::net::{RecvAncillaryBuffer, RecvAncillaryMessage, RecvFlags, recvmsg};
 use vhost::vhost_user::message::FrontendReq;
-use vmm_sys_util::sock_ctrl_msg::ScmSocket;
 
 use crate::link::Fault;
 use crate::link::message::Request;
+use crate::session::inspect;
 
 /// Length of a vhost-user header: request, flags, size of the payload, each 32
 /// bits in native order (vhost-user: Header).
@@ -67,9 +69,12 @@ pub fn next(stream: &mut UnixStream) -> io::Result<Next> {
         match recv(stream.as_raw_fd(), &mut header, MsgFlags::MSG_PEEK) {
             Ok(0) => return Ok(Next::End),
             Ok(HEADER_LEN) => break,
-            // A header in pieces: a peek does not wait for the rest.
+            // A header in pieces: a peek does not wait for the rest, nor does it tell
+            // that there will be none.
             Ok(_) => {
-                thread::sleep(pause);
+                if ended(stream, pause)? {
+                    return Err(invalid("the connection ended in the middle of a header".into()));
+                }
                 pause = (pause * 2).min(Duration::from_millis(50));
             }
             Err(nix::Error::EINTR) => {}
@@ -80,18 +85,53 @@ pub fn next(stream: &mut UnixStream) -> io::Result<Next> {
     let Some(code) = WANTED.into_iter().find(|code| *code as u32 == request) else {
         return Ok(Next::Ordinary);
     };
-    let (len, file) = stream.recv_with_fd(&mut header)?;
+    let (len, mut files) = receive(stream, &mut header)?;
     let flags = word(&header, 1);
     let size = word(&header, 2) as usize;
     if len != HEADER_LEN || size > MAX_PAYLOAD || flags & !FLAG_NEED_REPLY != FLAG_VERSION {
-        return Err(io::Error::new(
-            io::ErrorKind::InvalidData,
-            format!("{code:?} with flags {flags:#x} and a payload of {size} bytes"),
-        ));
+        return Err(invalid(format!("{code:?} with flags {flags:#x} and a payload of {size} bytes")));
     }
     let mut payload = vec![0; size];
-    stream.read_exact(&mut payload)?;
-    Ok(Next::Taken(Intercepted { code, flags, payload, file: file.map(OwnedFd::from) }))
+    stream.read_exact(&mut payload).map_err(|error| match error.kind() {
+        io::ErrorKind::UnexpectedEof => invalid(format!("{code:?} ended in the middle of its payload")),
+        _ => error,
+    })?;
+    Ok(Next::Taken(Intercepted { code, flags, payload, file: files.pop() }))
+}
+
+/// Receives bytes and their descriptors. More than the buffer holds are closed by
+/// the kernel. (`ScmSocket::recv_with_fd` of vmm-sys-util 0.15 leaks the second of two
+/// descriptors: the kernel fills the padding of its buffer with it.)
+fn receive(stream: &UnixStream, bytes: &mut [u8]) -> io::Result<(usize, Vec<OwnedFd>)> {
+    let mut space = [MaybeUninit::uninit(); rustix::cmsg_space!(ScmRights(2))];
+    let mut ancillary = RecvAncillaryBuffer::new(&mut space);
+    let message = recvmsg(stream, &mut [IoSliceMut::new(bytes)], &mut ancillary, RecvFlags::CMSG_CLOEXEC)?;
+    let mut files = Vec::new();
+    for part in ancillary.drain() {
+        if let RecvAncillaryMessage::ScmRights(fds) = part {
+            files.extend(fds);
+        }
+    }
+    if files.len() > 1 {
+        return Err(invalid(format!("a message with {} or more descriptors; it may have one", files.len())));
+    }
+    Ok((message.bytes, files))
+}
+
+fn invalid(reason: String) -> io::Error {
+    io::Error::new(io::ErrorKind::InvalidData, reason)
+}
+
+/// Whether the front-end will send nothing more; waits up to `pause` for that.
+fn ended(stream: &UnixStream, pause: Duration) -> io::Result<bool> {
+    let hang_up = PollFlags::from_bits_retain(nix::libc::POLLRDHUP);
+    let mut wait = [PollFd::new(stream.as_fd(), hang_up)];
+    let pause = PollTimeout::try_from(pause).unwrap_or(PollTimeout::ZERO);
+    match poll(&mut wait, pause) {
+        Ok(count) => Ok(count > 0),
+        Err(nix::Error::EINTR) => Ok(false),
+        Err(error) => Err(error.into()),
+    }
 }
 
 impl Intercepted {
@@ -104,7 +144,7 @@ impl Intercepted {
         let fault = |reason: String| Err(Fault::Message(format!("{code:?} {reason}")));
         match (code, self.file.take(), self.payload.len()) {
             (FrontendReq::SET_BACKEND_REQ_FD, Some(fd), 0) => {
-                Ok(Request::SetBackendChannel(UnixStream::from(fd)))
+                inspect::channel(fd).map(Request::SetBackendChannel)
             }
             (FrontendReq::SET_BACKEND_REQ_FD, None, 0) => fault("without a descriptor".into()),
             (FrontendReq::IOTLB_MSG, None, _) => Ok(Request::Iotlb),

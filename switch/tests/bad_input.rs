@@ -1,0 +1,28 @@
+//! Front-ends that send nonsense to a running broker, byte by byte: each is a
+//! counted fault on its own link, and nothing else is touched.
+//!
+//! | file | what it holds |
+//! |---|---|
+//! | `raw` | a front-end that writes its own bytes |
+//! | `bench` | a broker with two links, its log, its descriptors |
+//! | `faults` | every malformed thing, one by one |
+//! | `stalls` | sessions that stop in the middle |
+//! | `descriptors` | too many descriptors, and of the wrong kinds |
+//! | `full_eventfd` | a call on which a write would block |
+//! | `random` | thousands of short sessions of random bytes |
+#![allow(clippy::unwrap_used, clippy::panic)]
+
+#[path = "bad_input/bench.rs"]
+mod bench;
+#[path = "bad_input/descriptors.rs"]
+mod descriptors;
+#[path = "bad_input/faults.rs"]
+mod faults;
+#[path = "bad_input/full_eventfd.rs"]
+mod full_eventfd;
+#[path = "bad_input/random.rs"]
+mod random;
+#[path = "bad_input/raw.rs"]
+mod raw;
+#[path = "bad_input/stalls.rs"]
+mod stalls;

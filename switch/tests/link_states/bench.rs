@@ -1,0 +1,340 @@
+//! Runs a link's effects as the runtime does, and checks after each event what must
+//! hold whatever happens.
+
+use std::collections::VecDeque;
+use std::time::{Duration, Instant};
+
+use vhost_pci_device::abi;
+use vhost_pci_switch::config::{LinkConfig, Profile};
+use vhost_pci_switch::link::message::{LinkContents, OpId, Reply, Request, WindowOp, Wire};
+use vhost_pci_switch::link::report::{self, LinkReport};
+use vhost_pci_switch::link::{Effect, Event, Link, Side};
+
+use crate::front_end::{Ask, Files, Region, Shared, peer_set_up, peer_start};
+use crate::vmm::{Kind, Manner, Vmm, kind};
+
+pub const TIMEOUT: Duration = Duration::from_millis(500);
+/// Queues of the peer's device: control and two vrings.
+pub const QUEUES: u32 = 3;
+/// Two regions, as a machine with memory below and above a hole has.
+pub const REGIONS: [Region; 2] = [Region::new(0, 2 << 20, 0, 0), Region::new(4 << 20, 1 << 20, 1, 1 << 20)];
+
+pub struct Bench {
+    pub link: Link,
+    pub now: Instant,
+    pub vmm: Vmm,
+    pub files: Files,
+    pub shared: Shared,
+    /// Every effect since [`Self::forget`], in order.
+    pub trace: Vec<Effect>,
+    pub published: (LinkContents, u64),
+    pub wires: Vec<Wire>,
+    watching: bool,
+    /// Witness pages in the window, the oldest first, by number.
+    witnesses: VecDeque<u64>,
+    next_witness: u64,
+    connected: [bool; 2],
+    /// The owner's question that has no answer yet.
+    pub question: Option<Ask>,
+    pub owner_reply: Option<Reply>,
+    pub peer_reply: Option<Reply>,
+}
+
+pub fn config() -> LinkConfig {
+    LinkConfig {
+        name: "bench".into(),
+        owner_socket: "/nowhere/owner".into(),
+        peer_socket: "/nowhere/peer".into(),
+        window_len: 64 << 20,
+        profile: Profile::Net,
+        queue_pairs: 1,
+    }
+}
+
+impl Bench {
+    pub fn new() -> Self {
+        let link = Link::new(config(), TIMEOUT, 1000).unwrap();
+        let mut bench = Self {
+            link,
+            now: Instant::now(),
+            vmm: Vmm::default(),
+            files: Files::new(),
+            shared: Shared::default(),
+            trace: Vec::new(),
+            published: (LinkContents::default(), 998),
+            wires: Vec::new(),
+            watching: false,
+            witnesses: VecDeque::new(),
+            next_witness: 0,
+            connected: [false; 2],
+            question: None,
+            owner_reply: None,
+            peer_reply: None,
+        };
+        let first = bench.link.first_publication();
+        bench.run(vec![first]);
+        bench
+    }
+
+    /// Both sides up, the owner with [`REGIONS`], and nothing on its way.
+    pub fn up() -> Self {
+        let mut bench = Self::new();
+        bench.connect(Side::Owner);
+        bench.owner_up(&REGIONS);
+        bench.peer_up();
+        bench.work();
+        assert!(bench.is_up());
+        bench.forget();
+        bench
+    }
+
+    pub fn forget(&mut self) {
+        self.trace.clear();
+        self.owner_reply = None;
+        self.peer_reply = None;
+    }
+
+    pub fn connect(&mut self, side: Side) {
+        assert!(!self.connected[side as usize]);
+        self.connected[side as usize] = true;
+        self.apply(Event::Connected(side));
+    }
+
+    pub fn is_connected(&self, side: Side) -> bool {
+        self.connected[side as usize]
+    }
+
+    /// The front-end closes its connection.
+    pub fn leave(&mut self, side: Side) {
+        if self.connected[side as usize] {
+            self.closed(side);
+            self.apply(Event::Disconnected(side, None));
+        }
+    }
+
+    fn closed(&mut self, side: Side) {
+        self.connected[side as usize] = false;
+        match side {
+            Side::Owner => {
+                self.shared = Shared::default();
+                self.question = None;
+            }
+            Side::Peer => self.vmm.leaves(),
+        }
+    }
+
+    /// The owner's front-end asks; it has to wait for an answer before it asks more.
+    pub fn owner(&mut self, ask: Ask) {
+        assert!(self.question.is_none(), "the owner is still waiting for {:?}", self.question);
+        let request = ask.request(&self.files);
+        self.shared.takes(&ask);
+        self.question = Some(ask);
+        self.owner_reply = None;
+        self.apply(Event::Request(Side::Owner, request));
+    }
+
+    /// A request of the owner's that is not in [`Ask`].
+    pub fn owner_raw(&mut self, request: Request) {
+        self.owner_reply = None;
+        self.question = Some(Ask::Features(0));
+        self.apply(Event::Request(Side::Owner, request));
+    }
+
+    pub fn peer(&mut self, request: Request) {
+        self.peer_reply = None;
+        self.apply(Event::Request(Side::Peer, request));
+        assert!(self.peer_reply.is_some(), "the peer's front-end is always answered at once");
+    }
+
+    pub fn owner_up(&mut self, regions: &[Region]) {
+        for ask in Ask::bring_up(regions) {
+            self.owner(ask);
+        }
+    }
+
+    pub fn peer_up(&mut self) {
+        self.connect(Side::Peer);
+        for request in peer_set_up(QUEUES) {
+            self.peer(request);
+        }
+        self.peer_starts();
+    }
+
+    pub fn peer_starts(&mut self) {
+        for request in peer_start(QUEUES) {
+            self.peer(request);
+        }
+    }
+
+    /// The peer's VMM stops the device: it was reset, or the guest was paused.
+    pub fn peer_stops(&mut self, reset: bool) {
+        if reset {
+            self.vmm.reset();
+        }
+        for index in 0..QUEUES {
+            self.peer(Request::GetVringBase { index });
+        }
+    }
+
+    /// The VMM takes one change and its answer arrives.
+    pub fn step(&mut self, manner: Manner) -> bool {
+        let acted = self.vmm.act(manner);
+        self.look();
+        acted | self.deliver()
+    }
+
+    pub fn deliver(&mut self) -> bool {
+        let Some((op, result)) = self.vmm.deliver() else {
+            return false;
+        };
+        self.apply(Event::WindowDone(op, result));
+        true
+    }
+
+    /// Everything that the VMM was asked is done and answered.
+    pub fn work(&mut self) {
+        while self.step(Manner::Honest) {}
+        self.vmm.catch_up();
+        self.look();
+    }
+
+    /// The runtime asks the kernel about the oldest witness, if the link wants that.
+    pub fn look(&mut self) {
+        while self.watching {
+            let gone = self.witnesses.front().is_none_or(|witness| self.vmm.seal(*witness));
+            if !gone {
+                return;
+            }
+            self.watching = false;
+            self.witnesses.pop_front();
+            let effects = self.link.apply(Event::WitnessGone, self.now);
+            self.run(effects);
+        }
+    }
+
+    /// Time passes; the runtime ticks when the link wants that.
+    pub fn wait(&mut self, time: Duration) {
+        self.now += time;
+        for _ in 0..100 {
+            match self.link.deadline() {
+                Some(deadline) if deadline <= self.now => self.apply(Event::Tick),
+                _ => return,
+            }
+        }
+        panic!("a tick does not move the deadline");
+    }
+
+    pub fn report(&self) -> LinkReport {
+        report::of(&self.link)
+    }
+
+    pub fn faults(&self, kind: &str) -> u64 {
+        self.report().counters.faults.get(kind).copied().unwrap_or(0)
+    }
+
+    pub fn is_up(&self) -> bool {
+        self.published.0.status & abi::LINK_S_UP != 0
+    }
+
+    pub fn apply(&mut self, event: Event) {
+        let effects = self.link.apply(event, self.now);
+        self.run(effects);
+        // As the runtime does: a page that is gone needs no wait.
+        self.look();
+    }
+
+    fn run(&mut self, effects: Vec<Effect>) {
+        for effect in effects {
+            self.run_one(&effect);
+            self.trace.push(effect);
+        }
+        assert_eq!(self.is_up(), self.link.is_up());
+        if !self.is_up() {
+            assert!(self.wires.is_empty(), "wires outlive the link");
+        }
+    }
+
+    fn run_one(&mut self, effect: &Effect) {
+        match effect {
+            Effect::Reply(Side::Owner, Reply::Refused(reason)) => {
+                self.question = None;
+                self.owner_reply = Some(Reply::Refused(reason.clone()));
+            }
+            Effect::Reply(Side::Owner, reply) => {
+                let ask = self.question.take().expect("an answer to no question");
+                if ask.revokes() {
+                    self.check_revoked(&ask);
+                }
+                self.owner_reply = Some(copy(reply));
+            }
+            Effect::Reply(Side::Peer, reply) => self.peer_reply = Some(copy(reply)),
+            Effect::Disconnect(side) => self.closed(*side),
+            Effect::Window(op, change) => self.window(*op, change),
+            Effect::WatchWitness => self.watching = true,
+            Effect::StopWatching => self.watching = false,
+            Effect::Publish(contents, generation) => self.publish(contents, *generation),
+            Effect::Wire(wires) => self.wires.clone_from(wires),
+            _ => {}
+        }
+    }
+
+    fn window(&mut self, op: OpId, change: &WindowOp) {
+        let (WindowOp::Map(content) | WindowOp::Unmap(content)) = change;
+        let mut witness = None;
+        if matches!(change, WindowOp::Map(_)) && kind(content) == Kind::Witness {
+            self.next_witness += 1;
+            witness = Some(self.next_witness);
+            self.witnesses.push_back(self.next_witness);
+        }
+        if matches!(change, WindowOp::Unmap(_)) && kind(content) == Kind::Owner {
+            assert!(!self.is_up(), "a range is unmapped while the link page still shows it");
+        }
+        let lenient = matches!(self.report().window.phase.as_str(), "residue" | "reopening");
+        self.vmm.ask(op, change.clone(), witness, lenient);
+    }
+
+    fn publish(&mut self, contents: &LinkContents, generation: u64) {
+        assert!(generation > self.published.1 && generation.is_multiple_of(2), "generation {generation}");
+        if contents.status & abi::LINK_S_UP != 0 {
+            for entry in &contents.mappings {
+                assert!(self.vmm.shows(entry), "{entry:?} is published and not mapped");
+            }
+            for ring in contents.vrings.iter().filter(|ring| ring.flags.value() != 0) {
+                let inside = |entry: &abi::Mapping| {
+                    (entry.iova.value()..entry.iova.value() + entry.len.value()).contains(&ring.desc.value())
+                };
+                assert!(contents.mappings.iter().any(inside), "{ring:?} is in no mapping");
+            }
+        } else {
+            assert!(contents.mappings.is_empty() && contents.vrings.is_empty());
+        }
+        self.published = (contents.clone(), generation);
+    }
+
+    /// The promise of the whole project: what is answered as revoked is revoked.
+    fn check_revoked(&self, ask: &Ask) {
+        for range in self.vmm.owner_ranges() {
+            assert!(
+                self.shared.allows(range, &self.files),
+                "{ask:?} was answered while a peer still holds {range:?}"
+            );
+        }
+    }
+}
+
+/// Replies hold no descriptor that a test would need.
+fn copy(reply: &Reply) -> Reply {
+    match reply {
+        Reply::Done => Reply::Done,
+        Reply::Number(number) => Reply::Number(*number),
+        Reply::VringBase(base) => Reply::VringBase(vhost_pci_switch::link::message::VringBase {
+            index: base.index,
+            used_index: base.used_index.clone(),
+            fallback: base.fallback,
+        }),
+        Reply::Config(bytes) => Reply::Config(bytes.clone()),
+        Reply::ShmemLen(len) => Reply::ShmemLen(*len),
+        Reply::Declined => Reply::Declined,
+        Reply::Refused(reason) => Reply::Refused(reason.clone()),
+    }
+}
