@@ -132,7 +132,7 @@ pub const LINK_LEN: u64 = 64 << 10;
 pub const CONTROL_OFFSET: u64 = LINK_OFFSET + LINK_LEN;
 /// Length of the control area, bytes.
 pub const CONTROL_LEN: u64 = PAGE_SIZE;
-/// Window offset of the witness page (section 6.4): the driver leaves it alone.
+/// Window offset of the two witness pages (section 6.4): the driver leaves them alone.
 pub const WITNESS_OFFSET: u64 = CONTROL_OFFSET + CONTROL_LEN;
 /// Window offset from which on the owner's memory appears: a multiple of 2 MiB,
 /// so that offsets keep the alignment that large pages need.
@@ -141,7 +141,7 @@ pub const DATA_OFFSET: u64 = 2 << 20;
 const _: () = {
     assert!(LINK_OFFSET + LINK_LEN <= CONTROL_OFFSET);
     assert!(CONTROL_OFFSET + CONTROL_LEN <= WITNESS_OFFSET);
-    assert!(WITNESS_OFFSET + PAGE_SIZE <= DATA_OFFSET);
+    assert!(WITNESS_OFFSET + 2 * PAGE_SIZE <= DATA_OFFSET);
 };
 
 // --- 7 The link page ---------------------------------------------------------------

@@ -23,6 +23,9 @@ use crate::config::LinkConfig;
 #[derive(Debug)]
 struct Pending {
     reply: Reply,
+    /// Until when a peer may hold it up whose device is stopped.
+    peer_deadline: Instant,
+    /// Until when the owner waits.
     deadline: Instant,
 }
 
@@ -123,8 +126,17 @@ impl Link {
 
     /// When an [`Event::Tick`] has something to do.
     pub fn deadline(&self) -> Option<Instant> {
-        let pending = self.pending.as_ref().map(|pending| pending.deadline);
+        let silent_peer = self.silent_peer();
+        let pending = self.pending.as_ref().map(|pending| match silent_peer {
+            true => pending.peer_deadline.min(pending.deadline),
+            false => pending.deadline,
+        });
         self.window.deadline().into_iter().chain(pending).min()
+    }
+
+    /// Whether a VMM is connected that may hold mappings and takes no changes.
+    fn silent_peer(&self) -> bool {
+        self.peer.is_some() && self.window.is_residue()
     }
 
     /// Takes one command of the peer's driver; gives its `CTRL_*` result.
@@ -210,8 +222,9 @@ impl Link {
                 if takes_away && !self.window.is_confined_to(&self.layout) {
                     self.pending = Some(Pending {
                         reply,
-                        // The peer's VMM has its time; then the kernel's word that
-                        // its mappings are gone has as much again.
+                        // The peer's VMM has its time; then the kernel's word that its
+                        // mappings are gone has as much again.
+                        peer_deadline: now + self.timeout,
                         deadline: now + 2 * self.timeout,
                     });
                 } else {
@@ -252,6 +265,10 @@ impl Link {
     fn tick(&mut self, now: Instant, effects: &mut Vec<Effect>) {
         if let Err(fault) = self.window.tick(now, effects) {
             self.peer_failed(&fault, effects);
+        }
+        let overdue = self.pending.as_ref().is_some_and(|pending| now >= pending.peer_deadline);
+        if overdue && self.silent_peer() {
+            self.peer_failed(&Fault::Unconfirmed(self.timeout.as_millis()), effects);
         }
         if self.pending.as_ref().is_some_and(|pending| now >= pending.deadline) {
             // Never a false answer: the owner's VMM learns that it has none.

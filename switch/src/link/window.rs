@@ -340,6 +340,11 @@ impl Window {
         })
     }
 
+    /// Whether a VMM that takes no changes may hold mappings.
+    pub fn is_residue(&self) -> bool {
+        self.phase == Phase::Residue
+    }
+
     /// The phase's name for `status`.
     pub fn phase_name(&self) -> &'static str {
         match self.phase {

@@ -1,16 +1,17 @@
-//! The broker: makes the sockets, starts a thread a link, the relay and the
-//! acceptor, and takes all of it down again.
+//! The broker: makes the sockets, starts a thread a link and the acceptor, and takes
+//! all of it down again.
 
 use std::io;
 use std::os::fd::AsFd;
 use std::path::PathBuf;
 use std::sync::Arc;
 use std::thread::{self, JoinHandle};
-use std::time::{SystemTime, UNIX_EPOCH};
+use std::time::Duration;
 
 use crossbeam_channel::unbounded;
 use nix::sys::epoll::{Epoll, EpollCreateFlags, EpollEvent, EpollFlags, EpollTimeout};
 use nix::sys::eventfd::{EfdFlags, EventFd};
+use nix::time::{ClockId, clock_gettime};
 use thiserror::Error;
 use tracing::{info, warn};
 
@@ -56,8 +57,6 @@ pub struct Broker {
     links: Vec<JoinHandle<()>>,
     acceptor: Option<JoinHandle<()>>,
     stop: Arc<EventFd>,
-    /// Dropped last: links still send to it while they end.
-    _relay: Relay,
 }
 
 impl Broker {
@@ -81,7 +80,6 @@ impl Broker {
             listeners.push((bind(&link.owner_socket)?, Purpose::Link(port.clone(), Side::Owner)));
             listeners.push((bind(&link.peer_socket)?, Purpose::Link(port.clone(), Side::Peer)));
         }
-        let relay = Relay::start(ports.clone())?;
         let mut broker = Self {
             ports: ports.clone(),
             links: Vec::new(),
@@ -90,15 +88,14 @@ impl Broker {
                 EventFd::from_flags(EfdFlags::EFD_NONBLOCK | EfdFlags::EFD_CLOEXEC)
                     .map_err(io::Error::from)?,
             ),
-            _relay: relay,
         };
         let generation = first_generation();
         for (index, (link_config, input)) in config.links.iter().zip(inputs).enumerate() {
             let name = link_config.name.clone();
             let link = Link::new(link_config.clone(), config.confirm_timeout, generation)
                 .map_err(|fault| BrokerError::Link { link: name.clone(), fault })?;
-            let place = broker._relay.link(index).ok_or_else(|| io::Error::other("no place at the relay"))?;
-            let driver = LinkDriver::new(&name, link, ports[index].clone(), input, place)?;
+            let relay = Relay::new(&name, ports[index].clone())?;
+            let driver = LinkDriver::new(&name, link, ports[index].clone(), input, relay)?;
             let thread = thread::Builder::new().name(format!("link {name}")).spawn(move || driver.run())?;
             broker.links.push(thread);
         }
@@ -127,10 +124,11 @@ impl Drop for Broker {
 }
 
 /// A generation that is even and larger than any of an earlier broker: a driver
-/// that outlives a broker sees that the link area is another.
+/// that outlives a broker sees that the link area is another. By the clock that never
+/// goes back while the host is up, since no guest outlives that.
 fn first_generation() -> u64 {
-    let micros = SystemTime::now().duration_since(UNIX_EPOCH).map_or(0, |since| since.as_micros());
-    u64::try_from(micros).unwrap_or(0) & !1
+    let up = clock_gettime(ClockId::CLOCK_BOOTTIME).map_or(Duration::ZERO, Duration::from);
+    u64::try_from(up.as_micros()).unwrap_or(0) & !1
 }
 
 struct Acceptor {
@@ -185,7 +183,7 @@ impl Acceptor {
             (Err(error), _) => {
                 warn!(%error, "a connection cannot be accepted");
                 // Most likely no descriptors are left: do not spin on it.
-                thread::sleep(std::time::Duration::from_millis(100));
+                thread::sleep(Duration::from_millis(100));
             }
         }
     }

@@ -13,13 +13,12 @@ use std::thread;
 use std::time::{Duration, Instant};
 
 use crossbeam_channel::{Receiver, RecvTimeoutError, Sender};
-use nix::unistd::write;
 use tracing::{info, warn};
 
 use super::areas::{ControlArea, LinkArea, Witness};
 use super::channel::{Change, Channel, Source};
 use super::control_ring::ControlRing;
-use super::relay::LinkRelay;
+use super::relay::Relay;
 use super::{Input, LinkPort, SessionId};
 use crate::link::descriptor::Eventfd;
 use crate::link::message::{Content, Log, OpId, Reply, WindowOp, Wire};
@@ -60,7 +59,7 @@ pub struct LinkDriver {
     link: Link,
     port: LinkPort,
     input: Receiver<Input>,
-    relay: LinkRelay,
+    relay: Relay,
     owner: Option<Session>,
     peer: Option<Session>,
     next_session: u64,
@@ -85,7 +84,7 @@ impl LinkDriver {
         link: Link,
         port: LinkPort,
         input: Receiver<Input>,
-        relay: LinkRelay,
+        relay: Relay,
     ) -> io::Result<Self> {
         let mut driver = Self {
             name: name.into(),
@@ -277,7 +276,7 @@ impl LinkDriver {
                     warn!(link = %self.name, %error, "the link area cannot be written");
                 }
             }
-            Effect::NotifyPeer(eventfd) | Effect::Signal(eventfd) => signal(&eventfd),
+            Effect::NotifyPeer(eventfd) | Effect::Signal(eventfd) => self.relay.signal(&eventfd),
             Effect::Wire(wires) => {
                 self.wires = wires;
                 self.relay.wire(&self.wires, self.doorbell.as_ref());
@@ -365,10 +364,4 @@ impl LinkDriver {
             }
         }
     }
-}
-
-/// Signals an eventfd. Fails only when its count is at its end: then it is
-/// signalled already.
-fn signal(eventfd: &Eventfd) {
-    let _ = write(eventfd.as_fd(), &1u64.to_ne_bytes());
 }

@@ -6,7 +6,7 @@
 //! | [`channel`] | the thread that asks a peer's VMM for changes of its window |
 //! | [`areas`] | the broker's own memory in the window: link area, control area, witness |
 //! | [`control_ring`] | serves the control ring |
-//! | [`relay`] | the one thread that passes notifications on |
+//! | [`relay`] | the thread of a link that passes notifications on |
 //! | [`sockets`] | listening sockets and who may connect |
 //! | [`broker`] | puts it all together and takes it down again |
 

@@ -1,17 +1,20 @@
-//! The relay: one thread that waits for the eventfds of one side's VMM and signals
-//! the other's, for every link of the broker.
+//! The relay of a link: a thread that waits for the eventfds of one side's VMM and
+//! signals the other's. It sees no packet.
 //!
 //! It never reads an eventfd. The waits are edge-triggered, so each signal wakes the
 //! thread once, and a VMM that reads its own eventfd empty in between changes
-//! nothing. It sees no packet.
+//! nothing. A write can block: O_NONBLOCK belongs to the open file, which the VMM
+//! that sent it has as well, and that VMM can fill the count. So every link has a
+//! thread of its own, nobody ever waits for it, and what it is told stays bounded:
+//! a VMM that does this stops the notifications of its own link and no other's.
+//! The thread runs only while there is something to wire.
 
 use std::collections::HashMap;
 use std::os::fd::AsFd;
-use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::{io, thread};
 
-use crossbeam_channel::{Receiver, Sender, unbounded};
 use nix::sys::epoll::{Epoll, EpollCreateFlags, EpollEvent, EpollFlags, EpollTimeout};
 use nix::sys::eventfd::{EfdFlags, EventFd};
 use nix::unistd::write;
@@ -22,8 +25,11 @@ use crate::link::Side;
 use crate::link::descriptor::Eventfd;
 use crate::link::message::Wire;
 
-/// The token of the eventfd by which the relay is told of new commands.
+/// The token of the eventfd by which the relay is told of something new.
 const WAKE: u64 = 0;
+/// Signals that wait for the thread at most. One that is dropped beyond that has
+/// met a thread that a VMM holds up.
+const MAX_SIGNALS: usize = 64;
 
 /// What a link's notifications came to.
 #[derive(Debug, Default)]
@@ -34,14 +40,101 @@ pub struct RelayCounters {
     pub calls: AtomicU64,
 }
 
-enum Command {
-    /// A link's wires, all of them, and its control ring's doorbell.
-    Wire {
-        link: usize,
-        wires: Vec<Wire>,
-        doorbell: Option<Eventfd>,
-    },
-    Stop,
+/// What the thread is to take next. The newest wiring counts.
+#[derive(Debug, Default)]
+struct Mailbox {
+    running: bool,
+    wiring: Option<Wiring>,
+    signals: Vec<Eventfd>,
+}
+
+/// A link's wires, all of them, and its control ring's doorbell.
+#[derive(Clone, Debug, Default, PartialEq)]
+struct Wiring {
+    wires: Vec<Wire>,
+    doorbell: Option<Eventfd>,
+}
+
+/// What link and thread share.
+#[derive(Debug)]
+struct Shared {
+    mailbox: Mutex<Mailbox>,
+    wake: EventFd,
+    counters: RelayCounters,
+}
+
+impl Shared {
+    /// Held for a few instructions only, never while anything is waited for.
+    fn mailbox(&self) -> MutexGuard<'_, Mailbox> {
+        self.mailbox.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    fn wake(&self) {
+        // The broker's own, never full: the thread drains it.
+        let _ = self.wake.write(1);
+    }
+}
+
+/// A link's relay. When dropped the thread ends by itself.
+#[derive(Debug)]
+pub struct Relay {
+    name: String,
+    port: LinkPort,
+    shared: Arc<Shared>,
+}
+
+impl Relay {
+    /// The relay of the link with this name and port; nothing is wired yet.
+    ///
+    /// # Errors
+    /// When the host gives no descriptor.
+    pub fn new(name: &str, port: LinkPort) -> io::Result<Self> {
+        let shared = Shared {
+            mailbox: Mutex::default(),
+            wake: EventFd::from_flags(EfdFlags::EFD_NONBLOCK | EfdFlags::EFD_CLOEXEC)?,
+            counters: RelayCounters::default(),
+        };
+        Ok(Self { name: name.into(), port, shared: Arc::new(shared) })
+    }
+
+    /// Lets these wires be relayed, and no others.
+    pub fn wire(&self, wires: &[Wire], doorbell: Option<&Eventfd>) {
+        let wiring = Wiring { wires: wires.to_vec(), doorbell: doorbell.cloned() };
+        self.tell(|mailbox| mailbox.wiring = Some(wiring));
+    }
+
+    /// Signals an eventfd once.
+    pub fn signal(&self, eventfd: &Eventfd) {
+        self.tell(|mailbox| {
+            if mailbox.signals.len() < MAX_SIGNALS && !mailbox.signals.contains(eventfd) {
+                mailbox.signals.push(eventfd.clone());
+            }
+        });
+    }
+
+    /// The link's counts.
+    pub fn counters(&self) -> &RelayCounters {
+        &self.shared.counters
+    }
+
+    fn tell(&self, change: impl FnOnce(&mut Mailbox)) {
+        let mut mailbox = self.shared.mailbox();
+        change(&mut mailbox);
+        if !mailbox.running {
+            match Worker::spawn(&self.name, self.port.clone(), Arc::clone(&self.shared)) {
+                Ok(()) => mailbox.running = true,
+                Err(error) => warn!(link = %self.name, %error, "notifications cannot be relayed"),
+            }
+        }
+        drop(mailbox);
+        self.shared.wake();
+    }
+}
+
+impl Drop for Relay {
+    fn drop(&mut self) {
+        self.wire(&[], None);
+    }
 }
 
 /// What to do when a source is signalled.
@@ -51,108 +144,29 @@ enum Action {
 }
 
 struct Route {
-    link: usize,
     source: Eventfd,
     action: Action,
 }
 
-/// A link's place at the relay.
-#[derive(Clone, Debug)]
-pub struct LinkRelay {
-    link: usize,
-    commands: Sender<Command>,
-    wake: Arc<EventFd>,
-    counters: Arc<RelayCounters>,
-}
-
-impl LinkRelay {
-    /// Lets these wires be relayed, and no others of the link.
-    pub fn wire(&self, wires: &[Wire], doorbell: Option<&Eventfd>) {
-        let command = Command::Wire { link: self.link, wires: wires.to_vec(), doorbell: doorbell.cloned() };
-        drop(self.commands.send(command));
-        wake(&self.wake);
-    }
-
-    /// The link's counts.
-    pub fn counters(&self) -> &RelayCounters {
-        &self.counters
-    }
-}
-
-impl std::fmt::Debug for Command {
-    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        f.write_str("Command")
-    }
-}
-
-/// The relay's thread. Ends when dropped.
-#[derive(Debug)]
-pub struct Relay {
-    commands: Sender<Command>,
-    wake: Arc<EventFd>,
-    thread: Option<thread::JoinHandle<()>>,
-    counters: Vec<Arc<RelayCounters>>,
-}
-
-impl Relay {
-    /// Starts the relay for links with these ports.
-    ///
-    /// # Errors
-    /// When the host gives no descriptor or thread.
-    pub fn start(ports: Vec<LinkPort>) -> io::Result<Self> {
-        let (commands, queue) = unbounded();
-        let wake = Arc::new(EventFd::from_flags(EfdFlags::EFD_NONBLOCK | EfdFlags::EFD_CLOEXEC)?);
-        let epoll = Epoll::new(EpollCreateFlags::EPOLL_CLOEXEC)?;
-        epoll.add(&*wake, EpollEvent::new(EpollFlags::EPOLLIN | EpollFlags::EPOLLET, WAKE))?;
-        let counters: Vec<_> = ports.iter().map(|_| Arc::default()).collect();
-        let mut worker = Worker {
-            epoll,
-            queue,
-            ports,
-            counters: counters.clone(),
-            routes: HashMap::new(),
-            next_token: WAKE + 1,
-        };
-        let thread = thread::Builder::new().name("relay".into()).spawn(move || worker.run())?;
-        Ok(Self { commands, wake, thread: Some(thread), counters })
-    }
-
-    /// The place of link number `link`, in the order of the ports.
-    pub fn link(&self, link: usize) -> Option<LinkRelay> {
-        Some(LinkRelay {
-            link,
-            commands: self.commands.clone(),
-            wake: Arc::clone(&self.wake),
-            counters: Arc::clone(self.counters.get(link)?),
-        })
-    }
-}
-
-impl Drop for Relay {
-    fn drop(&mut self) {
-        drop(self.commands.send(Command::Stop));
-        wake(&self.wake);
-        if let Some(thread) = self.thread.take() {
-            drop(thread.join());
-        }
-    }
-}
-
-fn wake(eventfd: &EventFd) {
-    // Fails only when the count is at its end, and then the relay is awake.
-    let _ = eventfd.write(1);
-}
-
 struct Worker {
     epoll: Epoll,
-    queue: Receiver<Command>,
-    ports: Vec<LinkPort>,
-    counters: Vec<Arc<RelayCounters>>,
+    name: String,
+    port: LinkPort,
+    shared: Arc<Shared>,
     routes: HashMap<u64, Route>,
     next_token: u64,
 }
 
 impl Worker {
+    fn spawn(name: &str, port: LinkPort, shared: Arc<Shared>) -> io::Result<()> {
+        let epoll = Epoll::new(EpollCreateFlags::EPOLL_CLOEXEC)?;
+        epoll.add(&shared.wake, EpollEvent::new(EpollFlags::EPOLLIN, WAKE))?;
+        let mut worker =
+            Self { epoll, name: name.into(), port, shared, routes: HashMap::new(), next_token: WAKE + 1 };
+        thread::Builder::new().name(format!("{name} relay")).spawn(move || worker.run())?;
+        Ok(())
+    }
+
     fn run(&mut self) {
         let mut events = [EpollEvent::empty(); 64];
         loop {
@@ -160,13 +174,13 @@ impl Worker {
                 Ok(count) => count,
                 Err(nix::Error::EINTR) => continue,
                 Err(error) => {
-                    warn!(%error, "the relay cannot wait; notifications stop");
+                    warn!(link = %self.name, %error, "the relay cannot wait; notifications stop");
                     return;
                 }
             };
             for event in &events[..count] {
                 if event.data() == WAKE {
-                    if !self.commands() {
+                    if !self.take_mail() {
                         return;
                     }
                 } else if let Some(route) = self.routes.get(&event.data()) {
@@ -176,26 +190,35 @@ impl Worker {
         }
     }
 
-    /// Takes all commands; false when the relay is to end.
-    fn commands(&mut self) -> bool {
-        while let Ok(command) = self.queue.try_recv() {
-            match command {
-                Command::Stop => return false,
-                Command::Wire { link, wires, doorbell } => self.rewire(link, wires, doorbell),
-            }
+    /// Takes what is in the mailbox; false when there is nothing left to relay.
+    fn take_mail(&mut self) -> bool {
+        let _ = self.shared.wake.read();
+        let shared = Arc::clone(&self.shared);
+        let mut mailbox = shared.mailbox();
+        let signals = std::mem::take(&mut mailbox.signals);
+        if let Some(wiring) = mailbox.wiring.take() {
+            self.rewire(wiring);
+        }
+        if signals.is_empty() && self.routes.is_empty() {
+            mailbox.running = false;
+            return false;
+        }
+        drop(mailbox);
+        for eventfd in &signals {
+            signal(eventfd);
+        }
+        // Looks once more: with nothing wired this was all there was to do.
+        if self.routes.is_empty() {
+            shared.wake();
         }
         true
     }
 
-    fn rewire(&mut self, link: usize, wires: Vec<Wire>, doorbell: Option<Eventfd>) {
-        let epoll = &self.epoll;
-        self.routes.retain(|_, route| {
-            if route.link == link {
-                // Fails only for a descriptor that is not waited for.
-                let _ = epoll.delete(route.source.as_fd());
-            }
-            route.link != link
-        });
+    fn rewire(&mut self, Wiring { wires, doorbell }: Wiring) {
+        for (_, route) in self.routes.drain() {
+            // Fails only for a descriptor that is not waited for.
+            let _ = self.epoll.delete(route.source.as_fd());
+        }
         let signals = wires.into_iter().map(|wire| {
             let action = Action::Signal { target: wire.target, from: wire.from };
             (wire.source, action)
@@ -208,23 +231,21 @@ impl Worker {
             let event = EpollEvent::new(EpollFlags::EPOLLIN | EpollFlags::EPOLLET, token);
             match self.epoll.add(source.as_fd(), event) {
                 Ok(()) => {
-                    self.routes.insert(token, Route { link, source, action });
+                    self.routes.insert(token, Route { source, action });
                 }
-                Err(error) => warn!(%error, link, "an eventfd cannot be relayed"),
+                Err(error) => warn!(link = %self.name, %error, "an eventfd cannot be relayed"),
             }
         }
     }
 
     fn pass_on(&self, route: &Route) {
         match &route.action {
-            Action::Control => self.ports[route.link].ring_doorbell(),
+            Action::Control => self.port.ring_doorbell(),
             Action::Signal { target, from } => {
-                // Fails only when the count is at its end: then the target is signalled.
-                let _ = write(target.as_fd(), &1u64.to_ne_bytes());
-                let counters = &self.counters[route.link];
+                signal(target);
                 let counter = match from {
-                    Side::Owner => &counters.kicks,
-                    Side::Peer => &counters.calls,
+                    Side::Owner => &self.shared.counters.kicks,
+                    Side::Peer => &self.shared.counters.calls,
                 };
                 // Relaxed: a count for people, ordered with nothing.
                 counter.fetch_add(1, Ordering::Relaxed);
@@ -233,16 +254,40 @@ impl Worker {
     }
 }
 
+/// Signals an eventfd. Fails only when its count is at its end: then it is
+/// signalled already.
+fn signal(eventfd: &Eventfd) {
+    let _ = write(eventfd.as_fd(), &1_u64.to_ne_bytes());
+}
+
 #[cfg(test)]
 mod tests {
     #![allow(clippy::unwrap_used)]
     use super::*;
     use std::time::{Duration, Instant};
 
+    use crossbeam_channel::unbounded;
+
     fn pair() -> (EventFd, Eventfd) {
         let mine = EventFd::from_flags(EfdFlags::EFD_NONBLOCK).unwrap();
         let theirs = mine.as_fd().try_clone_to_owned().unwrap();
         (mine, Eventfd::new(theirs))
+    }
+
+    fn relay() -> Relay {
+        let (input, _output) = unbounded();
+        Relay::new("test", LinkPort::new(input)).unwrap()
+    }
+
+    /// Waits until the thread has ended.
+    fn end(relay: Relay) {
+        let shared = Arc::clone(&relay.shared);
+        drop(relay);
+        let end = Instant::now() + Duration::from_secs(5);
+        while shared.mailbox().running {
+            assert!(Instant::now() < end, "the thread does not end");
+            thread::sleep(Duration::from_millis(1));
+        }
     }
 
     fn wait_for(eventfd: &EventFd) -> bool {
@@ -258,9 +303,7 @@ mod tests {
 
     #[test]
     fn each_signal_is_passed_on_although_nobody_reads_the_source() {
-        let (input, _output) = unbounded();
-        let relay = Relay::start(vec![LinkPort::new(input)]).unwrap();
-        let link = relay.link(0).unwrap();
+        let link = relay();
         let (kick, source) = pair();
         let (call, target) = pair();
         link.wire(&[Wire { vring: 0, from: Side::Owner, source, target }], None);
@@ -270,19 +313,29 @@ mod tests {
         }
         assert_eq!(link.counters().kicks.load(Ordering::Relaxed), 100);
         link.wire(&[], None);
-        drop(relay);
+        end(link);
         kick.write(1).unwrap();
         assert!(call.read().is_err());
     }
 
     #[test]
     fn a_signal_before_the_wiring_is_not_lost() {
-        let (input, _output) = unbounded();
-        let relay = Relay::start(vec![LinkPort::new(input)]).unwrap();
+        let link = relay();
         let (kick, source) = pair();
         let (call, target) = pair();
         kick.write(1).unwrap();
-        relay.link(0).unwrap().wire(&[Wire { vring: 0, from: Side::Peer, source, target }], None);
+        link.wire(&[Wire { vring: 0, from: Side::Peer, source, target }], None);
         assert!(wait_for(&call));
+    }
+
+    #[test]
+    fn a_signal_without_any_wire_is_sent_and_the_thread_ends() {
+        let link = relay();
+        let (interrupt, target) = pair();
+        for _ in 0..100 {
+            link.signal(&target);
+            assert!(wait_for(&interrupt));
+        }
+        end(link);
     }
 }

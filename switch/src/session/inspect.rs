@@ -8,7 +8,7 @@ use std::os::fd::{AsFd, AsRawFd, OwnedFd};
 use std::os::unix::fs::MetadataExt;
 use std::os::unix::net::UnixStream;
 
-use nix::fcntl::{FcntlArg, OFlag, fcntl};
+use nix::fcntl::{FcntlArg, OFlag, SealFlag, fcntl};
 use nix::sys::socket::{SockType, UnixAddr, getsockname, getsockopt, sockopt};
 
 use crate::link::Fault;
@@ -18,6 +18,9 @@ use crate::link::descriptor::{Eventfd, MemoryFile};
 /// (statfs(2)). A file of another kind could stall its reader for as long as its
 /// server likes.
 const MEMORY_FILE_SYSTEMS: [(i64, &str); 2] = [(0x0102_1994, "tmpfs"), (0x9584_58f6, "hugetlbfs")];
+
+/// The seal against new writable mappings (fcntl(2)); the nix crate has no name for it.
+const F_SEAL_FUTURE_WRITE: i32 = 0x10;
 
 /// Takes a descriptor as memory; gives it with its file's length in bytes.
 ///
@@ -43,6 +46,11 @@ pub fn memory_file(file: File) -> Result<(MemoryFile, u64), Fault> {
         fcntl(&file, FcntlArg::F_GETFL).map_err(|error| fault(format!("cannot be examined: {error}")))?;
     if flags & OFlag::O_ACCMODE.bits() != OFlag::O_RDWR.bits() {
         return Err(fault("is not open for reading and writing".into()));
+    }
+    // hugetlbfs files that are no memfd have no seals.
+    let seals = fcntl(&file, FcntlArg::F_GET_SEALS).unwrap_or(0);
+    if seals & (SealFlag::F_SEAL_WRITE.bits() | F_SEAL_FUTURE_WRITE) != 0 {
+        return Err(fault("is sealed against writing".into()));
     }
     let memory = MemoryFile::new(OwnedFd::from(file), metadata.dev(), metadata.ino());
     Ok((memory, metadata.len()))
@@ -106,6 +114,15 @@ mod tests {
         let (memory, len) = memory_file(memfd).unwrap();
         assert_eq!(len, 8192);
         assert_eq!(memory_file(again).unwrap().0, memory);
+    }
+
+    #[test]
+    fn memory_that_is_sealed_against_writing_is_refused() {
+        for seal in [SealFlag::F_SEAL_WRITE.bits(), F_SEAL_FUTURE_WRITE] {
+            let memfd = file(memfd_create(c"m", MFdFlags::MFD_ALLOW_SEALING).unwrap());
+            fcntl(&memfd, FcntlArg::F_ADD_SEALS(SealFlag::from_bits_retain(seal))).unwrap();
+            assert!(memory_file(memfd).unwrap_err().to_string().contains("sealed"));
+        }
     }
 
     #[test]

@@ -19,7 +19,7 @@ fn eventfd() -> (EventFd, OwnedFd) {
 }
 
 #[test]
-#[ignore = "the relay is one thread for all links, and a write to an eventfd cannot be kept from blocking"]
+
 fn a_full_and_blocking_call_of_one_link_stops_no_other_links_notifications() {
     let bench = Bench::start();
     let up = |link: usize, call: OwnedFd, kick: OwnedFd| {

@@ -59,11 +59,12 @@ impl Files {
     /// The end of what this region has of the range from `start` on, if it has that.
     fn end_of(&self, region: &Region, placement: &Placement<MemoryFile>, start: u64) -> Option<u64> {
         let (iova, backing) = (placement.range().iova(), placement.range().backing());
-        let inside = (region.guest..region.guest + region.len).contains(&start);
+        if !(region.guest..region.guest + region.len).contains(&start) {
+            return None;
+        }
         let place = backing.offset + (start - iova.start().raw());
-        let same = backing.handle == self.0[region.file]
-            && place == region.offset + start.wrapping_sub(region.guest);
-        (inside && same).then(|| region.guest + region.len)
+        let same = backing.handle == self.0[region.file] && place == region.offset + (start - region.guest);
+        same.then(|| region.guest + region.len)
     }
 }
 

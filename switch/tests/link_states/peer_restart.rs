@@ -100,6 +100,20 @@ fn an_owners_stop_while_the_peer_is_paused_waits_for_the_peer() {
 }
 
 #[test]
+fn a_peer_that_stays_paused_loses_its_link_before_the_owner_does() {
+    let mut bench = Bench::up();
+    bench.peer_stops(false);
+    bench.owner(Ask::Stop(0));
+    bench.wait(TIMEOUT);
+    assert!(!bench.is_connected(Side::Peer));
+    assert!(bench.is_connected(Side::Owner) && bench.owner_reply.is_none());
+    assert_eq!((bench.report().state.as_str(), bench.faults("window_unconfirmed")), ("failed", 1));
+    // Its VMM keeps the window: the owner gets no answer, never a false one.
+    bench.wait(TIMEOUT);
+    assert!(!bench.is_connected(Side::Owner) && bench.owner_reply.is_none());
+}
+
+#[test]
 fn a_stop_in_mid_revocation_never_loses_sight_of_what_is_still_held() {
     for steps in 0..8 {
         let mut bench = Bench::up();
