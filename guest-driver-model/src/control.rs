@@ -30,9 +30,12 @@ const SLOTS: u64 = abi::CONTROL_RING_SIZE as u64 / 2;
 const MARK_FROM_END: u64 = 8;
 const MARK: u64 = u64::from_le_bytes(*b"VPdriver");
 
+/// What the ring, its buffers and the mark take at least, bytes.
+pub(crate) const AREA_LEN: u64 = abi::CONTROL_BUFFERS + SLOTS * BUFFER_STRIDE + MARK_FROM_END;
+
 const _: () = {
     assert!(REQUEST_LEN + RESPONSE_LEN <= BUFFER_STRIDE);
-    assert!(abi::CONTROL_BUFFERS + SLOTS * BUFFER_STRIDE + MARK_FROM_END <= abi::CONTROL_LEN);
+    assert!(AREA_LEN <= abi::CONTROL_LEN);
 };
 
 /// A command to the device (9.2).

@@ -146,6 +146,16 @@ impl LinkPage {
         self.area.load_u64_acquire(offset_of!(abi::LinkHeader, generation) as u64).unwrap_or(1)
     }
 
+    /// Whether the page is still at `generation`, so that everything loaded from the
+    /// window before this call was there when it was loaded (7.2: the generation
+    /// becomes larger before a mapping goes).
+    #[inline]
+    pub fn is_at(&self, generation: u64) -> bool {
+        // Acquire fence: as in `snapshot`, for the packets copied before it.
+        fence(Ordering::Acquire);
+        self.generation() == generation
+    }
+
     /// A consistent copy of the page, validated.
     pub fn snapshot(&self) -> Result<LinkSnapshot, LinkError> {
         for _ in 0..ATTEMPTS {

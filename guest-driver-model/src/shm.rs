@@ -324,6 +324,7 @@ impl Word16 {
 
     #[inline]
     pub(crate) fn load(&self, order: Ordering) -> u16 {
+        trace::note(self.at, 2);
         u16::from_le(self.atomic().load(order))
     }
 

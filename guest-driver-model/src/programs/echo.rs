@@ -107,8 +107,12 @@ impl PeerProgram for Echo {
         }
     }
 
-    fn waits_for_buffers(&self) -> bool {
-        self.held.iter().any(|held| held.left() > 0)
+    fn takes_packets(&self, pair: u16) -> bool {
+        !self.waits_for_buffers(pair)
+    }
+
+    fn waits_for_buffers(&self, pair: u16) -> bool {
+        self.held.get(usize::from(pair)).is_some_and(|held| held.left() > 0)
     }
 
     fn patience(&self) -> Duration {

@@ -59,8 +59,8 @@ impl PeerProgram for Generate {
         sent + self.sink.poll(wire)
     }
 
-    fn waits_for_buffers(&self) -> bool {
-        self.source.is_blocked()
+    fn waits_for_buffers(&self, pair: u16) -> bool {
+        pair == 0 && self.source.is_blocked()
     }
 
     fn patience(&self) -> Duration {

@@ -56,8 +56,13 @@ pub trait PeerProgram {
         None
     }
 
-    /// Whether packets are held until the owner provides receive buffers.
-    fn waits_for_buffers(&self) -> bool {
+    /// Whether the next poll takes what the owner sends on a pair.
+    fn takes_packets(&self, _pair: u16) -> bool {
+        true
+    }
+
+    /// Whether packets are held until the owner provides receive buffers of a pair.
+    fn waits_for_buffers(&self, _pair: u16) -> bool {
         false
     }
 

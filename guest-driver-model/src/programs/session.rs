@@ -103,7 +103,7 @@ impl<'a> Session<'a> {
     pub fn round(&mut self, program: &mut dyn PeerProgram) -> Result<usize, ProgramError> {
         self.follow_link(program)?;
         let Some(live) = &mut self.live else { return Ok(0) };
-        let mut wire = Wire::new(&mut live.port, self.transport);
+        let mut wire = Wire::new(&mut live.port, self.transport, &self.page);
         let moved = program.poll(&mut wire);
         if wire.is_faulted() {
             self.report_faults();
@@ -121,6 +121,7 @@ impl<'a> Session<'a> {
     /// Lets go of the owner's vrings, and then tells the device so, if it is there.
     pub fn end(mut self, tell: bool) {
         self.live = None;
+        self.renew_control();
         if tell
             && let Some(mut control) = self.control
             && let Err(error) = control.call(self.transport, Command::Detach, DETACH_TIME)
@@ -184,6 +185,10 @@ impl<'a> Session<'a> {
             let _ = port.set_kicks(transmit_vring(pair), false);
             let _ = port.set_kicks(receive_vring(pair), false);
         }
+        // 8.4: an earlier driver may have used buffers and died before it said so.
+        for vring in (0..2 * port.pairs()).filter(|vring| port.is_enabled(*vring)) {
+            self.transport.doorbell(queue_of_vring(vring));
+        }
         let generation = port.generation();
         if self.quiet.allows_line() {
             tracing::info!(
@@ -222,6 +227,7 @@ impl<'a> Session<'a> {
 
     /// Gives the device a command. It may answer or not: the link works all the same.
     fn tell(&mut self, command: Command) {
+        self.renew_control();
         // Makes room, too.
         self.hear_answers();
         if let Some(control) = &mut self.control
@@ -229,6 +235,13 @@ impl<'a> Session<'a> {
             && self.quiet.allows_line()
         {
             tracing::warn!(device = self.transport.name(), "control ring: {error}");
+        }
+    }
+
+    /// 9.1: the mark is looked for before each command.
+    fn renew_control(&mut self) {
+        if self.control.as_ref().is_some_and(|control| !control.is_current()) {
+            self.control = ControlRing::new(self.transport).ok();
         }
     }
 
@@ -261,10 +274,11 @@ impl<'a> Session<'a> {
         let mut input = Vec::new();
         let mut kicked = Vec::new();
         if let Some(live) = &mut self.live {
-            let buffers = program.waits_for_buffers();
             for pair in 0..live.port.pairs() {
-                kicked.push(transmit_vring(pair));
-                if buffers {
+                if program.takes_packets(pair) {
+                    kicked.push(transmit_vring(pair));
+                }
+                if program.waits_for_buffers(pair) {
                     kicked.push(receive_vring(pair));
                 }
             }

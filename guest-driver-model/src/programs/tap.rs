@@ -154,11 +154,11 @@ where
 
     fn input(&self) -> Option<BorrowedFd<'_>> {
         // While frames wait for the owner's buffers, more of them are no news.
-        (!self.waits_for_buffers()).then(|| self.device.as_fd())
+        (self.sent == self.lens.len()).then(|| self.device.as_fd())
     }
 
-    fn waits_for_buffers(&self) -> bool {
-        self.sent < self.lens.len()
+    fn waits_for_buffers(&self, pair: u16) -> bool {
+        pair == 0 && self.sent < self.lens.len()
     }
 
     fn traffic(&self) -> Traffic {

@@ -3,6 +3,7 @@
 
 use vhost_pci_device::abi::queue_of_vring;
 
+use crate::link::LinkPage;
 use crate::net::{PacketBurst, PeerPort, receive_vring, transmit_vring};
 use crate::transport::Transport;
 
@@ -13,13 +14,14 @@ pub const BURST: usize = 64;
 pub struct Wire<'a> {
     port: &'a mut PeerPort,
     transport: &'a dyn Transport,
+    page: &'a LinkPage,
     faulted: bool,
 }
 
 impl<'a> Wire<'a> {
     /// For one round.
-    pub fn new(port: &'a mut PeerPort, transport: &'a dyn Transport) -> Self {
-        Self { port, transport, faulted: false }
+    pub fn new(port: &'a mut PeerPort, transport: &'a dyn Transport, page: &'a LinkPage) -> Self {
+        Self { port, transport, page, faulted: false }
     }
 
     /// Queue pairs.
@@ -36,8 +38,16 @@ impl<'a> Wire<'a> {
     /// Returns how many; none from a broken vring.
     pub fn receive(&mut self, pair: u16, burst: &mut PacketBurst) -> usize {
         burst.clear();
+        if !self.is_current() {
+            return 0;
+        }
         match self.port.rx_burst(pair, burst, BURST) {
             Ok(0) => 0,
+            // Copied while the mapping may have been going: it may be zeros.
+            Ok(_) if !self.is_current() => {
+                burst.clear();
+                0
+            }
             Ok(received) => {
                 self.call(transmit_vring(pair));
                 received
@@ -51,6 +61,9 @@ impl<'a> Wire<'a> {
 
     /// Sends frames to a pair. Returns how many are done with; none of a broken vring.
     pub fn transmit<'frame>(&mut self, pair: u16, frames: impl IntoIterator<Item = &'frame [u8]>) -> usize {
+        if !self.is_current() {
+            return 0;
+        }
         match self.port.tx_burst(pair, frames) {
             Ok(0) => 0,
             Ok(done) => {
@@ -62,6 +75,11 @@ impl<'a> Wire<'a> {
                 0
             }
         }
+    }
+
+    /// 7.2: looked at before each burst.
+    fn is_current(&self) -> bool {
+        self.page.is_at(self.port.generation())
     }
 
     fn call(&mut self, vring: u16) {

@@ -20,7 +20,7 @@ use std::os::fd::BorrowedFd;
 use std::time::Duration;
 
 use vhost_pci_device::abi::{
-    ABI_VERSION, CONFIG_LEN, CONFIG_MAGIC, CONTROL_BUFFERS, DeviceConfig, LinkHeader, MAX_VRINGS, PAGE_SIZE,
+    ABI_VERSION, CONFIG_LEN, CONFIG_MAGIC, DeviceConfig, LinkHeader, MAX_VRINGS, PAGE_SIZE,
 };
 
 pub use self::error::{BrokerError, ConfigError, TransportError};
@@ -92,9 +92,20 @@ pub fn check_config(config: &DeviceConfig, present: u64) -> Result<(), ConfigErr
             Err(ConfigError::Area { area, offset, len, window_len })
         }
     };
+    let (link, link_len) = (config.link_offset.value(), config.link_len.value());
+    let (control, control_len) = (config.control_offset.value(), config.control_len.value());
     let header = size_of::<LinkHeader>() as u64;
-    area("link", config.link_offset.value(), config.link_len.value(), header)?;
-    area("control", config.control_offset.value(), config.control_len.value(), CONTROL_BUFFERS + 64)
+    area("link", link, link_len, header)?;
+    area("control", control, control_len, crate::control::AREA_LEN)?;
+    // In bounds, so the sums do not wrap. Data starts behind both.
+    if link < control + control_len && control < link + link_len {
+        return Err(ConfigError::Area { area: "control", offset: control, len: control_len, window_len });
+    }
+    let data = config.data_offset.value();
+    if data < link + link_len || data < control + control_len || data > window_len {
+        return Err(ConfigError::Area { area: "data", offset: data, len: 0, window_len });
+    }
+    Ok(())
 }
 
 #[cfg(test)]
