@@ -18,6 +18,9 @@ pub enum Fault {
     /// A message that has no place in the present state.
     #[error("{0}")]
     OutOfOrder(String),
+    /// Two front-ends want the same place.
+    #[error("a second VMM connected and was turned away: the first has to leave before")]
+    Occupied,
     /// A side asked for features that were not offered.
     #[error("features {0:#x} were acknowledged but not offered")]
     Features(u64),
@@ -69,6 +72,7 @@ impl Fault {
             Self::Message(_) => "message",
             Self::Unsupported(_) => "unsupported",
             Self::OutOfOrder(_) => "out_of_order",
+            Self::Occupied => "occupied",
             Self::Features(_) => "features",
             Self::Memory(_) | Self::Map(_) => "memory_region",
             Self::Descriptor(_) => "descriptor",

@@ -272,6 +272,8 @@ pub struct ControlCommand(pub vhost_pci_device::abi::ControlRequest);
 pub enum Event {
     /// A front-end connected.
     Connected(Side),
+    /// A second front-end connected beside the one that is served, and was turned away.
+    TurnedAway(Side),
     /// A front-end asks.
     Request(Side, Request),
     /// A front-end's session ended, with the fault if one ended it.

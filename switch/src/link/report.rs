@@ -107,6 +107,10 @@ pub struct CountersReport {
     pub calls_relayed: u64,
     /// Both together.
     pub notifications_relayed: u64,
+    /// Connections of the owner's VMM.
+    pub owner_connections: u64,
+    /// Connections of the peer's VMM.
+    pub peer_connections: u64,
     /// vhost-user messages of the owner's VMM.
     pub owner_messages: u64,
     /// vhost-user messages of the peer's VMM.
@@ -245,6 +249,8 @@ fn counters(link: &Link) -> CountersReport {
     CountersReport {
         mappings_made: window.made,
         mappings_revoked: window.revoked,
+        owner_connections: link.counters.owner_connections,
+        peer_connections: link.counters.peer_connections,
         owner_messages: link.counters.owner_messages,
         peer_messages: link.counters.peer_messages,
         control_commands: link.counters.control_commands,

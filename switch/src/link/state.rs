@@ -19,6 +19,9 @@ use super::peer::{AttachedDriver, PeerChange, PeerSession};
 use super::window::Window;
 use crate::config::LinkConfig;
 
+/// Connections of a side that are all logged; of later ones only powers of two.
+const LOGGED_CONNECTIONS: u64 = 32;
+
 /// An owner's request whose answer waits for a revocation.
 #[derive(Debug)]
 struct Pending {
@@ -32,6 +35,8 @@ struct Pending {
 /// Counts that the link itself keeps.
 #[derive(Debug, Default)]
 pub(super) struct Counters {
+    pub(super) owner_connections: u64,
+    pub(super) peer_connections: u64,
     pub(super) owner_messages: u64,
     pub(super) peer_messages: u64,
     pub(super) control_commands: u64,
@@ -99,11 +104,16 @@ impl Link {
         let mut effects = Vec::new();
         match event {
             Event::Connected(Side::Owner) => {
+                self.counters.owner_connections += 1;
+                self.note_connection(Side::Owner, self.counters.owner_connections, &mut effects);
                 self.owner = Some(OwnerSession::new(&self.config));
             }
             Event::Connected(Side::Peer) => {
+                self.counters.peer_connections += 1;
+                self.note_connection(Side::Peer, self.counters.peer_connections, &mut effects);
                 self.peer = Some(PeerSession::new(&self.config));
             }
+            Event::TurnedAway(side) => self.count(&Fault::Occupied, side.name(), &mut effects),
             Event::Request(Side::Owner, request) => self.owner_request(request, now, &mut effects),
             Event::Request(Side::Peer, request) => self.peer_request(request, now, &mut effects),
             Event::Disconnected(side, fault) => {
@@ -383,6 +393,13 @@ impl Link {
             wire(Side::Peer, &queue.kick, &state.call);
         }
         wires
+    }
+
+    /// Logs a connection, unless there were so many that somebody connects in a loop.
+    fn note_connection(&self, side: Side, count: u64, effects: &mut Vec<Effect>) {
+        if count <= LOGGED_CONNECTIONS || count.is_power_of_two() {
+            effects.push(Effect::Log(Log::Info(format!("{} connected (number {count})", side.name()))));
+        }
     }
 
     /// Counts a fault of a side, and logs it when its count is a power of two: a

@@ -140,7 +140,6 @@ impl LinkDriver {
             }
             Input::Ended { side, session, fault } => {
                 if self.session(side).is_some_and(|open| open.id == session) {
-                    info!(link = %self.name, side = side.name(), "disconnected");
                     self.close(side);
                     self.apply(Event::Disconnected(side, fault));
                 }
@@ -161,8 +160,8 @@ impl LinkDriver {
 
     fn connected(&mut self, side: Side, stream: UnixStream) {
         if self.session(side).is_some() {
-            warn!(link = %self.name, side = side.name(),
-                "a second VMM connected and was turned away: the first must leave before");
+            drop(stream);
+            self.apply(Event::TurnedAway(side));
             return;
         }
         self.next_session += 1;
@@ -177,7 +176,6 @@ impl LinkDriver {
             warn!(link = %self.name, side = side.name(), %error, "a connection cannot be served");
             return;
         }
-        info!(link = %self.name, side = side.name(), "connected");
         let session = Some(Session { id, stream, answer: None });
         match side {
             Side::Owner => self.owner = session,
