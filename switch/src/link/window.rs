@@ -32,7 +32,9 @@ enum HeldState {
     /// The VMM confirmed that it is mapped.
     Granted,
     /// The VMM was asked to unmap it.
-    Revoking,
+    Revoking(OpId),
+    /// The VMM confirmed that it is unmapped; the kernel has not yet.
+    Unmapped(OpId),
 }
 
 #[derive(Debug)]
@@ -55,7 +57,9 @@ enum Phase {
     /// drops that by itself: wait until `grace_ends`, then unmap it.
     Reopening { grace_ends: Instant },
     /// Everything is being unmapped, so that the device can start afresh.
-    Clearing { deadline: Instant },
+    /// `refused`: the VMM did not unmap something. Either it had dropped it by itself,
+    /// and the witness as well; or it still has it, and so has to keep its witness.
+    Clearing { deadline: Instant, refused: bool },
 }
 
 /// Counts of mappings of the owner's memory.
@@ -180,16 +184,24 @@ impl Window {
         // to unmap; whether everything is gone the witness tells.
         let clearing =
             matches!(self.phase, Phase::Clearing { .. } | Phase::Residue | Phase::Reopening { .. });
-        if let Err(reason) = &result
-            && !clearing
-        {
-            return Err(Fault::Refused(reason.clone()));
+        if let Err(reason) = &result {
+            match &mut self.phase {
+                Phase::Clearing { refused, .. } => *refused = true,
+                _ if clearing => {}
+                _ => return Err(Fault::Refused(reason.clone())),
+            }
         }
-        if let Some(index) = self.held.iter().position(|held| held.state == HeldState::Granting(op)) {
-            self.granted(index, result.is_ok(), now, effects);
+        let asked = [HeldState::Granting(op), HeldState::Revoking(op)];
+        if let Some(index) = self.held.iter().position(|held| asked.contains(&held.state)) {
+            match (self.held[index].state, result.is_ok()) {
+                (HeldState::Revoking(op), true) => self.held[index].state = HeldState::Unmapped(op),
+                // It may have it still: to be asked again.
+                (HeldState::Revoking(_), false) => self.held[index].state = HeldState::Granted,
+                (_, mapped) => self.granted(index, mapped, now, effects),
+            }
         }
         if self.unconfirmed.is_empty() {
-            let gone_soon = |held: &Held| held.is_witness() && held.state == HeldState::Revoking;
+            let gone_soon = |held: &Held| held.is_witness() && held.is_leaving();
             match self.phase {
                 Phase::Closed | Phase::Open => {}
                 // The new witness is there, and all else is gone: now the old one.
@@ -198,10 +210,25 @@ impl Window {
                         self.unmap(old.content.clone(), now, effects);
                     }
                 }
+                Phase::Clearing { .. } => self.clear_witnesses(now, effects),
                 _ => effects.push(Effect::WatchWitness),
             }
         }
         Ok(())
+    }
+
+    /// Takes the witnesses away when all else is unmapped, and has their end watched.
+    fn clear_witnesses(&mut self, now: Instant, effects: &mut Vec<Effect>) {
+        let there = |held: &&Held| held.is_witness() && !held.is_leaving();
+        let witnesses: Vec<Content> =
+            self.held.iter().filter(there).map(|held| held.content.clone()).collect();
+        if matches!(self.phase, Phase::Clearing { refused: true, .. }) || witnesses.is_empty() {
+            effects.push(Effect::WatchWitness);
+            return;
+        }
+        for witness in witnesses {
+            self.unmap(witness, now, effects);
+        }
     }
 
     /// The VMM mapped what it was asked to, or did not.
@@ -239,13 +266,15 @@ impl Window {
         let Some(oldest) = self.held.iter().position(Held::is_witness) else {
             return self.all_gone(now, effects);
         };
-        let other_stays = |held: &Held| held.is_witness() && held.state != HeldState::Revoking;
-        if self.held[oldest].state == HeldState::Revoking && self.held.iter().any(other_stays) {
-            // Only what was asked to go went; the rest the VMM still has.
-            let revoked = self.held.extract_if(.., |held| held.state == HeldState::Revoking);
-            self.counters.revoked += revoked.filter(Held::is_owners).count() as u64;
-        } else {
-            self.held.remove(oldest);
+        let other_stays = |held: &Held| held.is_witness() && !held.is_leaving();
+        match self.held[oldest].left_at() {
+            Some(its) if self.held.iter().any(other_stays) => {
+                // What was asked to go before it went; the rest the VMM still has.
+                let before = |held: &mut Held| held.left_at().is_some_and(|op| op <= its);
+                let revoked = self.held.extract_if(.., before);
+                self.counters.revoked += revoked.filter(Held::is_owners).count() as u64;
+            }
+            _ => drop(self.held.remove(oldest)),
         }
         if let Phase::Revoking { .. } = self.phase {
             self.phase = Phase::Open;
@@ -275,21 +304,20 @@ impl Window {
         if let Phase::Reopening { grace_ends } = self.phase
             && now >= grace_ends
         {
-            let contents: Vec<Content> = self.held.iter().map(|held| held.content.clone()).collect();
-            self.phase = Phase::Clearing { deadline: now + self.timeout };
-            // The witness goes last: it stands for all that went before.
-            let (witness, others): (Vec<_>, Vec<_>) =
-                contents.into_iter().partition(|content| matches!(content, Content::Witness { .. }));
-            for content in others.into_iter().chain(witness) {
+            self.phase = Phase::Clearing { deadline: now + self.timeout, refused: false };
+            // The witnesses go last: they stand for all that went before.
+            let others = self.held.iter().filter(|held| !held.is_witness() && !held.is_leaving());
+            let others: Vec<Content> = others.map(|held| held.content.clone()).collect();
+            for content in others {
                 self.unmap(content, now, effects);
             }
             if self.unconfirmed.is_empty() {
-                effects.push(Effect::WatchWitness);
+                self.clear_witnesses(now, effects);
             }
         }
         let late = self.unconfirmed.front().is_some_and(|(_, deadline)| now >= *deadline);
         let witness_late = match self.phase {
-            Phase::Revoking { deadline } | Phase::Clearing { deadline } => now >= deadline,
+            Phase::Revoking { deadline } | Phase::Clearing { deadline, .. } => now >= deadline,
             _ => false,
         };
         if late || witness_late {
@@ -301,7 +329,7 @@ impl Window {
     /// When [`Self::tick`] has something to do.
     pub fn deadline(&self) -> Option<Instant> {
         let phase = match self.phase {
-            Phase::Revoking { deadline } | Phase::Clearing { deadline } => Some(deadline),
+            Phase::Revoking { deadline } | Phase::Clearing { deadline, .. } => Some(deadline),
             Phase::Reopening { grace_ends } => Some(grace_ends),
             Phase::Closed | Phase::Open | Phase::Residue => None,
         };
@@ -312,7 +340,7 @@ impl Window {
     /// Whether the peer holds no memory of the owner's but `desired`.
     pub fn is_confined_to(&self, desired: &WindowLayout<MemoryFile>) -> bool {
         self.held.iter().all(|held| match &held.content {
-            Content::Owner(placement) => held.state != HeldState::Revoking && desired.has(placement),
+            Content::Owner(placement) => !held.is_leaving() && desired.has(placement),
             _ => true,
         })
     }
@@ -378,12 +406,12 @@ impl Window {
     }
 
     fn unmap(&mut self, content: Content, now: Instant, effects: &mut Vec<Effect>) {
+        let op = self.ask(WindowOp::Unmap(content.clone()), now, effects);
         for held in &mut self.held {
             if held.content == content {
-                held.state = HeldState::Revoking;
+                held.state = HeldState::Revoking(op);
             }
         }
-        self.ask(WindowOp::Unmap(content), now, effects);
     }
 
     fn ask(&mut self, change: WindowOp, now: Instant, effects: &mut Vec<Effect>) -> OpId {
@@ -398,6 +426,19 @@ impl Window {
 impl Held {
     fn is_owners(&self) -> bool {
         matches!(self.content, Content::Owner(_))
+    }
+
+    /// Whether the VMM was asked to unmap it.
+    fn is_leaving(&self) -> bool {
+        self.left_at().is_some()
+    }
+
+    /// The change by which the VMM was asked to unmap it.
+    fn left_at(&self) -> Option<OpId> {
+        match self.state {
+            HeldState::Revoking(op) | HeldState::Unmapped(op) => Some(op),
+            HeldState::Granting(_) | HeldState::Granted => None,
+        }
     }
 
     fn is_witness(&self) -> bool {
