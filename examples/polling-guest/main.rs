@@ -22,8 +22,7 @@ fn main() -> anyhow::Result<()> {
         Some(socket) => Box::new(ModelTransport::connect(Path::new(&socket))?),
         None => Box::new(SysfsTransport::open(None)?),
     };
-    let config = device.config();
-    let page = LinkPage::new(device.window().clone(), config.link_offset.value(), config.link_len.value())?;
+    let page = LinkPage::new(device.window(), device.config())?;
     let mut burst = PacketBurst::with_capacity(BURST, 2048);
 
     loop {

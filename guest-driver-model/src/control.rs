@@ -15,9 +15,6 @@ use crate::ring::{AddError, Buffer, Completion, DriverFault, DriverRing, Fault, 
 use crate::shm::{SharedMemory, ShmError};
 use crate::transport::Transport;
 
-/// How long the blocking calls wait for the device.
-pub const ANSWER_TIME: Duration = Duration::from_secs(2);
-
 const REQUEST_LEN: u64 = size_of::<abi::ControlRequest>() as u64;
 const RESPONSE_LEN: u64 = size_of::<abi::ControlResponse>() as u64;
 /// Bytes between two buffers: a request, and the response behind it.
@@ -25,13 +22,12 @@ const BUFFER_STRIDE: u64 = 64;
 /// Commands that the ring has room for: two descriptors each.
 const SLOTS: u64 = abi::CONTROL_RING_SIZE as u64 / 2;
 
-/// Where the driver leaves its mark, from the end of the control area: a device that
-/// starts anew brings a new area, and the mark is not in it.
-const MARK_FROM_END: u64 = 8;
+/// The driver's mark (9.1): a device that starts anew brings a new area, and the mark is
+/// not in it.
 const MARK: u64 = u64::from_le_bytes(*b"VPdriver");
 
 /// What the ring, its buffers and the mark take at least, bytes.
-pub(crate) const AREA_LEN: u64 = abi::CONTROL_BUFFERS + SLOTS * BUFFER_STRIDE + MARK_FROM_END;
+pub(crate) const AREA_LEN: u64 = abi::CONTROL_BUFFERS + SLOTS * BUFFER_STRIDE + abi::CONTROL_MARK_FROM_END;
 
 const _: () = {
     assert!(REQUEST_LEN + RESPONSE_LEN <= BUFFER_STRIDE);
@@ -159,7 +155,7 @@ impl ControlRing {
         // Descriptors hold window offsets.
         let ring = DriverRing::new(abi::QUEUE_CONTROL, &places, &window, 0, None)?;
         let buffers = area + abi::CONTROL_BUFFERS;
-        let mark = area + transport.config().control_len.value().saturating_sub(MARK_FROM_END);
+        let mark = area + transport.config().control_len.value().saturating_sub(abi::CONTROL_MARK_FROM_END);
         window.store_u64(mark, MARK)?;
         let in_flight = [None; SLOTS as usize];
         Ok(Self { ring, window, buffers, mark, in_flight, completions: Vec::new() })
@@ -252,41 +248,6 @@ impl ControlRing {
             }
             wait(transport.interrupt_fd(abi::QUEUE_CONTROL), patience - waited);
         }
-    }
-
-    /// Tells the device that the vrings of a generation are served.
-    ///
-    /// # Errors
-    /// As [`call`](Self::call); `CTRL_STALE` if the generation is an old one.
-    pub fn attach(
-        &mut self,
-        transport: &dyn Transport,
-        generation: u64,
-        interrupt: bool,
-    ) -> Result<(), ControlError> {
-        self.call(transport, Command::Attach { generation, interrupt }, ANSWER_TIME)
-    }
-
-    /// Tells the device that nothing is served any more.
-    ///
-    /// # Errors
-    /// As [`call`](Self::call).
-    pub fn detach(&mut self, transport: &dyn Transport) -> Result<(), ControlError> {
-        self.call(transport, Command::Detach, ANSWER_TIME)
-    }
-
-    /// Tells the device that a vring is broken and no longer served.
-    ///
-    /// # Errors
-    /// As [`call`](Self::call).
-    pub fn report_fault(
-        &mut self,
-        transport: &dyn Transport,
-        vring: u16,
-        kind: FaultKind,
-        value: u64,
-    ) -> Result<(), ControlError> {
-        self.call(transport, Command::Fault { vring, kind, value }, ANSWER_TIME)
     }
 }
 

@@ -30,6 +30,12 @@ struct Fake {
 }
 
 const AREA: u64 = abi::CONTROL_OFFSET;
+/// More than any answer here takes.
+const PATIENCE: Duration = Duration::from_secs(2);
+
+fn attach(generation: u64, interrupt: bool) -> Command {
+    Command::Attach { generation, interrupt }
+}
 
 impl Fake {
     fn new(device: Device) -> Self {
@@ -107,9 +113,10 @@ fn commands_arrive_as_the_abi_says_and_are_answered() {
     let device = Fake::new(Device::Answers(abi::CTRL_OK));
     let mut ring = ControlRing::new(&device).unwrap();
     for _ in 0..20 {
-        ring.attach(&device, 6, true).unwrap();
-        ring.report_fault(&device, 3, FaultKind::Unmapped, 0x1234).unwrap();
-        ring.detach(&device).unwrap();
+        let fault = Command::Fault { vring: 3, kind: FaultKind::Unmapped, value: 0x1234 };
+        for command in [attach(6, true), fault, Command::Detach] {
+            ring.call(&device, command, PATIENCE).unwrap();
+        }
     }
     let seen = device.seen.lock().unwrap();
     assert_eq!(seen.len(), 60);
@@ -122,7 +129,7 @@ fn commands_arrive_as_the_abi_says_and_are_answered() {
 fn a_refusal_is_told_apart_from_silence() {
     let device = Fake::new(Device::Answers(abi::CTRL_STALE));
     let mut ring = ControlRing::new(&device).unwrap();
-    let error = ring.attach(&device, 2, false).unwrap_err();
+    let error = ring.call(&device, attach(2, false), PATIENCE).unwrap_err();
     assert!(matches!(error, ControlError::Refused { status: abi::CTRL_STALE, .. }));
 
     let device = Fake::new(Device::Silent);
@@ -138,14 +145,14 @@ fn a_refusal_is_told_apart_from_silence() {
     device.device.lock().unwrap().0 = Device::Answers(abi::CTRL_OK);
     device.answer();
     assert_eq!(ring.answers().unwrap().len(), SLOTS as usize);
-    ring.detach(&device).unwrap();
+    ring.call(&device, Command::Detach, PATIENCE).unwrap();
 }
 
 #[test]
 fn a_device_that_breaks_the_ring_is_found_out() {
     let device = Fake::new(Device::ClaimsTooMuch);
     let mut ring = ControlRing::new(&device).unwrap();
-    assert!(matches!(ring.detach(&device), Err(ControlError::Ring(_))));
+    assert!(matches!(ring.call(&device, Command::Detach, PATIENCE), Err(ControlError::Ring(_))));
 }
 
 #[test]
@@ -153,7 +160,7 @@ fn another_control_area_is_noticed() {
     let device = Fake::new(Device::Answers(abi::CTRL_OK));
     let mut ring = ControlRing::new(&device).unwrap();
     for generation in 0..100 {
-        ring.attach(&device, generation, false).unwrap();
+        ring.call(&device, attach(generation, false), PATIENCE).unwrap();
         assert!(ring.is_current(), "commands do not touch the mark");
     }
     device.window.zero(AREA, abi::CONTROL_LEN).unwrap();

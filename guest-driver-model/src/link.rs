@@ -6,6 +6,7 @@
 //! it before comparing it with the lengths of the link area and of the window.
 
 use std::mem::{offset_of, size_of};
+use std::ops::Range;
 use std::sync::atomic::{Ordering, fence};
 
 use vhost_pci_device::abi;
@@ -47,8 +48,16 @@ pub enum LinkError {
         /// How many entries it is said to have.
         count: u32,
     },
-    /// A mapping is empty, not made of pages, wraps, is not inside the window, or
-    /// covers the link area.
+    /// There are more vrings than the device announces.
+    #[error("the link page has {count} vrings; its device announces at most {most}")]
+    Vrings {
+        /// How many entries the table is said to have.
+        count: u32,
+        /// The config space's number.
+        most: u16,
+    },
+    /// A mapping is empty, not made of pages, wraps, or is not inside the part of the
+    /// window that is the owner's memory.
     #[error("mapping {index} cannot be: IOVA {iova:#x}, {len:#x} bytes, window offset {window_offset:#x}")]
     Mapping {
         /// Its place in the table.
@@ -121,16 +130,21 @@ impl LinkSnapshot {
 #[derive(Clone, Debug)]
 pub struct LinkPage {
     area: SharedMemory,
-    offset: u64,
-    window_len: u64,
+    /// Where the owner's memory can be: window offsets from here, and up to there.
+    data: Range<u64>,
+    max_vrings: u16,
 }
 
 impl LinkPage {
-    /// The link area at `link_offset`, `link_len` bytes long, both from the config
-    /// space of the device.
-    pub fn new(window: SharedMemory, link_offset: u64, link_len: u64) -> Result<Self, LinkError> {
-        let area = window.part(link_offset, link_len)?;
-        let page = Self { area, offset: link_offset, window_len: window.len() };
+    /// The link area of the window of a device with this config space.
+    ///
+    /// # Errors
+    /// [`LinkError::Area`].
+    pub fn new(window: &SharedMemory, config: &abi::DeviceConfig) -> Result<Self, LinkError> {
+        // A longer area has nothing more to say, and bounds nothing.
+        let area = window.part(config.link_offset.value(), config.link_len.value().min(abi::LINK_LEN))?;
+        let data = config.data_offset.value()..config.window_len.value().min(window.len());
+        let page = Self { area, data, max_vrings: config.max_vrings.value() };
         // Bounds and alignment of the header's last and its widest field.
         page.area.part(0, size_of::<abi::LinkHeader>() as u64)?;
         page.area.load_u64(offset_of!(abi::LinkHeader, generation) as u64)?;
@@ -250,13 +264,14 @@ impl LinkPage {
         let window_last = within(window_offset);
         pages
             && within(iova).is_some()
-            && window_last.is_some_and(|last| {
-                last < self.window_len
-                    && (last < self.offset || window_offset >= self.offset + self.area.len())
-            })
+            && window_offset >= self.data.start
+            && window_last.is_some_and(|last| last < self.data.end)
     }
 
     fn vrings(&self, offset: u32, count: u32) -> Result<Vec<VringInfo>, LinkError> {
+        if count > self.max_vrings.into() {
+            return Err(LinkError::Vrings { count, most: self.max_vrings });
+        }
         let table = self.table::<abi::Vring>(offset, count)?;
         let vring = |index: usize| {
             let at = (index * size_of::<abi::Vring>()) as u64;

@@ -274,27 +274,6 @@ impl SharedMemory {
         other_vm_may_have_written();
         Ok(())
     }
-
-    /// Copies from one shared memory to another (or within one: the ranges may
-    /// overlap), without a private copy in between: for packets that nobody looks at.
-    #[inline]
-    pub fn copy_between(
-        from: &Self,
-        from_offset: u64,
-        to: &Self,
-        to_offset: u64,
-        len: u64,
-    ) -> Result<(), ShmError> {
-        let source = from.range(from_offset, len)?;
-        let target = to.range(to_offset, len)?;
-        trace::note(source, len as usize);
-        other_vm_may_have_written();
-        // SAFETY: both ranges were checked; `ptr::copy` allows overlap. Races: see
-        // the module's top.
-        unsafe { ptr::copy(source.as_ptr(), target.as_ptr(), len as usize) };
-        other_vm_may_have_written();
-        Ok(())
-    }
 }
 
 /// One aligned 16-bit word, checked once: a ring's index or flags.

@@ -215,6 +215,13 @@ fn links_that_are_no_network_card_in_use_give_no_port() {
     assert_eq!(port(&block).unwrap_err(), PortError::NotNetwork { device: 2 });
     let legacy = LinkWriter { features: 1 << 15, ..good.clone() };
     assert_eq!(port(&legacy).unwrap_err(), PortError::Legacy { features: 1 << 15 });
+    // VIRTIO_RING_F_EVENT_IDX, VIRTIO_F_RING_PACKED, VIRTIO_NET_F_GUEST_CSUM.
+    for bit in [29, 34, 1] {
+        let unknown = LinkWriter { features: good.features | 1 << bit, ..good.clone() };
+        assert_eq!(port(&unknown).unwrap_err(), PortError::Unknown { features: 1 << bit });
+    }
+    let indirect = LinkWriter { features: 1 << 32 | 1 << 28, ..good.clone() };
+    assert!(port(&indirect).is_ok());
 
     // One vring that cannot be, one that is not enabled: the others work.
     let mut vrings = good.vrings.clone();

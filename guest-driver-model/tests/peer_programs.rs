@@ -4,21 +4,28 @@
 
 mod net_support;
 
-use std::os::fd::BorrowedFd;
-use std::sync::Mutex;
+use std::os::fd::{AsFd, BorrowedFd};
+use std::sync::atomic::{AtomicU32, Ordering};
+use std::sync::{Arc, Mutex};
 use std::thread;
 use std::time::{Duration, Instant};
 
-use guest_driver_model::net::{OwnerConfig, OwnerLayout, OwnerPort, PacketBurst};
-use guest_driver_model::programs::ProgramError;
+use guest_driver_model::net::{
+    OwnerConfig, OwnerLayout, OwnerPort, PacketBurst, receive_vring, transmit_vring,
+};
+use guest_driver_model::programs::device::DeviceArgs;
 use guest_driver_model::programs::echo::{Echo, EchoArgs};
-use guest_driver_model::programs::peer_loop::{PeerArgs, PeerProgram, run_on};
+use guest_driver_model::programs::generate::{GenArgs, Generate};
+use guest_driver_model::programs::peer_loop::{PeerArgs, PeerProgram, run_on, run_until};
 use guest_driver_model::programs::stop::Stop;
 use guest_driver_model::programs::traffic::Traffic;
 use guest_driver_model::programs::waiting::{Mode, WaitArgs};
+use guest_driver_model::programs::{self, ProgramError};
 use guest_driver_model::shm::SharedMemory;
 use guest_driver_model::transport::{Transport, TransportError};
-use net_support::{IOVA, LinkWriter, TwoViews, frame};
+use net_support::{IOVA, LinkWriter, TwoViews, device_config, frame};
+use nix::sys::eventfd::{EfdFlags, EventFd};
+use nix::time::{ClockId, clock_gettime};
 use vhost_pci_device::abi::{self, DeviceConfig};
 
 /// A device that answers nothing, and whose owner is this test.
@@ -27,20 +34,21 @@ struct Device {
     window: SharedMemory,
     doorbells: Mutex<Vec<u16>>,
     gone: Mutex<bool>,
+    /// What all queues share, as under QEMU; there if the device has interrupts.
+    interrupt: Option<EventFd>,
+    /// What happens when the driver asks for the interrupt of queue 0.
+    at_sleep: Mutex<Option<Box<dyn FnMut() + Send>>>,
 }
 
 impl Device {
     fn new(window: &SharedMemory) -> Self {
-        let config = DeviceConfig {
-            magic: abi::CONFIG_MAGIC.into(),
-            window_len: window.len().into(),
-            link_offset: abi::LINK_OFFSET.into(),
-            link_len: abi::LINK_LEN.into(),
-            control_offset: abi::CONTROL_OFFSET.into(),
-            control_len: abi::CONTROL_LEN.into(),
-            ..DeviceConfig::default()
-        };
-        Self { config, window: window.clone(), doorbells: Mutex::default(), gone: Mutex::default() }
+        let config = device_config(window);
+        let (doorbells, gone) = (Mutex::default(), Mutex::default());
+        Self { config, window: window.clone(), doorbells, gone, interrupt: None, at_sleep: Mutex::default() }
+    }
+
+    fn interrupt(&self) {
+        self.interrupt.as_ref().unwrap().write(1).unwrap();
     }
 
     /// The commands in the control ring: number and vring, kind, value.
@@ -77,8 +85,13 @@ impl Transport for Device {
     fn doorbell(&self, queue: u16) {
         self.doorbells.lock().unwrap().push(queue);
     }
-    fn interrupt_fd(&self, _: u16) -> Option<BorrowedFd<'_>> {
-        None
+    fn interrupt_fd(&self, queue: u16) -> Option<BorrowedFd<'_>> {
+        if queue == abi::QUEUE_CONTROL
+            && let Some(at_sleep) = &mut *self.at_sleep.lock().unwrap()
+        {
+            at_sleep();
+        }
+        self.interrupt.as_ref().map(AsFd::as_fd)
     }
     fn check(&self) -> Result<(), TransportError> {
         match *self.gone.lock().unwrap() {
@@ -98,7 +111,10 @@ struct Bench {
 
 impl Bench {
     fn new() -> Self {
-        let config = OwnerConfig { pairs: 2, ring_size: 64, ..OwnerConfig::default() };
+        Self::of(OwnerConfig { pairs: 2, ring_size: 64, ..OwnerConfig::default() })
+    }
+
+    fn of(config: OwnerConfig) -> Self {
         let len = OwnerLayout::new(config, 0, u64::MAX >> 8).unwrap().end();
         let views = TwoViews::new(len);
         let layout = OwnerLayout::new(config, 0, len).unwrap();
@@ -107,18 +123,38 @@ impl Bench {
         Self { views, layout, link, device }
     }
 
+    fn with_interrupts() -> Self {
+        let mut bench = Self::new();
+        let flags = EfdFlags::EFD_NONBLOCK | EfdFlags::EFD_CLOEXEC;
+        bench.device.interrupt = Some(EventFd::from_flags(flags).unwrap());
+        bench
+    }
+
     fn owner(&self) -> OwnerPort {
         OwnerPort::new(&self.views.owner, &self.layout, IOVA).unwrap()
     }
 
     /// Runs the echo program while `test` plays the owner and the device.
     fn echo(&self, test: impl FnOnce(&Stop)) -> (Result<(), ProgramError>, Traffic) {
+        let (result, traffic, _) = self.run(Echo::new(&EchoArgs::default()), test);
+        (result, traffic)
+    }
+
+    /// Runs a program while `test` plays the owner and the device; by interrupts if the
+    /// device has them. Returns also the processor time that it took.
+    fn run<P: PeerProgram + Send>(
+        &self,
+        mut program: P,
+        test: impl FnOnce(&Stop),
+    ) -> (Result<(), ProgramError>, Traffic, Duration) {
+        let mode = if self.device.interrupt.is_some() { Mode::Interrupt } else { Mode::Poll };
+        let args = PeerArgs { wait: WaitArgs { mode, idle_us: 0 }, ..PeerArgs::default() };
         let stop = Stop::default();
         thread::scope(|scope| {
             let peer = scope.spawn(|| {
-                let mut program = Echo::new(&EchoArgs::default());
-                let result = run_on(&self.device, &PeerArgs::default(), "echo", &mut program, &stop);
-                (result, program.traffic())
+                let result = run_on(&self.device, &args, "test", &mut program, &stop);
+                let time = clock_gettime(ClockId::CLOCK_THREAD_CPUTIME_ID).unwrap();
+                (result, program.traffic(), time.into())
             });
             // Also when the test fails: the scope waits for the peer.
             struct AtEnd<'a>(&'a Stop);
@@ -255,4 +291,178 @@ fn interrupts_are_not_waited_for_where_there_are_none() {
     let mut program = Echo::new(&EchoArgs::default());
     let result = run_on(&bench.device, &args, "echo", &mut program, &Stop::default());
     assert!(matches!(result, Err(ProgramError::NoInterrupts { .. })));
+}
+
+/// The worst moment: the driver has found nothing, and has not asked for kicks yet, so
+/// that its owner does not notify. Each packet that is slept over costs a second.
+#[test]
+fn work_that_arrives_before_the_kicks_are_asked_for_is_not_slept_over() {
+    const EXCHANGES: u32 = 200;
+    let bench = Bench::with_interrupts();
+    let mut owner = bench.owner();
+    bench.link.write(&bench.views.window);
+    let interrupt = bench.device.interrupt.as_ref().unwrap().as_fd().try_clone_to_owned().unwrap();
+    let back = Arc::new(AtomicU32::new(0));
+    let unkicked = Arc::new(AtomicU32::new(0));
+    let (counted, silent) = (back.clone(), unkicked.clone());
+    let (packet, mut echoes, mut sent) = (frame(1, 60), PacketBurst::default(), 0);
+    // The driver asks for the device's interrupt first of all when it goes to sleep.
+    *bench.device.at_sleep.lock().unwrap() = Some(Box::new(move || {
+        echoes.clear();
+        let came = owner.rx_burst(0, &mut echoes, 64).unwrap() as u32;
+        if counted.fetch_add(came, Ordering::Relaxed) + came < sent || sent == EXCHANGES {
+            return;
+        }
+        sent += owner.tx_burst(0, [packet.as_slice()]).unwrap() as u32;
+        match owner.needs_kick(transmit_vring(0)) {
+            true => drop(nix::unistd::write(&interrupt, &1_u64.to_ne_bytes()).unwrap()),
+            false => drop(silent.fetch_add(1, Ordering::Relaxed)),
+        }
+    }));
+    let start = Instant::now();
+    let (result, _, _) = bench.run(Echo::new(&EchoArgs::default()), |_| {
+        wait_for("200 echoes", || back.load(Ordering::Relaxed) == EXCHANGES);
+    });
+    result.unwrap();
+    assert!(start.elapsed() < Duration::from_secs(20), "{:?}", start.elapsed());
+    assert!(unkicked.load(Ordering::Relaxed) > EXCHANGES / 2, "{unkicked:?}: the moment was another one");
+}
+
+/// The owner notifies only when it is asked to, at any moment of the driver's falling
+/// asleep.
+#[test]
+fn each_packet_wakes_a_sleeping_driver() {
+    let bench = Bench::with_interrupts();
+    let mut owner = bench.owner();
+    bench.link.write(&bench.views.window);
+    let mut asleep = 0;
+    let (result, traffic, _) = bench.run(Echo::new(&EchoArgs::default()), |_| {
+        let packet = frame(1, 60);
+        let mut back = PacketBurst::default();
+        let start = Instant::now();
+        for round in 0..200_u32 {
+            assert_eq!(owner.tx_burst(0, [packet.as_slice()]).unwrap(), 1);
+            if owner.needs_kick(transmit_vring(0)) {
+                bench.device.interrupt();
+                asleep += 1;
+            }
+            back.clear();
+            // Without a sleep: what comes next is to meet the driver on its way to sleep.
+            while owner.rx_burst(0, &mut back, 64).unwrap() == 0 {
+                assert!(start.elapsed() < Duration::from_secs(20), "{asleep} of {round} kicked for");
+                thread::yield_now();
+            }
+            let pause = Instant::now();
+            while pause.elapsed() < Duration::from_nanos(u64::from(round) * 250) {
+                std::hint::spin_loop();
+            }
+        }
+        assert!(start.elapsed() < Duration::from_secs(20), "{:?}", start.elapsed());
+    });
+    result.unwrap();
+    assert_eq!((traffic.rx_packets, traffic.tx_packets), (200, 200));
+    assert!(asleep > 0, "the driver never asked for a kick");
+}
+
+#[test]
+fn a_change_of_the_link_wakes_a_sleeping_driver() {
+    let bench = Bench::with_interrupts();
+    bench.link.write(&bench.views.window);
+    let (result, _, _) = bench.run(Echo::new(&EchoArgs::default()), |_| {
+        let attached = |generation| bench.device.commands().contains(&(abi::CTRL_ATTACH, 0, 0, generation));
+        let flagged = |generation| {
+            wait_for("the ATTACH", || attached(generation));
+            // Asleep by now, but for the second that its sleep lasts.
+            thread::sleep(Duration::from_millis(100));
+        };
+        flagged(2);
+        for generation in [4, 6, 8] {
+            LinkWriter { generation, ..bench.link.clone() }.write(&bench.views.window);
+            let start = Instant::now();
+            bench.device.interrupt();
+            wait_for("the ATTACH", || attached(generation));
+            assert!(start.elapsed() < Duration::from_millis(500), "{:?}", start.elapsed());
+            thread::sleep(Duration::from_millis(100));
+        }
+    });
+    result.unwrap();
+}
+
+#[test]
+fn a_program_that_waits_for_buffers_sleeps() {
+    let bench = Bench::with_interrupts();
+    let mut owner = bench.owner();
+    bench.link.write(&bench.views.window);
+    let (result, traffic, time) = bench.run(Generate::new(&GenArgs::default()), |_| {
+        // All of the owner's buffers are full, and it takes nothing out.
+        thread::sleep(Duration::from_millis(1500));
+        // It does now, and the program goes on at once.
+        let mut received = PacketBurst::default();
+        let mut count = 0;
+        let start = Instant::now();
+        wait_for("packets", || {
+            received.clear();
+            count += owner.rx_burst(0, &mut received, 64).unwrap();
+            if owner.needs_kick(receive_vring(0)) {
+                bench.device.interrupt();
+            }
+            count >= 300
+        });
+        assert!(start.elapsed() < Duration::from_millis(900), "{:?}", start.elapsed());
+    });
+    result.unwrap();
+    assert!(traffic.tx_packets >= 300);
+    assert!(time < Duration::from_millis(500), "{time:?} of processor time");
+}
+
+/// An owner without mergeable buffers: a long packet fits none of them.
+#[test]
+fn a_packet_that_fits_no_buffer_counts_as_dropped() {
+    let bench = Bench::of(OwnerConfig { pairs: 1, mergeable: false, ..OwnerConfig::default() });
+    let mut owner = bench.owner();
+    let (result, traffic) = bench.echo(|_| {
+        bench.link.write(&bench.views.window);
+        let (short, long) = (frame(1, 100), frame(2, 5000));
+        for _ in 0..10 {
+            let sent = owner.tx_burst(0, [long.as_slice(), short.as_slice()]).unwrap();
+            assert_eq!(sent, 2);
+        }
+        let mut back = PacketBurst::default();
+        wait_for("the short ones", || {
+            owner.rx_burst(0, &mut back, 64).unwrap();
+            back.len() == 10
+        });
+    });
+    result.unwrap();
+    assert_eq!((traffic.rx_packets, traffic.tx_packets, traffic.dropped), (20, 10, 10));
+    assert_eq!((traffic.rx_bytes, traffic.tx_bytes), (51_000, 1000));
+}
+
+#[test]
+fn a_program_that_waits_for_its_broker_ends_well_when_asked_to() {
+    let device = DeviceArgs { socket: Some("/nonexistent/peer.sock".into()), ..DeviceArgs::default() };
+    let stop = Stop::default();
+    let run = |reconnect| {
+        let args = PeerArgs { device: device.clone(), reconnect, ..PeerArgs::default() };
+        run_until(&args, "echo", &mut Echo::new(&EchoArgs::default()), &stop)
+    };
+    thread::scope(|scope| {
+        let waiting = scope.spawn(|| run(true));
+        thread::sleep(Duration::from_millis(300));
+        assert!(!waiting.is_finished());
+        stop.request();
+        waiting.join().unwrap().unwrap();
+    });
+    // Asked to before the first try.
+    run(true).unwrap();
+    assert!(matches!(run(false), Err(ProgramError::Transport(TransportError::Broker { .. }))));
+}
+
+#[test]
+fn a_program_names_the_cause_of_its_end_once() {
+    let error = programs::main(["sink", "--socket", "/nonexistent/peer.sock"]).unwrap_err();
+    // As the binaries print it.
+    let text = format!("{error:#}");
+    assert_eq!(text.matches("No such file").count(), 1, "{text}");
+    assert!(text.contains("/nonexistent/peer.sock"), "{text}");
 }

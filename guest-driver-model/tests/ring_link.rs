@@ -6,8 +6,8 @@ mod net_support;
 use std::time::{Duration, Instant};
 
 use guest_driver_model::link::{Access, LinkError, LinkPage, Mapping, VringInfo};
-use net_support::{Done, LinkWriter, TwoViews, link_page};
-use vhost_pci_device::abi;
+use net_support::{Done, LinkWriter, TwoViews, device_config, link_page};
+use vhost_pci_device::abi::{self, DeviceConfig};
 
 const PAGE: u64 = abi::PAGE_SIZE;
 
@@ -48,12 +48,32 @@ fn an_unmapped_window_is_not_an_error_of_the_device() {
 #[test]
 fn a_link_area_outside_the_window_is_refused() {
     let window = views().window;
-    for (offset, len) in [(0, window.len() + 1), (window.len(), 64), (u64::MAX, 64), (0, 63), (4, 4096)] {
-        assert!(
-            matches!(LinkPage::new(window.clone(), offset, len), Err(LinkError::Area(_))),
-            "{offset} {len}"
-        );
+    let end = window.len();
+    for (offset, len) in [(end - 64, 128), (end, 64), (u64::MAX, 64), (0, 63), (4, 4096)] {
+        let config =
+            DeviceConfig { link_offset: offset.into(), link_len: len.into(), ..device_config(&window) };
+        assert!(matches!(LinkPage::new(&window, &config), Err(LinkError::Area(_))), "{offset} {len}");
     }
+}
+
+#[test]
+fn a_link_area_has_no_more_room_than_the_specification_gives_it() {
+    let views = views();
+    let config = DeviceConfig { link_len: abi::DATA_OFFSET.into(), ..device_config(&views.window) };
+    let long =
+        LinkWriter { mapping_count: Some(abi::MAX_MAPPINGS + 1), ..LinkWriter::new(0, vec![], vec![]) };
+    long.write(&views.window);
+    let result = LinkPage::new(&views.window, &config).unwrap().snapshot();
+    assert!(matches!(result, Err(LinkError::Table { .. })), "{result:?}");
+}
+
+#[test]
+fn more_vrings_than_the_device_announces_are_refused() {
+    let views = views();
+    let most = usize::from(device_config(&views.window).max_vrings.value());
+    let writer = |count| LinkWriter::new(0, vec![], vec![VringInfo::default(); count]);
+    assert_eq!(read(&views, &writer(most)), Ok(()));
+    assert_eq!(read(&views, &writer(most + 1)), Err(LinkError::Vrings { count: 9, most: 8 }));
 }
 
 #[test]
@@ -77,7 +97,7 @@ fn a_table_that_leaves_the_link_area_is_refused() {
         LinkWriter { mapping_count: Some(abi::MAX_MAPPINGS + 1), ..good.clone() },
         LinkWriter { mapping_table: u32::MAX, mapping_count: Some(1), ..good.clone() },
         LinkWriter { mapping_table: 8193, mapping_count: Some(1), ..good.clone() },
-        LinkWriter { vring_count: Some(u32::MAX), ..good.clone() },
+        LinkWriter { vring_table: u32::MAX - 7, vring_count: Some(8), ..good.clone() },
         LinkWriter { vring_table: abi::LINK_LEN as u32, vring_count: Some(1), ..good.clone() },
     ] {
         assert!(matches!(read(&views, &bad), Err(LinkError::Table { .. })));
@@ -98,6 +118,9 @@ fn a_mapping_that_cannot_be_is_refused() {
         Mapping { window_offset: u64::MAX - PAGE + 1, ..mapping(0, 2) },
         Mapping { window_offset: 0, ..mapping(0, 1) },
         Mapping { window_offset: abi::LINK_LEN - PAGE, ..mapping(0, 2) },
+        Mapping { window_offset: abi::CONTROL_OFFSET, ..mapping(0, 1) },
+        Mapping { window_offset: abi::WITNESS_OFFSET, ..mapping(0, 2) },
+        Mapping { window_offset: abi::DATA_OFFSET - PAGE, ..mapping(0, 2) },
         mapping(u64::MAX - PAGE + 1, 2),
     ] {
         let result = read(&views, &LinkWriter::new(0, vec![bad], vec![]));

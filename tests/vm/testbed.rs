@@ -30,6 +30,14 @@ pub enum Mode {
 impl Mode {
     pub const ALL: [Self; 2] = [Self::Poll, Self::Interrupt];
 
+    /// Pairs of queues of the link; an owner with one CPU sets up all and enables the first.
+    const fn pairs(self) -> u16 {
+        match self {
+            Self::Poll => 1,
+            Self::Interrupt => 2,
+        }
+    }
+
     pub const fn name(self) -> &'static str {
         match self {
             Self::Poll => "poll",
@@ -52,10 +60,12 @@ impl<'s> Testbed<'s> {
         let socket = |name: &str| sandbox.dir().join(name).display().to_string();
         let config = sandbox.dir().join("broker.toml");
         let text = format!(
-            "control_socket = {:?}\n[[link]]\nname = \"vm\"\nowner_socket = {:?}\npeer_socket = {:?}\n",
+            "control_socket = {:?}\n[[link]]\nname = \"vm\"\nowner_socket = {:?}\npeer_socket = {:?}\n\
+             queue_pairs = {}\n",
             socket("control.sock"),
             socket("owner.sock"),
             socket("peer.sock"),
+            mode.pairs(),
         );
         fs::write(&config, text)?;
         let mut command = Command::new(sandbox.program("vhost-pci-switch")?);
@@ -63,7 +73,7 @@ impl<'s> Testbed<'s> {
         let mut broker = sandbox.process("broker", command)?;
         broker.wait_log("the broker listens", COMMAND)?;
 
-        let mut owner = spawn_owner(sandbox)?;
+        let mut owner = spawn_owner(sandbox, mode)?;
         let mut peer = spawn_peer(sandbox, mode)?;
         owner.wait_ready(BOOT)?;
         peer.wait_ready(BOOT)?;
@@ -104,7 +114,7 @@ impl<'s> Testbed<'s> {
     /// Kills the owner's VMM and starts another, while the peer goes on.
     pub fn replace_owner(&mut self) -> Result<()> {
         self.owner.kill()?;
-        self.owner = spawn_owner(self.sandbox)?;
+        self.owner = spawn_owner(self.sandbox, self.mode)?;
         self.owner.wait_ready(BOOT)?;
         self.start_owner_network()
     }
@@ -174,26 +184,36 @@ impl<'s> Testbed<'s> {
     }
 }
 
-fn spawn_owner(sandbox: &Sandbox) -> Result<Guest> {
+fn spawn_owner(sandbox: &Sandbox, mode: Mode) -> Result<Guest> {
     let chardev = format!("socket,id=vp,path={}", sandbox.dir().join("owner.sock").display());
     sandbox
         .guest("owner")
         .args(["-chardev", &chardev])
-        .args(["-netdev", "vhost-user,id=net,chardev=vp"])
-        .args(["-device", "virtio-net-pci,netdev=net,disable-legacy=on"])
+        .args(["-netdev", &format!("vhost-user,id=net,chardev=vp,queues={}", mode.pairs())])
+        .args(["-device", &format!("virtio-net-pci,netdev=net,disable-legacy=on{}", mq(mode))])
         .modules(["virtio_net"])
         .spawn()
 }
 
+/// What makes QEMU's network card a multiqueue one: two vectors a pair, and two more.
+fn mq(mode: Mode) -> String {
+    match mode.pairs() {
+        1 => String::new(),
+        pairs => format!(",mq=on,vectors={}", 2 * pairs + 2),
+    }
+}
+
 fn spawn_peer(sandbox: &Sandbox, mode: Mode) -> Result<Guest> {
     let chardev = format!("socket,id=vp,path={}", sandbox.dir().join("peer.sock").display());
-    let device = "vhost-user-test-device-pci,chardev=vp,virtio-id=38,num_vqs=3,config_size=64";
+    let queues = 1 + 2 * mode.pairs();
+    let device =
+        format!("vhost-user-test-device-pci,chardev=vp,virtio-id=38,num_vqs={queues},config_size=64");
     let guest = sandbox
         .guest("peer")
         .args(["-chardev", &chardev])
         .file("/bin/vhost-pci-guest", sandbox.guest_program("vhost-pci-guest")?);
     match mode {
-        Mode::Poll => guest.args(["-device", device]).modules(["tun"]).spawn(),
+        Mode::Poll => guest.args(["-device", &device]).modules(["tun"]).spawn(),
         Mode::Interrupt => guest
             .args(["-device", "intel-iommu,intremap=on,device-iotlb=on,caching-mode=on"])
             .args(["-device", &format!("{device},iommu_platform=on,ats=on")])

@@ -275,13 +275,16 @@ pub const CONTROL_DESC: u64 = 0;
 pub const CONTROL_AVAIL: u64 = 256;
 /// Used ring of the control ring, bytes from the start of the control area.
 pub const CONTROL_USED: u64 = 320;
-/// From here to its end the control area is the driver's, for buffers.
+/// From here to its mark the control area is the driver's, for buffers.
 pub const CONTROL_BUFFERS: u64 = 512;
+/// The driver's mark, 8 bytes: bytes from the *end* of the control area (section 9.1).
+pub const CONTROL_MARK_FROM_END: u64 = 8;
 
 const _: () = {
     assert!(CONTROL_DESC + 16 * CONTROL_RING_SIZE as u64 <= CONTROL_AVAIL);
     assert!(CONTROL_AVAIL + 6 + 2 * CONTROL_RING_SIZE as u64 <= CONTROL_USED);
     assert!(CONTROL_USED + 6 + 8 * CONTROL_RING_SIZE as u64 <= CONTROL_BUFFERS);
+    assert!(CONTROL_BUFFERS + CONTROL_MARK_FROM_END <= CONTROL_LEN);
 };
 
 /// [`ControlRequest::command`]: the driver serves the vrings of the generation in

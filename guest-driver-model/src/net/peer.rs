@@ -23,6 +23,9 @@ use crate::translate::Translation;
 /// The most packets of one burst, whatever the budget.
 pub const MAX_BURST: usize = 256;
 
+/// The features that a port serves.
+const SERVED: u64 = 1 << VIRTIO_F_VERSION_1 | 1 << VIRTIO_RING_F_INDIRECT_DESC | 1 << VIRTIO_NET_F_MRG_RXBUF;
+
 /// Why a link gives no port.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
 pub enum PortError {
@@ -39,6 +42,12 @@ pub enum PortError {
     #[error("the owner's driver did not accept VIRTIO_F_VERSION_1 (features {features:#x})")]
     Legacy {
         /// What it accepted.
+        features: u64,
+    },
+    /// The owner's driver accepted features that this port does not serve.
+    #[error("the owner's driver accepted features that are not known here: {features:#x}")]
+    Unknown {
+        /// Those features alone.
         features: u64,
     },
 }
@@ -110,6 +119,12 @@ impl PeerPort {
         }
         if !snapshot.has_feature(VIRTIO_F_VERSION_1) {
             return Err(PortError::Legacy { features: snapshot.features });
+        }
+        // What the owner's driver accepted changes its rings and packets: what is not
+        // known here cannot be served.
+        let unknown = snapshot.features & !SERVED;
+        if unknown != 0 {
+            return Err(PortError::Unknown { features: unknown });
         }
         let translation = Translation::from(snapshot);
         let indirect_allowed = snapshot.has_feature(VIRTIO_RING_F_INDIRECT_DESC);

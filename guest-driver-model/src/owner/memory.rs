@@ -9,7 +9,7 @@ use nix::sys::memfd::{MFdFlags, memfd_create};
 use nix::unistd::ftruncate;
 
 use crate::shm::SharedMemory;
-use crate::transport::sys::mapping::Mapping;
+use crate::transport::sys::mapping::MappedRange;
 
 /// Memory of an owner, and where its guest sees it.
 #[derive(Debug)]
@@ -37,7 +37,7 @@ impl OwnerMemory {
         // A peer that maps it must not die of SIGBUS because the file got shorter.
         let seals = SealFlag::F_SEAL_SHRINK | SealFlag::F_SEAL_GROW | SealFlag::F_SEAL_SEAL;
         fcntl(file.as_fd(), FcntlArg::F_ADD_SEALS(seals))?;
-        let mapping = Arc::new(Mapping::of_file(&file, 0, usize::try_from(len).map_err(invalid)?)?);
+        let mapping = Arc::new(MappedRange::of_file(&file, 0, usize::try_from(len).map_err(invalid)?)?);
         let front_end_address = mapping.base().addr().get() as u64;
         Ok(Self { file, memory: mapping.shared(), front_end_address, guest_start })
     }

@@ -92,11 +92,9 @@ impl PeerProgram for Echo {
                 true => wire.transmit(pair, held.swapped.iter().take(to).skip(from).map(Vec::as_slice)),
                 false => wire.transmit(pair, held.burst.frames().skip(from)),
             };
-            self.traffic.tx_packets += sent as u64;
-            self.traffic.tx_bytes +=
-                held.burst.frames().skip(from).take(sent).map(|frame| frame.len() as u64).sum::<u64>();
-            held.sent += sent;
-            moved += sent;
+            self.traffic.count_sent(sent);
+            held.sent += sent.done;
+            moved += sent.done;
         }
         moved
     }

@@ -1,4 +1,5 @@
-//! Why a program ends before its time.
+//! Why a program ends before its time. Each message holds its cause: it is to be
+//! printed by itself, without the chain of sources behind it.
 
 use std::io;
 

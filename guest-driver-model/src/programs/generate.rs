@@ -7,7 +7,7 @@ use super::peer_loop::{self, PeerArgs, PeerProgram};
 use super::sink::{Check, Sink};
 use super::source::{Source, SourceArgs};
 use super::traffic::Traffic;
-use super::wire::Wire;
+use super::wire::{Sent, Wire};
 
 /// What `gen` can be told.
 #[derive(Clone, Debug, Default, clap::Args)]
@@ -53,10 +53,13 @@ pub fn run(args: &GenArgs) -> Result<(), ProgramError> {
 
 impl PeerProgram for Generate {
     fn poll(&mut self, wire: &mut Wire<'_>) -> usize {
-        let sent = self.source.offer(|frames| wire.transmit(0, frames));
-        self.sent.tx_packets += sent as u64;
-        self.sent.tx_bytes += (sent * self.source.frame_len()) as u64;
-        sent + self.sink.poll(wire)
+        let mut sent = Sent::default();
+        self.source.offer(|frames| {
+            sent = wire.transmit(0, frames);
+            sent.done
+        });
+        self.sent.count_sent(sent);
+        sent.done + self.sink.poll(wire)
     }
 
     fn waits_for_buffers(&self, pair: u16) -> bool {
@@ -68,6 +71,8 @@ impl PeerProgram for Generate {
     }
 
     fn traffic(&self) -> Traffic {
-        Traffic { tx_packets: self.sent.tx_packets, tx_bytes: self.sent.tx_bytes, ..self.sink.traffic() }
+        let received = self.sink.traffic();
+        let Traffic { tx_packets, tx_bytes, .. } = self.sent;
+        Traffic { tx_packets, tx_bytes, dropped: self.sent.dropped + received.dropped, ..received }
     }
 }

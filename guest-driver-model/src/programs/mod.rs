@@ -98,7 +98,8 @@ where
     // A caller that has set up its own messages keeps them.
     let messages = tracing_subscriber::fmt().with_env_filter(filter).with_writer(std::io::stderr);
     let _ = messages.without_time().with_ansi(std::io::stderr().is_terminal()).with_target(false).try_init();
-    Ok(args.program.run()?)
+    // Its message holds its causes: printed with the chain of sources, they would come twice.
+    args.program.run().map_err(|error| anyhow::Error::msg(error.to_string()))
 }
 
 /// A line on stdout. Whoever stops reading has seen enough.

@@ -10,7 +10,7 @@ use super::source::{Source, SourceArgs};
 use super::stop::Stop;
 use super::traffic::{ReportArgs, Reporter, Traffic};
 use super::waiting::{Mode, Pause, WaitArgs, sleep};
-use super::wire::BURST;
+use super::wire::{BURST, Sent};
 use crate::net::{OwnerConfig, OwnerLayout, OwnerPort, PacketBurst, receive_vring, transmit_vring};
 use crate::owner::{Kicks, OwnerMemory, OwnerVmm};
 use crate::ring::{DriverFault, RingPlaces};
@@ -300,17 +300,17 @@ impl<'a> Owner<'a> {
         if send && self.args.work != Work::Sink {
             for (pair, source) in (0..self.args.pairs).zip(&mut self.sources) {
                 let mut result = Ok(0);
-                let sent = source.offer(|frames| {
+                let before = self.port.counters();
+                let done = source.offer(|frames| {
                     result = self.port.tx_burst(pair, frames);
                     result.unwrap_or(0)
                 });
                 result?;
-                if sent > 0 && self.port.needs_kick(transmit_vring(pair)) {
+                if done > 0 && self.port.needs_kick(transmit_vring(pair)) {
                     vmm.kick(transmit_vring(pair));
                 }
-                self.traffic.tx_packets += sent as u64;
-                self.traffic.tx_bytes += (sent * source.frame_len()) as u64;
-                moved += sent;
+                self.traffic.count_sent(Sent::between(before, self.port.counters(), done));
+                moved += done;
             }
         }
         for (pair, checker) in (0..self.args.pairs).zip(&mut self.checkers) {

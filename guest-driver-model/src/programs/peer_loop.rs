@@ -71,6 +71,14 @@ pub trait PeerProgram {
         LONGEST_SLEEP
     }
 
+    /// Whether the program can go on: asked after each sleep and every few rounds.
+    ///
+    /// # Errors
+    /// If what the program works with besides the link is gone.
+    fn check(&self) -> Result<(), ProgramError> {
+        Ok(())
+    }
+
     /// What it has moved.
     fn traffic(&self) -> Traffic;
 }
@@ -106,7 +114,10 @@ pub fn run_until(
         match result {
             Err(
                 error @ ProgramError::Transport(TransportError::Gone { .. } | TransportError::Broker { .. }),
-            ) if args.reconnect && !stop.is_requested() => {
+            ) if args.reconnect => {
+                if stop.is_requested() {
+                    break Ok(());
+                }
                 if !std::mem::replace(&mut said, true) {
                     tracing::warn!("{error}; waiting for it to come back");
                 }
@@ -189,6 +200,7 @@ impl<'a> Peer<'a> {
             });
             if rounds >= ROUNDS || enough {
                 rounds = 0;
+                program.check()?;
                 let running = self.reporter.tick(&traffic(program, self.tally + session.tally()));
                 let over = self.args.seconds.is_some_and(|seconds| running.as_secs_f64() >= seconds);
                 if enough || over || self.stop.is_requested() {

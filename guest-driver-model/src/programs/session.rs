@@ -2,7 +2,7 @@
 //! control ring what is served and what is broken.
 
 use std::ops::{Add, AddAssign};
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use vhost_pci_device::abi::{self, queue_of_vring};
 
@@ -21,6 +21,8 @@ use crate::transport::Transport;
 const LINK_PAUSE: Duration = Duration::from_millis(1);
 /// The same where one does.
 const LINK_SLEEP: Duration = Duration::from_millis(20);
+/// When it is time to say that there is no link area (10, step 8).
+const LINK_PATIENCE: Duration = Duration::from_secs(5);
 /// How long the device may take to answer when the program ends.
 const DETACH_TIME: Duration = Duration::from_millis(500);
 
@@ -53,11 +55,43 @@ struct Live {
     reported: Vec<Fault>,
 }
 
+/// For a link area that does not appear.
+#[derive(Clone, Copy, Debug, Default)]
+enum Waiting {
+    #[default]
+    No,
+    Since(Instant),
+    Said,
+}
+
+impl Waiting {
+    /// There still is none. Whether that is to be said: once, after a while.
+    fn is_long(&mut self) -> bool {
+        match *self {
+            Self::No => *self = Self::Since(Instant::now()),
+            Self::Since(start) if start.elapsed() >= LINK_PATIENCE => {
+                *self = Self::Said;
+                return true;
+            }
+            Self::Since(_) | Self::Said => {}
+        }
+        false
+    }
+
+    /// There is one.
+    fn end(&mut self) {
+        if let Self::Since(_) = self {
+            *self = Self::No;
+        }
+    }
+}
+
 /// One device, from its start to its end.
 pub(super) struct Session<'a> {
     transport: &'a dyn Transport,
     interrupt: bool,
     page: LinkPage,
+    waiting: Waiting,
     /// There while the control area is.
     control: Option<ControlRing>,
     live: Option<Live>,
@@ -74,13 +108,11 @@ impl<'a> Session<'a> {
         if interrupt && transport.interrupt_fd(abi::QUEUE_CONTROL).is_none() {
             return Err(ProgramError::NoInterrupts { device: transport.name().to_owned() });
         }
-        let config = transport.config();
-        let page =
-            LinkPage::new(transport.window().clone(), config.link_offset.value(), config.link_len.value())?;
         Ok(Self {
             transport,
             interrupt,
-            page,
+            page: LinkPage::new(transport.window(), transport.config())?,
+            waiting: Waiting::default(),
             control: None,
             live: None,
             refused: None,
@@ -147,6 +179,13 @@ impl<'a> Session<'a> {
             Ok(snapshot) => snapshot,
             Err(LinkError::Changing) => return Ok(()),
             Err(LinkError::NotMapped) => {
+                if self.waiting.is_long() {
+                    tracing::warn!(
+                        device = self.transport.name(),
+                        "no link area for {LINK_PATIENCE:?}: the device shows an empty window. Does its broker \
+                         run, and does the VMM map what it is asked to? Still waiting"
+                    );
+                }
                 // The next control area is another one.
                 self.control = None;
                 return Ok(());
@@ -160,6 +199,7 @@ impl<'a> Session<'a> {
                 return Ok(());
             }
         };
+        self.waiting.end();
         if !self.control.as_ref().is_some_and(ControlRing::is_current) {
             self.control = Some(ControlRing::new(self.transport)?);
         }

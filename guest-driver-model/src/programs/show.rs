@@ -24,9 +24,7 @@ pub struct ShowArgs {
 /// If the device cannot be had.
 pub fn run(args: &ShowArgs) -> Result<(), ProgramError> {
     let transport = args.device.open()?;
-    let config = transport.config();
-    let page =
-        LinkPage::new(transport.window().clone(), config.link_offset.value(), config.link_len.value())?;
+    let page = LinkPage::new(transport.window(), transport.config())?;
     let start = std::time::Instant::now();
     while start.elapsed().as_secs_f64() < args.wait && !page.snapshot().is_ok_and(|snapshot| snapshot.up) {
         std::thread::sleep(std::time::Duration::from_millis(5));

@@ -8,7 +8,7 @@ use super::ProgramError;
 use super::peer_loop::{self, PeerArgs, PeerProgram};
 use super::sys::tun;
 use super::traffic::Traffic;
-use super::wire::{BURST, Wire};
+use super::wire::{BURST, Sent, Wire};
 use crate::net::PacketBurst;
 
 /// What `tap` can be told.
@@ -31,6 +31,9 @@ const MAX_FRAME: usize = 65_536;
 /// The program.
 pub struct Tap<D> {
     device: D,
+    name: String,
+    /// The interface is no more.
+    deleted: bool,
     received: PacketBurst,
     /// Frames read from the interface, one behind the other, and their lengths.
     frames: Vec<u8>,
@@ -56,14 +59,16 @@ pub fn run(args: &TapArgs) -> Result<(), ProgramError> {
     }
     tun::bring_up(&args.ifname).map_err(error("bringing it up", ""))?;
     tracing::info!(interface = args.ifname, "the interface is up");
-    peer_loop::run(&args.peer, "tap", &mut Tap::<File>::new(device))
+    peer_loop::run(&args.peer, "tap", &mut Tap::<File>::new(device, &args.ifname))
 }
 
 impl<D> Tap<D> {
     /// Over a device that gives a frame a read and takes one a write, and never blocks.
-    pub fn new(device: D) -> Self {
+    pub fn new(device: D, name: &str) -> Self {
         Self {
             device,
+            name: name.to_owned(),
+            deleted: false,
             received: PacketBurst::with_capacity(BURST, 2048),
             frames: vec![0; MAX_FRAME],
             lens: Vec::new(),
@@ -107,12 +112,11 @@ where
         });
         let sent = match self.sent < self.lens.len() {
             true => wire.transmit(0, frames.skip(self.sent)),
-            false => 0,
+            false => Sent::default(),
         };
-        self.traffic.tx_packets += sent as u64;
-        self.traffic.tx_bytes += self.lens.iter().skip(self.sent).take(sent).sum::<usize>() as u64;
-        self.sent += sent;
-        sent
+        self.traffic.count_sent(sent);
+        self.sent += sent.done;
+        sent.done
     }
 
     fn read_burst(&mut self) {
@@ -131,8 +135,12 @@ where
                     end += len;
                 }
                 Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
-                // Nothing there; or the interface is down, for now.
-                Err(_) => return,
+                Err(error) => {
+                    // EBADFD: the interface was deleted. Others: nothing there; or it is
+                    // down, for now.
+                    self.deleted |= error.raw_os_error() == Some(libc::EBADFD);
+                    return;
+                }
             }
         }
     }
@@ -161,7 +169,65 @@ where
         pair == 0 && self.sent < self.lens.len()
     }
 
+    fn check(&self) -> Result<(), ProgramError> {
+        match self.deleted {
+            true => Err(ProgramError::Tap {
+                name: self.name.clone(),
+                step: "reading from it",
+                source: io::Error::from_raw_os_error(libc::EBADFD),
+                advice: ": it was deleted",
+            }),
+            false => Ok(()),
+        }
+    }
+
     fn traffic(&self) -> Traffic {
         self.traffic
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    #![allow(clippy::unwrap_used)]
+    use super::*;
+
+    /// An interface whose reads end with an error, and that takes nothing.
+    struct Fails(i32);
+
+    impl Read for &Fails {
+        fn read(&mut self, _: &mut [u8]) -> io::Result<usize> {
+            Err(io::Error::from_raw_os_error(self.0))
+        }
+    }
+
+    impl Write for &Fails {
+        fn write(&mut self, _: &[u8]) -> io::Result<usize> {
+            Err(io::Error::from_raw_os_error(self.0))
+        }
+
+        fn flush(&mut self) -> io::Result<()> {
+            Ok(())
+        }
+    }
+
+    impl AsFd for Fails {
+        fn as_fd(&self) -> BorrowedFd<'_> {
+            unreachable!("nothing sleeps here")
+        }
+    }
+
+    #[test]
+    fn an_interface_that_was_deleted_ends_the_program_and_one_that_is_down_does_not() {
+        let after_a_read = |errno| {
+            let mut tap = Tap::new(Fails(errno), "vp7");
+            tap.check().unwrap();
+            tap.read_burst();
+            tap.check()
+        };
+        // Nothing there; down.
+        after_a_read(libc::EAGAIN).unwrap();
+        after_a_read(libc::EIO).unwrap();
+        let error = after_a_read(libc::EBADFD).unwrap_err().to_string();
+        assert!(error.contains("vp7") && error.contains("deleted"), "{error}");
     }
 }

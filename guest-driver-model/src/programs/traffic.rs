@@ -5,6 +5,8 @@ use std::time::{Duration, Instant};
 
 use serde::Serialize;
 
+use super::wire::Sent;
+
 /// Counters since the program's start. Bytes are those of frames.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize)]
 pub struct Traffic {
@@ -22,12 +24,22 @@ pub struct Traffic {
     pub reordered: u64,
     /// Packets received with a wrong byte.
     pub corrupted: u64,
-    /// Packets dropped here: the other end of the program could not take them.
+    /// Packets dropped here: the other end of the program, or no buffer of the other
+    /// VM, could take them.
     pub dropped: u64,
     /// Times that the other side broke a vring.
     pub faults: u64,
     /// Times that a link came up.
     pub links: u64,
+}
+
+impl Traffic {
+    /// Counts what became of frames that were to be sent.
+    pub fn count_sent(&mut self, sent: Sent) {
+        self.tx_packets += (sent.done - sent.dropped) as u64;
+        self.tx_bytes += sent.bytes;
+        self.dropped += sent.dropped as u64;
+    }
 }
 
 /// Whether and how to report.
@@ -75,10 +87,11 @@ impl Reporter {
         Self { args: args.clone(), name, start: None, last: Instant::now(), before: Traffic::default() }
     }
 
-    /// To be called often. Returns how long ago the first packet passed.
+    /// To be called often. Returns how long ago the first packet passed or was dropped.
     pub fn tick(&mut self, traffic: &Traffic) -> Duration {
         let now = Instant::now();
-        if self.start.is_none() && traffic.tx_packets + traffic.rx_packets > 0 {
+        let passed_or_dropped = traffic.tx_packets + traffic.rx_packets + traffic.dropped;
+        if self.start.is_none() && passed_or_dropped > 0 {
             self.start = Some(now);
         }
         let passed = now.duration_since(self.last);

@@ -4,11 +4,33 @@
 use vhost_pci_device::abi::queue_of_vring;
 
 use crate::link::LinkPage;
-use crate::net::{PacketBurst, PeerPort, receive_vring, transmit_vring};
+use crate::net::{Counters, PacketBurst, PeerPort, receive_vring, transmit_vring};
 use crate::transport::Transport;
 
 /// Packets moved at a time.
 pub const BURST: usize = 64;
+
+/// What became of frames that were offered.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Sent {
+    /// The first so many are done with: sent or dropped.
+    pub done: usize,
+    /// So many of them were dropped: no buffer of the owner could ever take them.
+    pub dropped: usize,
+    /// Bytes of those that were sent.
+    pub bytes: u64,
+}
+
+impl Sent {
+    /// What has passed between two looks at a port's counters.
+    pub(super) fn between(before: Counters, after: Counters, done: usize) -> Self {
+        Self {
+            done,
+            dropped: (after.tx_drops - before.tx_drops) as usize,
+            bytes: after.tx_bytes - before.tx_bytes,
+        }
+    }
+}
 
 /// A port and the doorbells that belong to it.
 pub struct Wire<'a> {
@@ -59,20 +81,21 @@ impl<'a> Wire<'a> {
         }
     }
 
-    /// Sends frames to a pair. Returns how many are done with; none of a broken vring.
-    pub fn transmit<'frame>(&mut self, pair: u16, frames: impl IntoIterator<Item = &'frame [u8]>) -> usize {
+    /// Sends frames to a pair. Says how many are done with; none of a broken vring.
+    pub fn transmit<'frame>(&mut self, pair: u16, frames: impl IntoIterator<Item = &'frame [u8]>) -> Sent {
         if !self.is_current() {
-            return 0;
+            return Sent::default();
         }
+        let before = self.port.counters();
         match self.port.tx_burst(pair, frames) {
-            Ok(0) => 0,
+            Ok(0) => Sent::default(),
             Ok(done) => {
                 self.call(receive_vring(pair));
-                done
+                Sent::between(before, self.port.counters(), done)
             }
             Err(_) => {
                 self.faulted = true;
-                0
+                Sent::default()
             }
         }
     }

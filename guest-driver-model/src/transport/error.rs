@@ -3,7 +3,7 @@
 use std::io;
 use std::path::PathBuf;
 
-use vhost_pci_device::abi::{ABI_VERSION, CONFIG_MAGIC};
+use vhost_pci_device::abi::{ABI_VERSION, CONFIG_MAGIC, PCI_DEVICE_ID_STAND_IN, PCI_VENDOR_ID};
 
 use super::virtio_pci::{CapabilityError, InitError};
 
@@ -70,6 +70,25 @@ pub enum TransportError {
     #[error("{address}: no such PCI device under /sys/bus/pci/devices (an address looks like 0000:00:03.0)")]
     NoSuchDevice {
         /// As given.
+        address: String,
+    },
+    /// What was given is another device, which is left alone.
+    #[error(
+        "{address}: this is PCI device {vendor:#06x}:{device:#06x}, not {PCI_VENDOR_ID:#06x}:\
+         {PCI_DEVICE_ID_STAND_IN:#06x}: no vhost-pci device, so it stays with its driver"
+    )]
+    OtherDevice {
+        /// PCI address of the device.
+        address: String,
+        /// Its vendor; 0 if it cannot be read.
+        vendor: u16,
+        /// Its device number; 0 if it cannot be read.
+        device: u16,
+    },
+    /// A virtio driver of the kernel's is using the device.
+    #[error("{address}: a virtio driver of the kernel's is using the device, so it stays with that driver")]
+    InUse {
+        /// PCI address of the device.
         address: String,
     },
     /// A file of the device cannot be used.

@@ -11,8 +11,8 @@ use std::os::unix::fs::FileExt;
 use vhost_pci_device::abi::PAGE_SIZE;
 
 use super::TransportError;
-use super::sys::mapping::Mapping;
-use super::virtio_pci::RingPlaces;
+use super::sys::mapping::MappedRange;
+use super::virtio_pci::QueuePages;
 
 const PAGEMAP: &str = "/proc/self/pagemap";
 /// pagemap: the page is in memory.
@@ -22,10 +22,10 @@ const FRAME: u64 = (1 << 55) - 1;
 
 /// Locks zeroed pages for `queues` virtqueues and finds their physical addresses.
 /// The mapping must live as long as the device works.
-pub(super) fn lock(address: &str, queues: u16) -> Result<(Mapping, RingPlaces), TransportError> {
+pub(super) fn lock(address: &str, queues: u16) -> Result<(MappedRange, QueuePages), TransportError> {
     let problem = |problem: String| TransportError::RingMemory { address: address.to_owned(), problem };
-    let count = RingPlaces::pages_for(queues);
-    let memory = Mapping::locked_pages(count * PAGE_SIZE as usize)
+    let count = QueuePages::pages_for(queues);
+    let memory = MappedRange::locked_pages(count * PAGE_SIZE as usize)
         .map_err(|error| problem(format!("mlock of {count} pages: {error} (see `ulimit -l`)")))?;
     let pagemap =
         File::open(PAGEMAP).map_err(|error| problem(format!("{PAGEMAP}: {error} (is /proc mounted?)")))?;
@@ -44,5 +44,5 @@ pub(super) fn lock(address: &str, queues: u16) -> Result<(Mapping, RingPlaces), 
         }
     };
     let pages = (0..count as u64).map(page).collect::<Result<_, _>>()?;
-    Ok((memory, RingPlaces { pages }))
+    Ok((memory, QueuePages { pages }))
 }

@@ -13,7 +13,7 @@ use vhost_pci_device::abi::{
     DeviceConfig, MAX_VRINGS, PCI_DEVICE_ID_STAND_IN, PCI_VENDOR_ID, QUEUE_VRING_FIRST,
 };
 
-use super::sys::mapping::Mapping;
+use super::sys::mapping::MappedRange;
 use super::virtio_pci::{ConfigSpace, Function, PciAccess, Resources, VirtioPci, config_space};
 use super::{Transport, TransportError, ring_memory};
 use crate::shm::SharedMemory;
@@ -58,12 +58,31 @@ impl PciDevice {
         found
     }
 
-    fn has_identity(&self) -> bool {
+    /// Vendor and device number.
+    fn identity(&self) -> Option<(u16, u16)> {
         let number = |file: &str| {
             let text = fs::read_to_string(self.folder.join(file)).ok()?;
             u16::from_str_radix(text.trim().strip_prefix("0x")?, 16).ok()
         };
-        number("vendor") == Some(PCI_VENDOR_ID) && number("device") == Some(PCI_DEVICE_ID_STAND_IN)
+        Some((number("vendor")?, number("device")?))
+    }
+
+    fn has_identity(&self) -> bool {
+        self.identity() == Some((PCI_VENDOR_ID, PCI_DEVICE_ID_STAND_IN))
+    }
+
+    /// Whether it may be taken from its kernel driver: a mistyped address must not cost
+    /// the guest its disk or its network.
+    fn check_free(&self) -> Result<(), TransportError> {
+        let address = self.address.clone();
+        if !self.has_identity() {
+            let (vendor, device) = self.identity().unwrap_or_default();
+            return Err(TransportError::OtherDevice { address, vendor, device });
+        }
+        match self.is_in_use() {
+            true => Err(TransportError::InUse { address }),
+            false => Ok(()),
+        }
     }
 
     /// The address with its domain.
@@ -178,10 +197,10 @@ impl PciAccess for SysfsPci {
         self.bars.get(usize::from(bar)).copied().unwrap_or(0)
     }
 
-    fn map_bar(&self, bar: u8, offset: u64, len: usize) -> io::Result<Mapping> {
+    fn map_bar(&self, bar: u8, offset: u64, len: usize) -> io::Result<MappedRange> {
         let path = self.device.folder.join(format!("resource{bar}"));
         let file = OpenOptions::new().read(true).write(true).open(path)?;
-        Mapping::of_file(file, offset, len)
+        MappedRange::of_file(file, offset, len)
     }
 }
 
@@ -211,13 +230,16 @@ impl SysfsTransport {
 }
 
 /// Starts the device at `address`, or the first candidate that is a vhost-pci
-/// device. A candidate that is something else is passed over.
+/// device. A candidate that is something else is passed over. `start` may take the
+/// device from its driver: it only gets one that may be one of ours and is not in use.
 pub(super) fn first_of<T>(
     address: Option<&str>,
     start: impl Fn(PciDevice) -> Result<T, TransportError>,
 ) -> Result<T, TransportError> {
     if let Some(address) = address {
-        return start(PciDevice::at(address)?);
+        let device = PciDevice::at(address)?;
+        device.check_free()?;
+        return start(device);
     }
     let mut tried = Vec::new();
     for device in PciDevice::candidates() {
@@ -274,6 +296,51 @@ mod tests {
                     rubbish\n";
         assert_eq!(bar_lens(text), [0, 0x1000, 0x1_0000_0000, 0, 0, 0]);
         assert_eq!(bar_lens("0x5 0x1 0x0\n0x0 0xffffffffffffffff 0x0"), [0, u64::MAX, 0, 0, 0, 0]);
+    }
+
+    /// A folder like those in sysfs, removed at the end.
+    struct Folder(PathBuf);
+
+    impl Folder {
+        fn new(name: &str, vendor: &str, device: &str) -> Self {
+            let folder = std::env::temp_dir().join(format!("vhost-pci-{name}-{}", std::process::id()));
+            fs::create_dir_all(&folder).unwrap();
+            fs::write(folder.join("vendor"), format!("{vendor}\n")).unwrap();
+            fs::write(folder.join("device"), format!("{device}\n")).unwrap();
+            Self(folder)
+        }
+
+        fn device(&self) -> PciDevice {
+            PciDevice { address: "0000:00:03.0".into(), folder: self.0.clone() }
+        }
+    }
+
+    impl Drop for Folder {
+        fn drop(&mut self) {
+            let _ = fs::remove_dir_all(&self.0);
+        }
+    }
+
+    #[test]
+    fn a_device_of_another_kind_is_not_taken_from_its_driver() {
+        for (name, vendor, device) in [("disk", "0x1af4", "0x1042"), ("card", "0x8086", "0x1066")] {
+            let folder = Folder::new(name, vendor, device);
+            let error = folder.device().check_free().unwrap_err();
+            assert!(matches!(error, TransportError::OtherDevice { .. }), "{error}");
+            assert!(error.to_string().contains(vendor) && error.to_string().contains(device), "{error}");
+        }
+        let empty = Folder::new("empty", "", "");
+        assert!(matches!(empty.device().check_free(), Err(TransportError::OtherDevice { .. })));
+    }
+
+    #[test]
+    fn a_device_that_a_virtio_driver_uses_is_not_taken_from_it() {
+        let folder = Folder::new("used", "0x1af4", "0x1066");
+        // virtio-pci has bound, and no virtio driver wanted it.
+        fs::create_dir_all(folder.0.join("virtio0")).unwrap();
+        folder.device().check_free().unwrap();
+        fs::create_dir_all(folder.0.join("virtio0/driver")).unwrap();
+        assert!(matches!(folder.device().check_free(), Err(TransportError::InUse { .. })));
     }
 
     #[test]

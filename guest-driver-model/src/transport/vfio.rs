@@ -18,9 +18,9 @@ use vhost_pci_device::abi::{DeviceConfig, MAX_VRINGS, PAGE_SIZE, QUEUE_VRING_FIR
 use super::sys::dma::DmaPages;
 use super::sys::event::Event;
 use super::sys::fd::borrow_device;
-use super::sys::mapping::Mapping;
+use super::sys::mapping::MappedRange;
 use super::sysfs::{PciDevice, first_of};
-use super::virtio_pci::{ConfigSpace, Function, PciAccess, Resources, RingPlaces, VirtioPci, config_space};
+use super::virtio_pci::{ConfigSpace, Function, PciAccess, QueuePages, Resources, VirtioPci, config_space};
 use super::{Transport, TransportError};
 use crate::shm::SharedMemory;
 
@@ -83,17 +83,17 @@ impl VfioTransport {
         })?;
         let function = Function::open(&function_access)?;
         let queues = QUEUE_VRING_FIRST + MAX_VRINGS;
-        let len = RingPlaces::pages_for(queues) * PAGE_SIZE as usize;
-        let pages = Mapping::locked_pages(len).map_err(|error| TransportError::RingMemory {
+        let len = QueuePages::pages_for(queues) * PAGE_SIZE as usize;
+        let pages = MappedRange::locked_pages(len).map_err(|error| TransportError::RingMemory {
             address: address.clone(),
             problem: format!("mlock of {len} bytes: {error} (see `ulimit -l`)"),
         })?;
         let pages = DmaPages::new(container, RING_IOVA, pages)
             .map_err(failed("mapping the virtqueues' memory for DMA", " (see `ulimit -l`)"))?;
-        let places = (0..RingPlaces::pages_for(queues) as u64).map(|page| RING_IOVA + page * PAGE_SIZE);
+        let places = (0..QueuePages::pages_for(queues) as u64).map(|page| RING_IOVA + page * PAGE_SIZE);
         let interrupts = enable_msix(device, &address)?;
         let resources = Resources {
-            rings: RingPlaces { pages: places.collect() },
+            rings: QueuePages { pages: places.collect() },
             interrupts,
             keep: Box::new(Keep { _rings: pages, _device: device.clone() }),
         };
@@ -181,7 +181,7 @@ impl PciAccess for VfioPci {
         self.device.get_region_size(bar.into())
     }
 
-    fn map_bar(&self, bar: u8, offset: u64, len: usize) -> io::Result<Mapping> {
+    fn map_bar(&self, bar: u8, offset: u64, len: usize) -> io::Result<MappedRange> {
         let bar = u32::from(bar);
         if self.device.get_region_flags(bar) & VFIO_REGION_INFO_FLAG_MMAP == 0 {
             return Err(io::Error::new(io::ErrorKind::Unsupported, "VFIO does not let this BAR be mapped"));
@@ -194,7 +194,7 @@ impl PciAccess for VfioPci {
         }
         let start =
             self.device.get_region_offset(bar).checked_add(offset).ok_or(io::ErrorKind::InvalidInput)?;
-        Mapping::of_file(borrow_device(&self.device), start, len)
+        MappedRange::of_file(borrow_device(&self.device), start, len)
     }
 }
 

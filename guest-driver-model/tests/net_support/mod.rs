@@ -12,7 +12,7 @@ use guest_driver_model::ring::{DeviceRing, Fault, RingConfig, RingPlaces};
 use guest_driver_model::shm::SharedMemory;
 use guest_driver_model::translate::Translation;
 use nix::sys::memfd::{MFdFlags, memfd_create};
-use vhost_pci_device::abi;
+use vhost_pci_device::abi::{self, DeviceConfig};
 
 pub const IOVA: u64 = 0x40_0000_0000;
 
@@ -123,8 +123,25 @@ impl LinkWriter {
     }
 }
 
+/// The config space of a device with this window.
+pub fn device_config(window: &SharedMemory) -> DeviceConfig {
+    DeviceConfig {
+        magic: abi::CONFIG_MAGIC.into(),
+        version: abi::ABI_VERSION.into(),
+        max_vrings: 8.into(),
+        window_len: window.len().into(),
+        link_offset: abi::LINK_OFFSET.into(),
+        link_len: abi::LINK_LEN.into(),
+        control_offset: abi::CONTROL_OFFSET.into(),
+        control_len: abi::CONTROL_LEN.into(),
+        data_offset: abi::DATA_OFFSET.into(),
+        max_mappings: abi::MAX_MAPPINGS.into(),
+        ..DeviceConfig::default()
+    }
+}
+
 pub fn link_page(window: &SharedMemory) -> LinkPage {
-    LinkPage::new(window.clone(), abi::LINK_OFFSET, abi::LINK_LEN).unwrap()
+    LinkPage::new(window, &device_config(window)).unwrap()
 }
 
 /// An owner's port and a peer's port on one memory.

@@ -16,7 +16,7 @@ use virtio_bindings::virtio_config::VIRTIO_F_VERSION_1;
 
 use super::channel::Window;
 use crate::transport::sys::event::Event;
-use crate::transport::sys::mapping::Mapping;
+use crate::transport::sys::mapping::MappedRange;
 use crate::transport::virtio_pci::initialise::RING_ENTRIES;
 use crate::transport::{BrokerError, parse_config};
 
@@ -40,14 +40,14 @@ pub(super) struct Session {
 struct GuestMemory {
     file: OwnedFd,
     /// The mapping, for its address only.
-    mapping: Mapping,
+    mapping: MappedRange,
 }
 
 impl GuestMemory {
     fn new() -> std::io::Result<Self> {
         let file = memfd_create(c"vhost-pci-model-ram", MFdFlags::MFD_CLOEXEC)?;
         ftruncate(&file, RAM_LEN as i64)?;
-        let mapping = Mapping::of_file(&file, 0, RAM_LEN as usize)?;
+        let mapping = MappedRange::of_file(&file, 0, RAM_LEN as usize)?;
         Ok(Self { file, mapping })
     }
 }

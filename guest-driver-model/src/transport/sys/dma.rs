@@ -4,13 +4,13 @@ use std::sync::Arc;
 
 use vfio_ioctls::{VfioContainer, VfioError};
 
-use super::mapping::Mapping;
+use super::mapping::MappedRange;
 
 /// Locked pages mapped for DMA, taken from the device before they are freed.
 pub struct DmaPages {
     container: Arc<VfioContainer>,
     iova: u64,
-    pages: Option<Mapping>,
+    pages: Option<MappedRange>,
 }
 
 impl DmaPages {
@@ -18,7 +18,7 @@ impl DmaPages {
     ///
     /// # Errors
     /// What the kernel answers to the mapping.
-    pub fn new(container: Arc<VfioContainer>, iova: u64, pages: Mapping) -> Result<Self, VfioError> {
+    pub fn new(container: Arc<VfioContainer>, iova: u64, pages: MappedRange) -> Result<Self, VfioError> {
         // SAFETY: `pages` owns the range and makes no reference into it, and this
         // value keeps it mapped until the DMA mapping is undone (see `drop`), so
         // the device never reaches memory that has become something else.

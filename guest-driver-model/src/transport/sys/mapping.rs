@@ -16,18 +16,18 @@ use crate::shm::SharedMemory;
 
 /// A mapped range, unmapped on drop.
 #[derive(Debug)]
-pub struct Mapping {
+pub struct MappedRange {
     base: NonNull<c_void>,
     len: NonZeroUsize,
 }
 
-// SAFETY: the range belongs to the process, not to a thread, and `Mapping` itself
+// SAFETY: the range belongs to the process, not to a thread, and `MappedRange` itself
 // reads and writes nothing in it. It is unmapped once, by the drop of the value.
-unsafe impl Send for Mapping {}
+unsafe impl Send for MappedRange {}
 // SAFETY: as above; the shared methods only return the address and the length.
-unsafe impl Sync for Mapping {}
+unsafe impl Sync for MappedRange {}
 
-impl Mapping {
+impl MappedRange {
     /// Maps `len` bytes of `file` from `offset`, shared, for loads and stores.
     ///
     /// # Errors
@@ -76,7 +76,7 @@ impl Mapping {
     }
 }
 
-impl Mapping {
+impl MappedRange {
     /// The range as shared memory, which keeps it mapped.
     pub fn shared(self: Arc<Self>) -> SharedMemory {
         let (base, len) = (self.base(), self.len());
@@ -87,10 +87,10 @@ impl Mapping {
     }
 }
 
-impl Drop for Mapping {
+impl Drop for MappedRange {
     fn drop(&mut self) {
         // SAFETY: `base` and `len` are what mmap returned in a constructor, nobody
-        // else unmaps them, and users of the address keep the `Mapping` alive.
+        // else unmaps them, and users of the address keep the `MappedRange` alive.
         // An error would mean that the range is gone already.
         let _ = unsafe { munmap(self.base, self.len.get()) };
     }

@@ -7,20 +7,20 @@
 use std::ptr::NonNull;
 use std::sync::Arc;
 
-use super::mapping::Mapping;
+use super::mapping::MappedRange;
 use crate::transport::virtio_pci::Registers;
 
 /// A range of registers.
 #[derive(Clone, Debug)]
 pub struct Mmio {
-    mapping: Arc<Mapping>,
+    mapping: Arc<MappedRange>,
     offset: usize,
     len: usize,
 }
 
 impl Mmio {
     /// The `len` bytes at `offset` of `mapping`, if they are inside it.
-    pub fn new(mapping: Arc<Mapping>, offset: usize, len: usize) -> Option<Self> {
+    pub fn new(mapping: Arc<MappedRange>, offset: usize, len: usize) -> Option<Self> {
         let inside = offset.checked_add(len).is_some_and(|end| end <= mapping.len());
         inside.then_some(Self { mapping, offset, len })
     }
@@ -89,7 +89,7 @@ mod tests {
 
     #[test]
     fn registers_outside_the_range_are_absent() {
-        let pages = Arc::new(Mapping::locked_pages(4096).unwrap());
+        let pages = Arc::new(MappedRange::locked_pages(4096).unwrap());
         assert!(Mmio::new(pages.clone(), 4000, 97).is_none());
         let mmio = Mmio::new(pages.clone(), 64, 16).unwrap();
         mmio.write32(12, 0x1234_5678);

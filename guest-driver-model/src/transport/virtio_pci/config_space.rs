@@ -3,10 +3,6 @@
 
 use std::io;
 
-/// `PCI_VENDOR_ID`.
-pub const VENDOR_ID: u16 = 0x00;
-/// `PCI_DEVICE_ID`.
-pub const DEVICE_ID: u16 = 0x02;
 /// `PCI_COMMAND`.
 pub const COMMAND: u16 = 0x04;
 /// `PCI_COMMAND_MEMORY`: BARs answer.

@@ -10,7 +10,7 @@ use virtio_bindings::virtio_config::{
 };
 
 use super::Registers;
-use crate::transport::parse_config;
+use crate::transport::{ConfigError, check_config, parse_config};
 
 // struct virtio_pci_common_cfg, offsets in bytes.
 const DEVICE_FEATURE_SELECT: u64 = 0;
@@ -75,6 +75,9 @@ pub enum InitError {
         features: u64,
     },
     /// Step 7.
+    #[error(transparent)]
+    Config(#[from] ConfigError),
+    /// Step 7.
     #[error("the device has {present} virtqueues and {vrings} vrings: start the VMM with num_vqs={}", vrings + 1)]
     Queues {
         /// Queues that the device has.
@@ -118,12 +121,12 @@ pub enum InitError {
 
 /// Bus addresses of the queues' memory: zeroed pages that stay where they are.
 #[derive(Clone, Debug, Default)]
-pub struct RingPlaces {
+pub struct QueuePages {
     /// Bus address of each page.
     pub pages: Vec<u64>,
 }
 
-impl RingPlaces {
+impl QueuePages {
     /// Pages that `queues` virtqueues need.
     pub const fn pages_for(queues: u16) -> usize {
         (queues as u64).div_ceil(RINGS_A_PAGE) as usize
@@ -169,11 +172,28 @@ pub(super) fn read_config<R: Registers>(common: &R, device: &R) -> DeviceConfig 
 }
 
 /// Starts the device: the steps of 3.1.1. With `vectors` MSI-X vectors enabled, or 0
-/// for a driver that polls. On an error the device is left reset or failed.
+/// for a driver that polls. `window_len` is the length of the region that is the window.
+/// On an error the device is reset.
 pub(super) fn start<R: Registers>(
     common: &R,
     device: &R,
-    rings: &RingPlaces,
+    window_len: u64,
+    rings: &QueuePages,
+    vectors: u16,
+) -> Result<Started, InitError> {
+    let started = steps(common, device, window_len, rings, vectors);
+    if started.is_err() {
+        // Queues that are set up already must not point at memory that is freed next.
+        common.write8(DEVICE_STATUS, 0);
+    }
+    started
+}
+
+fn steps<R: Registers>(
+    common: &R,
+    device: &R,
+    window_len: u64,
+    rings: &QueuePages,
     vectors: u16,
 ) -> Result<Started, InitError> {
     // 1. Reset the device, and wait until it says so (4.1.4.3.2).
@@ -194,8 +214,9 @@ pub(super) fn start<R: Registers>(
     if common.read8(DEVICE_STATUS) & FEATURES_OK == 0 {
         return Err(InitError::Features { features });
     }
-    // 7. Device-specific set-up: the virtqueues.
+    // 7. Device-specific set-up: a config space that can be used, then the virtqueues.
     let config = read_config(common, device);
+    check_config(&config, window_len)?;
     let notify_offsets = queues(common, config.max_vrings.value(), rings, vectors)?;
     // 8. The device is live.
     common.write8(DEVICE_STATUS, status | DRIVER_OK);
@@ -235,7 +256,7 @@ fn accept(offered: u64) -> Result<u64, InitError> {
 fn queues<R: Registers>(
     common: &R,
     vrings: u16,
-    rings: &RingPlaces,
+    rings: &QueuePages,
     vectors: u16,
 ) -> Result<Vec<u16>, InitError> {
     let present = common.read16(NUM_QUEUES);

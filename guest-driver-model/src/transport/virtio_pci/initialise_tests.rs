@@ -41,7 +41,7 @@ impl Fake {
     }
 
     fn config() -> Self {
-        Self { config: Some(config_bytes(4 << 20, 2)), ..Self::default() }
+        Self { config: Some(config_bytes(WINDOW, 2)), ..Self::default() }
     }
 
     fn load(&self, at: u64) -> u32 {
@@ -114,14 +114,17 @@ impl Registers for Fake {
     }
 }
 
-fn rings() -> RingPlaces {
-    RingPlaces { pages: vec![0x1_0000_1000] }
+/// Length of the window.
+const WINDOW: u64 = 4 << 20;
+
+fn rings() -> QueuePages {
+    QueuePages { pages: vec![0x1_0000_1000] }
 }
 
 #[test]
 fn a_device_is_started_in_the_order_of_the_specification() {
     let device = Fake::new(Defect::None);
-    let started = start(&device, &Fake::config(), &rings(), 3).unwrap();
+    let started = start(&device, &Fake::config(), WINDOW, &rings(), 3).unwrap();
     assert_eq!(started.config.max_vrings.value(), 2);
     assert_eq!(started.notify_offsets, [0, 10, 20]);
     let state = device.state.borrow();
@@ -146,26 +149,28 @@ fn queues_share_the_last_vector_or_poll() {
     assert_eq!([0, 1, 2].map(|queue| vector_of_queue(queue, 2)), [Some(0), Some(1), Some(1)]);
     assert_eq!(vector_of_queue(0, 0), None);
     let device = Fake::new(Defect::NoVectors);
-    assert!(start(&device, &Fake::config(), &rings(), 0).is_ok());
+    assert!(start(&device, &Fake::config(), WINDOW, &rings(), 0).is_ok());
 }
 
 #[test]
 fn a_defect_is_an_error_of_its_step() {
-    let error = |defect, vectors| start(&Fake::new(defect), &Fake::config(), &rings(), vectors).unwrap_err();
+    let error =
+        |defect, vectors| start(&Fake::new(defect), &Fake::config(), WINDOW, &rings(), vectors).unwrap_err();
     assert_eq!(error(Defect::Legacy, 0), InitError::Legacy { offered: 0x3000_0000 });
     assert_eq!(error(Defect::RefusesFeatures, 0), InitError::Features { features: 3 << 32 });
     assert_eq!(error(Defect::FewQueues, 0), InitError::Queues { present: 2, vrings: 2 });
     assert_eq!(error(Defect::QueueMissing, 0), InitError::NoQueue { queue: 1 });
     assert_eq!(error(Defect::NoVectors, 3), InitError::Vector { queue: 0, vector: 0 });
     assert_eq!(error(Defect::NeverResets, 0), InitError::Reset { status: 0x40 });
-    let none = start(&Fake::new(Defect::None), &Fake::config(), &RingPlaces::default(), 0).unwrap_err();
+    let none =
+        start(&Fake::new(Defect::None), &Fake::config(), WINDOW, &QueuePages::default(), 0).unwrap_err();
     assert_eq!(none, InitError::Rings { queues: 3 });
 }
 
 #[test]
 fn ring_areas_fit_and_do_not_overlap() {
-    let places = RingPlaces { pages: vec![0, 4096, 8192, 12288, 16384] };
-    assert_eq!(RingPlaces::pages_for(65), 5);
+    let places = QueuePages { pages: vec![0, 4096, 8192, 12288, 16384] };
+    assert_eq!(QueuePages::pages_for(65), 5);
     let mut next = 0;
     for queue in 0..65 {
         let [desc, driver, device] = places.of(queue).unwrap();
@@ -173,5 +178,27 @@ fn ring_areas_fit_and_do_not_overlap() {
         assert!(desc >= next && driver >= desc + 16 * entries && device >= driver + 6 + 2 * entries);
         next = device + 6 + 8 * entries;
         assert_eq!(desc / 4096, (next - 1) / 4096, "a queue lies in one page");
+    }
+}
+
+#[test]
+fn a_config_space_that_cannot_be_used_leaves_the_queues_alone() {
+    let device = Fake::new(Defect::None);
+    let foreign = Fake { config: Some([7; CONFIG_LEN]), ..Fake::default() };
+    let error = start(&device, &foreign, WINDOW, &rings(), 3).unwrap_err();
+    assert_eq!(error, InitError::Config(ConfigError::Magic { found: 0x0707_0707 }));
+    // The window that is there is shorter than announced.
+    let error = start(&device, &Fake::config(), WINDOW / 2, &rings(), 3).unwrap_err();
+    assert!(matches!(error, InitError::Config(ConfigError::Window { .. })));
+    assert!(device.state.borrow().queues.is_empty());
+    assert_eq!(device.state.borrow().statuses, [0, 1, 3, 11, 0, 0, 1, 3, 11, 0]);
+}
+
+#[test]
+fn a_device_that_does_not_start_is_reset_before_its_memory_is_freed() {
+    for defect in [Defect::Legacy, Defect::RefusesFeatures, Defect::FewQueues, Defect::QueueMissing] {
+        let device = Fake::new(defect);
+        start(&device, &Fake::config(), WINDOW, &rings(), 0).unwrap_err();
+        assert_eq!(device.state.borrow().statuses.last(), Some(&0));
     }
 }

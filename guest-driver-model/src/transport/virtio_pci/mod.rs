@@ -14,9 +14,9 @@ use vhost_pci_device::abi::{self, DeviceConfig};
 
 pub use self::capability::{Capabilities, CapabilityError, Place};
 pub use self::config_space::ConfigSpace;
-pub use self::initialise::{InitError, RingPlaces};
+pub use self::initialise::{InitError, QueuePages};
 use super::sys::event::Event;
-use super::sys::mapping::Mapping;
+use super::sys::mapping::MappedRange;
 use super::sys::mmio::Mmio;
 use super::{Transport, TransportError, check_config};
 use crate::shm::SharedMemory;
@@ -44,7 +44,7 @@ pub(super) trait PciAccess: ConfigSpace {
     /// Length of a BAR, 0 if there is none.
     fn bar_len(&self, bar: u8) -> u64;
     /// Maps a page-aligned part of a BAR.
-    fn map_bar(&self, bar: u8, offset: u64, len: usize) -> io::Result<Mapping>;
+    fn map_bar(&self, bar: u8, offset: u64, len: usize) -> io::Result<MappedRange>;
 }
 
 /// Where and how a queue is notified.
@@ -69,7 +69,7 @@ pub(super) struct VirtioPci {
 /// What a function needs from its transport to be started.
 pub(super) struct Resources {
     /// Where the device finds the queues' memory.
-    pub rings: RingPlaces,
+    pub rings: QueuePages,
     /// An eventfd for each MSI-X vector in use; empty to poll.
     pub interrupts: Vec<Event>,
     /// Owner of the queues' memory and of the device's files.
@@ -114,8 +114,12 @@ impl Function {
         // a failure leaves the device as it was.
         let window = window(pci, self.capabilities.window)?;
         let vectors = u16::try_from(resources.interrupts.len()).unwrap_or(u16::MAX);
-        let started = initialise::start(&self.common, &self.config, &resources.rings, vectors)
-            .map_err(|source| TransportError::Init { address: address(), source })?;
+        let window_len = self.capabilities.window.len;
+        let started = initialise::start(&self.common, &self.config, window_len, &resources.rings, vectors)
+            .map_err(|error| match error {
+                InitError::Config(source) => TransportError::Config { device: address(), source },
+                source => TransportError::Init { address: address(), source },
+            })?;
         let mut device = VirtioPci {
             name: address(),
             config: started.config,
@@ -136,8 +140,6 @@ impl Function {
             }
             device.doorbells.push(Doorbell { register: self.notify.clone(), at });
         }
-        check_config(&device.config, self.capabilities.window.len)
-            .map_err(|source| TransportError::Config { device: address(), source })?;
         Ok(device)
     }
 }
@@ -197,7 +199,7 @@ fn pages_around(place: Place) -> Option<(u64, usize, usize)> {
     Some((start, len.checked_next_multiple_of(abi::PAGE_SIZE as usize)?, into))
 }
 
-fn map(pci: &dyn PciAccess, place: Place) -> Result<(Mapping, usize), TransportError> {
+fn map(pci: &dyn PciAccess, place: Place) -> Result<(MappedRange, usize), TransportError> {
     let error = |source| TransportError::Bar {
         address: pci.address().to_owned(),
         bar: place.bar,
