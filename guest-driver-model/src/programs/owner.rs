@@ -190,13 +190,7 @@ impl<'a> Owner<'a> {
     }
 
     fn traffic(&self) -> Traffic {
-        let verdicts = self.checkers.iter().map(Checker::verdict);
-        verdicts.fold(self.traffic, |sum, verdict| Traffic {
-            lost: sum.lost + verdict.lost,
-            reordered: sum.reordered + verdict.reordered,
-            corrupted: sum.corrupted + verdict.corrupted,
-            ..sum
-        })
+        self.traffic.judged_by(&self.checkers)
     }
 
     fn connect(&mut self) -> Result<(), ProgramError> {

@@ -75,12 +75,6 @@ impl PeerProgram for Sink {
     }
 
     fn traffic(&self) -> Traffic {
-        let verdicts = self.checkers.iter().map(Checker::verdict);
-        verdicts.fold(self.traffic, |sum, verdict| Traffic {
-            lost: sum.lost + verdict.lost,
-            reordered: sum.reordered + verdict.reordered,
-            corrupted: sum.corrupted + verdict.corrupted,
-            ..sum
-        })
+        self.traffic.judged_by(&self.checkers)
     }
 }

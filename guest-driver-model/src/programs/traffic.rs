@@ -5,6 +5,7 @@ use std::time::{Duration, Instant};
 
 use serde::Serialize;
 
+use super::pattern::Checker;
 use super::wire::Sent;
 
 /// Counters since the program's start. Bytes are those of frames.
@@ -34,6 +35,16 @@ pub struct Traffic {
 }
 
 impl Traffic {
+    /// These counters with what the checkers of the received packets found.
+    pub fn judged_by(self, checkers: &[Checker]) -> Self {
+        checkers.iter().map(Checker::verdict).fold(self, |sum, verdict| Self {
+            lost: sum.lost + verdict.lost,
+            reordered: sum.reordered + verdict.reordered,
+            corrupted: sum.corrupted + verdict.corrupted,
+            ..sum
+        })
+    }
+
     /// Counts what became of frames that were to be sent.
     pub fn count_sent(&mut self, sent: Sent) {
         self.tx_packets += (sent.done - sent.dropped) as u64;

@@ -263,10 +263,6 @@ pub struct LinkContents {
     pub vrings: Vec<vhost_pci_device::abi::Vring>,
 }
 
-/// A command of the peer's driver, out of the control ring.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct ControlCommand(pub vhost_pci_device::abi::ControlRequest);
-
 /// What reaches a link from outside.
 #[derive(Debug)]
 pub enum Event {

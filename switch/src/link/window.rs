@@ -161,8 +161,7 @@ impl Window {
     /// The VMM confirmed change `op`, or refused it.
     ///
     /// # Errors
-    /// When it refused, or confirmed what it was not asked for: the VMM cannot be
-    /// relied on.
+    /// When it refused a change that it should be able to make: it cannot be relied on.
     pub fn confirm(
         &mut self,
         op: OpId,

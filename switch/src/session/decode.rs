@@ -7,7 +7,7 @@ use std::os::fd::AsFd;
 use std::sync::Mutex;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 
-use crossbeam_channel::{Sender, bounded};
+use crossbeam_channel::bounded;
 use nix::sys::uio::pread;
 use vhost::VhostUserMemoryRegionBase;
 use vhost::vhost_user::message::{
@@ -315,6 +315,3 @@ impl VhostUserBackendReqHandler for Decoder {
         self.unsupported("LOG_SHMFD")
     }
 }
-
-/// A question to a link, and where its answer goes.
-pub type Answer = Sender<Reply>;
