@@ -130,8 +130,9 @@ pub const LINK_OFFSET: u64 = 0;
 pub const LINK_LEN: u64 = 64 << 10;
 /// Window offset of the control area.
 pub const CONTROL_OFFSET: u64 = LINK_OFFSET + LINK_LEN;
-/// Length of the control area, bytes.
-pub const CONTROL_LEN: u64 = PAGE_SIZE;
+/// Length of the control area, bytes: most of it is room for what FETCH and STORE
+/// carry (section 9.4).
+pub const CONTROL_LEN: u64 = 256 << 10;
 /// Window offset of the two witness pages (section 6.4): the driver leaves them alone.
 pub const WITNESS_OFFSET: u64 = CONTROL_OFFSET + CONTROL_LEN;
 /// Window offset from which on the owner's memory appears: a multiple of 2 MiB,
@@ -155,6 +156,12 @@ pub const LINK_S_OWNER: u32 = 1 << 0;
 /// [`LinkHeader::status`]: every mapping of the table is in place and the vrings
 /// may be used.
 pub const LINK_S_UP: u32 = 1 << 1;
+/// [`LinkHeader::status`]: the owner has an IOMMU. The table holds what is mapped now;
+/// it changes while the link is up, and [`CTRL_MAP`] asks for what it lacks.
+pub const LINK_S_IOMMU: u32 = 1 << 2;
+/// [`LinkHeader::status`]: ranges that the owner allows one direction of access to
+/// only are not mapped: [`CTRL_FETCH`] and [`CTRL_STORE`] reach them.
+pub const LINK_S_COPY: u32 = 1 << 3;
 
 /// The link page: the header of the link area (section 7.1). Written by the
 /// device only.
@@ -168,7 +175,7 @@ pub struct LinkHeader {
     /// Length of this header, bytes.
     pub header_len: Le16,
     /// Odd while the device changes the link area, even otherwise; larger after
-    /// each change (section 7.2).
+    /// each change but those of the mapping table alone (section 7.2).
     pub generation: Le64,
     /// `LINK_S_*` bits.
     pub status: Le32,
@@ -184,8 +191,11 @@ pub struct LinkHeader {
     pub vring_count: Le32,
     /// Where the vring table starts, bytes from the start of the link area.
     pub vring_table: Le32,
+    /// Odd while the device changes the mapping table or `mapping_count`, even
+    /// otherwise; larger after each change (section 7.2).
+    pub table_generation: Le64,
     /// Zero.
-    pub reserved: [Le64; 2],
+    pub reserved: Le64,
 }
 
 /// Where the device puts the vring table, bytes from the start of the link area.
@@ -204,6 +214,7 @@ const _: () = {
     assert!(offset_of!(LinkHeader, features) == 24);
     assert!(offset_of!(LinkHeader, mapping_count) == 32);
     assert!(offset_of!(LinkHeader, vring_count) == 40);
+    assert!(offset_of!(LinkHeader, table_generation) == 48);
     assert!(MAPPING_TABLE as u64 + MAX_MAPPINGS as u64 * 32 <= LINK_LEN);
     assert!(VRING_TABLE as usize + MAX_VRINGS as usize * size_of::<Vring>() <= MAPPING_TABLE as usize);
 };
@@ -268,15 +279,15 @@ const _: () = {
 // --- 9 The control ring ---------------------------------------------------------------
 
 /// Entries of the control ring (section 9.1).
-pub const CONTROL_RING_SIZE: u16 = 16;
+pub const CONTROL_RING_SIZE: u16 = 64;
 /// Descriptor table of the control ring, bytes from the start of the control area.
 pub const CONTROL_DESC: u64 = 0;
 /// Available ring of the control ring, bytes from the start of the control area.
-pub const CONTROL_AVAIL: u64 = 256;
+pub const CONTROL_AVAIL: u64 = 1024;
 /// Used ring of the control ring, bytes from the start of the control area.
-pub const CONTROL_USED: u64 = 320;
+pub const CONTROL_USED: u64 = 1280;
 /// From here to its mark the control area is the driver's, for buffers.
-pub const CONTROL_BUFFERS: u64 = 512;
+pub const CONTROL_BUFFERS: u64 = 2048;
 /// The driver's mark, 8 bytes: bytes from the *end* of the control area (section 9.1).
 pub const CONTROL_MARK_FROM_END: u64 = 8;
 
@@ -295,6 +306,21 @@ pub const CTRL_DETACH: u16 = 2;
 /// [`ControlRequest::command`]: the driver found a vring broken and stopped
 /// serving it; `kind` is a `FAULT_*` number and `value` what was seen.
 pub const CTRL_FAULT: u16 = 3;
+
+/// [`ControlRequest::command`]: the driver needs the `len` bytes from the IOVA in
+/// `value` on in the window, for the `ACCESS_*` in `flags` (section 9.4).
+pub const CTRL_MAP: u16 = 4;
+/// [`ControlRequest::command`]: copy the `len` bytes from the IOVA in `value` on into
+/// the device-writable part of the chain, behind the response (section 9.4).
+pub const CTRL_FETCH: u16 = 5;
+/// [`ControlRequest::command`]: copy the `len` bytes behind the request in the
+/// device-readable part of the chain to the IOVA in `value` (section 9.4).
+pub const CTRL_STORE: u16 = 6;
+
+/// The most bytes of one [`CTRL_FETCH`] or [`CTRL_STORE`].
+pub const MAX_COPY: u32 = 64 << 10;
+/// The most bytes of one [`CTRL_MAP`].
+pub const MAX_MAP: u64 = 1 << 20;
 
 /// [`ControlRequest::flags`] of [`CTRL_ATTACH`]: the driver waits for interrupts.
 /// Without it, it polls.
@@ -316,6 +342,8 @@ pub struct ControlRequest {
     pub reserved: Le32,
     /// What the command carries.
     pub value: Le64,
+    /// Bytes that the command is about; 0 where it is about none.
+    pub len: Le64,
 }
 
 /// [`ControlResponse::status`]: done.
@@ -326,6 +354,20 @@ pub const CTRL_UNKNOWN: u32 = 1;
 pub const CTRL_INVALID: u32 = 2;
 /// [`ControlResponse::status`]: the generation is not the current one.
 pub const CTRL_STALE: u32 = 3;
+/// [`ControlResponse::status`]: the owner's IOMMU does not allow the access.
+pub const CTRL_DENIED: u32 = 4;
+/// [`ControlResponse::status`] of [`CTRL_MAP`]: allowed, but this device cannot map it
+/// with its access: FETCH or STORE reach it.
+pub const CTRL_COPY: u32 = 5;
+/// [`ControlResponse::status`]: too many denials lately; the owner was not asked.
+pub const CTRL_BUSY: u32 = 6;
+/// [`ControlResponse::status`]: the window has no room for it.
+pub const CTRL_NO_ROOM: u32 = 7;
+/// [`ControlResponse::status`]: the owner's side did not answer, or left.
+pub const CTRL_FAILED: u32 = 8;
+
+/// [`ControlResponse::flags`]: the mapping table has changed since the command before.
+pub const RESPONSE_F_TABLE: u32 = 1 << 0;
 
 /// The device-writable part of a control buffer (section 9.2).
 #[repr(C)]
@@ -333,13 +375,14 @@ pub const CTRL_STALE: u32 = 3;
 pub struct ControlResponse {
     /// `CTRL_OK` or another result.
     pub status: Le32,
-    /// Zero.
-    pub reserved: Le32,
+    /// `RESPONSE_F_*` bits.
+    pub flags: Le32,
 }
 
 const _: () = {
-    assert!(size_of::<ControlRequest>() == 24);
+    assert!(size_of::<ControlRequest>() == 32);
     assert!(offset_of!(ControlRequest, value) == 16);
+    assert!(offset_of!(ControlRequest, len) == 24);
     assert!(size_of::<ControlResponse>() == 8);
 };
 

@@ -74,7 +74,7 @@ impl ControlRing {
                 .map_err(|_| "a command is shorter than its structure".to_owned())?;
             let request = abi::ControlRequest::read_from_bytes(&bytes)
                 .map_err(|_| "a command is shorter than its structure".to_owned())?;
-            let response = abi::ControlResponse { status: answer(&request).into(), reserved: 0.into() };
+            let response = abi::ControlResponse { status: answer(&request).into(), flags: 0.into() };
             std::io::Write::write_all(&mut writer, response.as_bytes())
                 .map_err(|_| "there is no room for the response".to_owned())?;
             let len = size_of::<abi::ControlResponse>() as u32;
