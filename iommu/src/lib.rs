@@ -14,6 +14,9 @@
 //! 3. [`WindowLayout`]: where each mapped range appears in the peer's window.
 //! 4. [`difference`]: the maps and unmaps that lead from one layout to the next.
 //!
+//! [`virtio_iommu`] is an IOMMU itself, for who plays the owner's VMM: what its
+//! requests map, the owner's front-end tells the broker.
+//!
 //! A handle `R` (an index, an `Arc` with an identity) needs `Clone` and
 //! `PartialEq` only. Two equal handles must mean the same file; one file that comes
 //! under two unequal handles is merely mapped anew.
@@ -58,9 +61,10 @@ mod diff;
 mod layout;
 mod map;
 mod memory;
+pub mod virtio_iommu;
 
 pub use address::{Address, FrontendVa, Gpa, Iova, LookupError, PAGE_SIZE, Span, SpanError, WindowOffset};
 pub use diff::{Change, difference};
 pub use layout::{GeometryError, LARGE_PAGE_SIZE, LayoutError, Placement, WindowGeometry, WindowLayout};
-pub use map::{Access, IovaMap, MapError, MappedRange, TranslateError};
+pub use map::{Access, IovaMap, MapError, MappedRange, Piece, TranslateError};
 pub use memory::{Backing, MemoryError, MemoryTable, NewRegion, Place, Region, RegionField};

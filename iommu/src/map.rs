@@ -96,6 +96,15 @@ impl<R> MappedRange<R> {
     }
 }
 
+/// A part of an access: wholly inside one mapped range.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Piece<R> {
+    /// Where its first byte is.
+    pub backing: Backing<R>,
+    /// Length, bytes; never 0.
+    pub len: u64,
+}
+
 /// What is wrong with a change to the map.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Error)]
 pub enum MapError {
@@ -237,6 +246,29 @@ impl<R: Clone + PartialEq> IovaMap<R> {
             return Err(TranslateError::Access { span, wanted, allowed: range.access });
         }
         Ok(Backing { handle: range.backing.handle.clone(), offset: range.backing.offset + offset })
+    }
+
+    /// Where the device finds the `len` bytes from `iova` on, for this access, as
+    /// pieces in the order of the bytes: one for each mapped range that they go
+    /// through, each of which is looked up and allows the access by itself. Refuses
+    /// the whole access if a byte is not mapped or not allowed; the error then names
+    /// what was left of the access there.
+    pub fn pieces(&self, iova: Iova, len: u64, wanted: Access) -> Result<Vec<Piece<R>>, TranslateError> {
+        let mut span = Span::new(iova, len).map_err(LookupError::from)?;
+        let mut pieces = Vec::new();
+        loop {
+            let range = self.range_at(span.start()).ok_or(LookupError::Unknown { span })?;
+            let part = range.iova.intersection(span).ok_or(LookupError::Unknown { span })?;
+            let offset = offset_in(range.iova, part)?;
+            if !range.access.allows(wanted) {
+                return Err(TranslateError::Access { span: part, wanted, allowed: range.access });
+            }
+            let handle = range.backing.handle.clone();
+            let backing = Backing { handle, offset: range.backing.offset + offset };
+            pieces.push(Piece { backing, len: part.len() });
+            let Some(rest) = span.at(part.len()) else { return Ok(pieces) };
+            span = Span::new(rest, span.len() - part.len()).map_err(LookupError::from)?;
+        }
     }
 
     /// The mapped range that has `iova` in it.

@@ -5,6 +5,7 @@
 
 mod map;
 mod memory;
+mod virtio_iommu;
 mod window;
 
 use iommu::{Access, Backing, Iova, MapError, MappedRange, Span, WindowOffset};

@@ -2,7 +2,7 @@
 
 use iommu::{
     Access, Backing, FrontendVa, Gpa, Iova, IovaMap, LookupError, MapError, MappedRange, MemoryTable,
-    NewRegion, SpanError, TranslateError,
+    NewRegion, Piece, SpanError, TranslateError,
 };
 
 use crate::{TOP_PAGE, iova, range, try_range};
@@ -82,6 +82,24 @@ fn translation_stops_at_the_end_of_a_range() {
     let error = map.translate(Iova::new(0x2fff), 2, Access::Read).unwrap_err();
     let (span, entry) = (iova(0x2fff, 2), iova(0x1000, 0x2000));
     assert_eq!(error, LookupError::Crosses { span, entry }.into());
+}
+
+#[test]
+fn pieces_go_over_neighbours_and_check_each() {
+    let mut map = map();
+    let read_only = MappedRange::new(iova(0x4000, 0x1000), Access::Read, Backing { handle: 'B', offset: 0 });
+    map.insert(read_only.unwrap()).unwrap();
+    let found = map.pieces(Iova::new(0x2ff0), 0x1020, Access::Read).unwrap();
+    let piece = |handle, offset, len| Piece { backing: Backing { handle, offset }, len };
+    assert_eq!(found, [piece('A', 0x1ff0, 0x10), piece('A', 0x2000, 0x1000), piece('B', 0, 0x10)]);
+    let error = map.pieces(Iova::new(0x2ff0), 0x1020, Access::Write).unwrap_err();
+    let (span, wanted, allowed) = (iova(0x4000, 0x10), Access::Write, Access::Read);
+    assert_eq!(error, TranslateError::Access { span, wanted, allowed });
+    let error = map.pieces(Iova::new(0x4ff0), 0x20, Access::Read).unwrap_err();
+    assert_eq!(error, LookupError::Unknown { span: iova(0x5000, 0x10) }.into());
+    assert_eq!(map.pieces(Iova::new(u64::MAX), 1, Access::Read).unwrap(), [piece('A', 0x8fff, 1)]);
+    assert!(map.pieces(Iova::new(u64::MAX), 2, Access::Read).is_err());
+    assert!(map.pieces(Iova::new(0x1000), 0, Access::Read).is_err());
 }
 
 #[test]

@@ -6,6 +6,7 @@
 mod map;
 mod memory;
 mod span;
+mod virtio_iommu;
 mod window;
 
 use proptest::prelude::{Just, Strategy, prop_oneof};

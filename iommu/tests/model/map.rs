@@ -113,6 +113,20 @@ proptest! {
                 .filter(|page| one && page.access.allows(wanted))
                 .map(|page| Backing { handle: page.file, offset: page.offset + within });
             prop_assert_eq!(map.translate(Iova::new(start), len, wanted).ok(), expected);
+            // The same access as pieces: each page by itself, whatever it came with.
+            let found = map.pieces(Iova::new(start), len, wanted).ok().map(|pieces| {
+                let bytes = pieces.iter().flat_map(|piece| {
+                    (0..piece.len).map(|at| (piece.backing.handle, piece.backing.offset + at))
+                });
+                bytes.collect::<Vec<_>>()
+            });
+            let byte = |at: u128| {
+                let page = model.get(&(at / u128::from(PAGE)))?;
+                let within = u64::try_from(at % u128::from(PAGE)).unwrap();
+                page.access.allows(wanted).then_some((page.file, page.offset + within))
+            };
+            let bytes = units(start, len, 1);
+            prop_assert_eq!(found, bytes.and_then(|bytes| bytes.into_iter().map(byte).collect()));
             prop_assert_eq!(
                 map.range_at(Iova::new(start)).is_some(),
                 model.contains_key(&u128::from(start / PAGE))
