@@ -7,6 +7,7 @@ use crate::control::ControlError;
 use crate::link::LinkError;
 use crate::net::LayoutError;
 use crate::owner::OwnerError;
+use crate::ring::DriverFault;
 use crate::shm::ShmError;
 use crate::transport::TransportError;
 
@@ -58,6 +59,9 @@ pub enum ProgramError {
     /// As above.
     #[error(transparent)]
     Memory(#[from] ShmError),
+    /// The device broke a ring.
+    #[error(transparent)]
+    Ring(#[from] DriverFault),
     /// The tap interface cannot be had.
     #[error("tap interface {name}: {step}: {source}{advice}")]
     Tap {

@@ -6,6 +6,8 @@
 //! | [`tap`], [`echo`], [`sink`], [`generate`] | a peer's work on packets |
 //! | [`show`] | prints what the device and the link look like |
 //! | [`owner`] | an owner without a VM |
+//! | [`vfio_owner`] | an owner's driver in its guest, behind the guest's IOMMU |
+//! | [`confine`] | try whether a peer is confined to what its owner maps |
 //! | [`peer_loop`] | the main loop of the peers |
 //! | [`device`], [`wire`], [`waiting`], [`stop`], [`traffic`], [`quiet`] | its parts |
 //! | [`pattern`], [`source`] | packets that can be checked |
@@ -14,6 +16,7 @@
 //! means that the program did what it was asked until it was asked to end; packets
 //! lost or corrupted are in the counters, not in the status.
 
+pub mod confine;
 pub mod device;
 pub mod echo;
 mod error;
@@ -30,6 +33,7 @@ pub mod stop;
 mod sys;
 pub mod tap;
 pub mod traffic;
+pub mod vfio_owner;
 pub mod waiting;
 pub mod wire;
 
@@ -65,6 +69,8 @@ pub enum Program {
     Show(show::ShowArgs),
     /// Be an owner without a VM
     Owner(owner::OwnerArgs),
+    /// Be the driver of an owner's network card, through VFIO in its guest
+    VfioOwner(vfio_owner::VfioOwnerArgs),
 }
 
 impl Program {
@@ -80,6 +86,7 @@ impl Program {
             Self::Gen(args) => generate::run(args),
             Self::Show(args) => show::run(args),
             Self::Owner(args) => owner::run(args),
+            Self::VfioOwner(args) => vfio_owner::run(args),
         }
     }
 }

@@ -3,8 +3,9 @@
 use std::io;
 use std::path::PathBuf;
 
-use vhost_pci_device::abi::{ABI_VERSION, CONFIG_MAGIC, PCI_DEVICE_ID_STAND_IN, PCI_VENDOR_ID};
+use vhost_pci_device::abi::{ABI_VERSION, CONFIG_MAGIC, PCI_VENDOR_ID};
 
+use super::sysfs::Kind;
 use super::virtio_pci::{CapabilityError, InitError};
 
 /// Why the contents of a config space cannot be used.
@@ -59,10 +60,12 @@ pub enum ConfigError {
 pub enum TransportError {
     /// No function with the device's PCI identity, or none that is ours.
     #[error(
-        "no vhost-pci device found: none of the PCI devices {tried:?} is one. Is the VM started with \
-         `-device vhost-user-test-device-pci,virtio-id=38,...` and is /sys mounted?"
+        "no {} found: none of the PCI devices {tried:?} is a free one. Is the VM started with `-device {}` and \
+         is /sys mounted?", kind.name(), kind.qemu_device()
     )]
     NotFound {
+        /// What was looked for.
+        kind: Kind,
         /// Addresses of the devices with the right vendor and device number.
         tried: Vec<String>,
     },
@@ -74,12 +77,14 @@ pub enum TransportError {
     },
     /// What was given is another device, which is left alone.
     #[error(
-        "{address}: this is PCI device {vendor:#06x}:{device:#06x}, not {PCI_VENDOR_ID:#06x}:\
-         {PCI_DEVICE_ID_STAND_IN:#06x}: no vhost-pci device, so it stays with its driver"
+        "{address}: this is PCI device {vendor:#06x}:{device:#06x}, not {PCI_VENDOR_ID:#06x}:{:#06x}: no {}, so it \
+         stays with its driver", kind.device_id(), kind.name()
     )]
     OtherDevice {
         /// PCI address of the device.
         address: String,
+        /// What was looked for.
+        kind: Kind,
         /// Its vendor; 0 if it cannot be read.
         vendor: u16,
         /// Its device number; 0 if it cannot be read.

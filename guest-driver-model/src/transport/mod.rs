@@ -6,8 +6,10 @@
 //! | [`vfio`] | a PCI device in a guest, through VFIO, with interrupts |
 //! | [`model`] | no VM: a model of the peer's VMM connects to the broker |
 //!
-//! [`virtio_pci`] is what the first two share. Rings and packets are not known here.
+//! [`virtio_pci`] is what the first two share. [`card`] is no vhost-pci device but the
+//! other end: an owner's network card. Rings and packets are not known here.
 
+pub mod card;
 pub mod error;
 pub mod model;
 pub mod ring_memory;

@@ -21,6 +21,45 @@ use crate::shm::SharedMemory;
 /// Where Linux shows PCI functions.
 const DEVICES: &str = "/sys/bus/pci/devices";
 
+/// A network card without a legacy interface: 0x1040 and its virtio device number, 1
+/// (virtio 1.3, 4.1.2).
+const PCI_DEVICE_ID_NETWORK: u16 = 0x1041;
+
+/// What a driver of this crate takes from the kernel.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Kind {
+    /// A vhost-pci device: the peer's.
+    VhostPci,
+    /// A virtio network card, without its legacy interface: an owner's.
+    NetworkCard,
+}
+
+impl Kind {
+    /// The PCI device number; the vendor is always [`PCI_VENDOR_ID`].
+    pub const fn device_id(self) -> u16 {
+        match self {
+            Self::VhostPci => PCI_DEVICE_ID_STAND_IN,
+            Self::NetworkCard => PCI_DEVICE_ID_NETWORK,
+        }
+    }
+
+    /// In an error's words.
+    pub const fn name(self) -> &'static str {
+        match self {
+            Self::VhostPci => "vhost-pci device",
+            Self::NetworkCard => "virtio network card",
+        }
+    }
+
+    /// What makes QEMU have one.
+    pub const fn qemu_device(self) -> &'static str {
+        match self {
+            Self::VhostPci => "vhost-user-test-device-pci,virtio-id=38,...",
+            Self::NetworkCard => "virtio-net-pci,disable-legacy=on,...",
+        }
+    }
+}
+
 /// A function's folder in sysfs.
 #[derive(Clone, Debug)]
 pub struct PciDevice {
@@ -45,14 +84,14 @@ impl PciDevice {
         Ok(Self { address: full, folder })
     }
 
-    /// Every function with the device's vendor and device number, by address. Which
-    /// of them is a vhost-pci device, only its config space tells.
-    pub fn candidates() -> Vec<Self> {
+    /// Every function with the kind's vendor and device number, by address. Which of
+    /// them is a vhost-pci device, only its config space tells.
+    pub fn candidates(kind: Kind) -> Vec<Self> {
         let mut found: Vec<_> = fs::read_dir(DEVICES)
             .into_iter()
             .flatten()
             .filter_map(|entry| Self::at(entry.ok()?.file_name().to_str()?).ok())
-            .filter(Self::has_identity)
+            .filter(|device| device.is_of(kind))
             .collect();
         found.sort_by(|one, other| one.address.cmp(&other.address));
         found
@@ -67,17 +106,17 @@ impl PciDevice {
         Some((number("vendor")?, number("device")?))
     }
 
-    fn has_identity(&self) -> bool {
-        self.identity() == Some((PCI_VENDOR_ID, PCI_DEVICE_ID_STAND_IN))
+    fn is_of(&self, kind: Kind) -> bool {
+        self.identity() == Some((PCI_VENDOR_ID, kind.device_id()))
     }
 
     /// Whether it may be taken from its kernel driver: a mistyped address must not cost
     /// the guest its disk or its network.
-    fn check_free(&self) -> Result<(), TransportError> {
+    fn check_free(&self, kind: Kind) -> Result<(), TransportError> {
         let address = self.address.clone();
-        if !self.has_identity() {
+        if !self.is_of(kind) {
             let (vendor, device) = self.identity().unwrap_or_default();
-            return Err(TransportError::OtherDevice { address, vendor, device });
+            return Err(TransportError::OtherDevice { address, kind, vendor, device });
         }
         match self.is_in_use() {
             true => Err(TransportError::InUse { address }),
@@ -213,7 +252,7 @@ impl SysfsTransport {
     /// # Errors
     /// If there is none, it is no vhost-pci device, or it does not start.
     pub fn open(address: Option<&str>) -> Result<Self, TransportError> {
-        first_of(address, Self::start)
+        first_of(Kind::VhostPci, address, Self::start)
     }
 
     fn start(device: PciDevice) -> Result<Self, TransportError> {
@@ -229,20 +268,21 @@ impl SysfsTransport {
     }
 }
 
-/// Starts the device at `address`, or the first candidate that is a vhost-pci
-/// device. A candidate that is something else is passed over. `start` may take the
-/// device from its driver: it only gets one that may be one of ours and is not in use.
+/// Starts the device at `address`, or the first candidate that is of the kind. One
+/// that turns out to be something else is passed over. `start` may take the device from
+/// its driver: it only gets one that may be one of ours and is not in use.
 pub(super) fn first_of<T>(
+    kind: Kind,
     address: Option<&str>,
     start: impl Fn(PciDevice) -> Result<T, TransportError>,
 ) -> Result<T, TransportError> {
     if let Some(address) = address {
         let device = PciDevice::at(address)?;
-        device.check_free()?;
+        device.check_free(kind)?;
         return start(device);
     }
     let mut tried = Vec::new();
-    for device in PciDevice::candidates() {
+    for device in PciDevice::candidates(kind) {
         tried.push(device.address.clone());
         if device.is_in_use() {
             continue;
@@ -254,7 +294,7 @@ pub(super) fn first_of<T>(
             result => return result,
         }
     }
-    Err(TransportError::NotFound { tried })
+    Err(TransportError::NotFound { kind, tried })
 }
 
 impl Transport for SysfsTransport {
@@ -325,12 +365,12 @@ mod tests {
     fn a_device_of_another_kind_is_not_taken_from_its_driver() {
         for (name, vendor, device) in [("disk", "0x1af4", "0x1042"), ("card", "0x8086", "0x1066")] {
             let folder = Folder::new(name, vendor, device);
-            let error = folder.device().check_free().unwrap_err();
+            let error = folder.device().check_free(Kind::VhostPci).unwrap_err();
             assert!(matches!(error, TransportError::OtherDevice { .. }), "{error}");
             assert!(error.to_string().contains(vendor) && error.to_string().contains(device), "{error}");
         }
         let empty = Folder::new("empty", "", "");
-        assert!(matches!(empty.device().check_free(), Err(TransportError::OtherDevice { .. })));
+        assert!(matches!(empty.device().check_free(Kind::VhostPci), Err(TransportError::OtherDevice { .. })));
     }
 
     #[test]
@@ -338,9 +378,9 @@ mod tests {
         let folder = Folder::new("used", "0x1af4", "0x1066");
         // virtio-pci has bound, and no virtio driver wanted it.
         fs::create_dir_all(folder.0.join("virtio0")).unwrap();
-        folder.device().check_free().unwrap();
+        folder.device().check_free(Kind::VhostPci).unwrap();
         fs::create_dir_all(folder.0.join("virtio0/driver")).unwrap();
-        assert!(matches!(folder.device().check_free(), Err(TransportError::InUse { .. })));
+        assert!(matches!(folder.device().check_free(Kind::VhostPci), Err(TransportError::InUse { .. })));
     }
 
     #[test]

@@ -19,10 +19,11 @@ use super::sys::dma::DmaPages;
 use super::sys::event::Event;
 use super::sys::fd::borrow_device;
 use super::sys::mapping::MappedRange;
-use super::sysfs::{PciDevice, first_of};
+use super::sysfs::{Kind, PciDevice, first_of};
 use super::virtio_pci::{ConfigSpace, Function, PciAccess, QueuePages, Resources, VirtioPci, config_space};
 use super::{Transport, TransportError};
 use crate::shm::SharedMemory;
+use crate::translate::Access;
 
 /// The kernel driver that gives a device to VFIO.
 const DRIVER: &str = "vfio-pci";
@@ -36,9 +37,10 @@ const NODE_TIME: Duration = Duration::from_secs(2);
 pub struct VfioTransport(VirtioPci);
 
 /// A VFIO device as a PCI function.
-struct VfioPci {
+pub(super) struct VfioPci {
     address: String,
     device: Arc<VfioDevice>,
+    container: Arc<VfioContainer>,
 }
 
 /// What must outlive the device's work, in this order of release.
@@ -47,18 +49,11 @@ struct Keep {
     _device: Arc<VfioDevice>,
 }
 
-impl VfioTransport {
-    /// Starts the device at a PCI address, or, for `None`, the first vhost-pci device.
-    /// Binds it to vfio-pci if it is not.
-    ///
-    /// # Errors
-    /// If there is none, VFIO cannot have it, or it does not start.
-    pub fn open(address: Option<&str>) -> Result<Self, TransportError> {
-        first_of(address, Self::start)
-    }
-
-    fn start(pci: PciDevice) -> Result<Self, TransportError> {
-        bind(&pci)?;
+impl VfioPci {
+    /// Opens a device, with bus mastering enabled and a container, an empty IO address
+    /// space, of its own. Binds it to vfio-pci if it is not.
+    pub(super) fn open(pci: &PciDevice) -> Result<Self, TransportError> {
+        bind(pci)?;
         let address = pci.address().to_owned();
         let failed = |step, advice| {
             let address = address.clone();
@@ -73,31 +68,64 @@ impl VfioTransport {
             " (every device of its IOMMU group must be bound to vfio-pci or to no driver, nobody else may use it, \
              and the platform must remap interrupts: intremap=on)",
         ))?;
-        let function_access = VfioPci { address: address.clone(), device: Arc::new(device) };
-        let device = &function_access.device;
-        // VFIO enables memory, but not bus mastering: without it no MSI-X arrives.
-        config_space::enable(&function_access).map_err(|source| TransportError::Event {
-            device: address.clone(),
+        let opened = Self { address, device: Arc::new(device), container };
+        // VFIO enables memory, but not bus mastering: without it neither DMA nor MSI-X
+        // arrives.
+        config_space::enable(&opened).map_err(|source| TransportError::Event {
+            device: opened.address.clone(),
             what: "enabling bus mastering through VFIO",
             source,
         })?;
-        let function = Function::open(&function_access)?;
-        let queues = QUEUE_VRING_FIRST + MAX_VRINGS;
-        let len = QueuePages::pages_for(queues) * PAGE_SIZE as usize;
-        let pages = MappedRange::locked_pages(len).map_err(|error| TransportError::RingMemory {
-            address: address.clone(),
+        Ok(opened)
+    }
+
+    /// Lets the device reach pages at a bus address.
+    pub(super) fn map_dma(
+        &self,
+        iova: u64,
+        pages: Arc<MappedRange>,
+        access: Access,
+    ) -> Result<DmaPages, TransportError> {
+        DmaPages::new(self.container.clone(), iova, pages, access).map_err(|source| TransportError::Vfio {
+            address: self.address.clone(),
+            step: "mapping memory for DMA",
+            source,
+            advice: " (see `ulimit -l`)",
+        })
+    }
+
+    /// Zeroed pages that stay in memory.
+    pub(super) fn locked_pages(&self, len: usize) -> Result<Arc<MappedRange>, TransportError> {
+        MappedRange::locked_pages(len).map(Arc::new).map_err(|error| TransportError::RingMemory {
+            address: self.address.clone(),
             problem: format!("mlock of {len} bytes: {error} (see `ulimit -l`)"),
-        })?;
-        let pages = DmaPages::new(container, RING_IOVA, pages)
-            .map_err(failed("mapping the virtqueues' memory for DMA", " (see `ulimit -l`)"))?;
-        let places = (0..QueuePages::pages_for(queues) as u64).map(|page| RING_IOVA + page * PAGE_SIZE);
-        let interrupts = enable_msix(device, &address)?;
+        })
+    }
+}
+
+impl VfioTransport {
+    /// Starts the device at a PCI address, or, for `None`, the first vhost-pci device.
+    /// Binds it to vfio-pci if it is not.
+    ///
+    /// # Errors
+    /// If there is none, VFIO cannot have it, or it does not start.
+    pub fn open(address: Option<&str>) -> Result<Self, TransportError> {
+        first_of(Kind::VhostPci, address, Self::start)
+    }
+
+    fn start(pci: PciDevice) -> Result<Self, TransportError> {
+        let opened = VfioPci::open(&pci)?;
+        let function = Function::open(&opened)?;
+        let pages = QueuePages::pages_for(QUEUE_VRING_FIRST + MAX_VRINGS) as u64;
+        let memory = opened.locked_pages((pages * PAGE_SIZE) as usize)?;
+        let rings = opened.map_dma(RING_IOVA, memory, Access::READ_WRITE)?;
+        let places = (0..pages).map(|page| RING_IOVA + page * PAGE_SIZE);
         let resources = Resources {
             rings: QueuePages { pages: places.collect() },
-            interrupts,
-            keep: Box::new(Keep { _rings: pages, _device: device.clone() }),
+            interrupts: enable_msix(&opened.device, &opened.address)?,
+            keep: Box::new(Keep { _rings: rings, _device: opened.device.clone() }),
         };
-        function.start(&function_access, resources).map(Self)
+        function.start(&opened, resources).map(Self)
     }
 }
 

@@ -46,9 +46,9 @@ pub struct Place {
     pub len: u64,
 }
 
-/// Where the structures of a vhost-pci function are.
+/// Where the structures are that every virtio function has.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct Capabilities {
+pub struct Structures {
     /// Common configuration.
     pub common: Place,
     /// Notification area.
@@ -57,6 +57,13 @@ pub struct Capabilities {
     pub notify_off_multiplier: u32,
     /// Device-specific configuration.
     pub device: Place,
+}
+
+/// Where the structures of a vhost-pci function are.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Capabilities {
+    /// Those of every function.
+    pub structures: Structures,
     /// The window: the shared-memory region with id [`SHMID_WINDOW`].
     pub window: Place,
 }
@@ -98,48 +105,51 @@ pub enum CapabilityError {
     },
 }
 
-impl Capabilities {
-    /// Reads the capability list. `bars` are the lengths of the six BARs.
+impl Structures {
+    /// Reads the capability list of a function with at least `device_len` bytes of
+    /// device-specific configuration. `bars` are the lengths of the six BARs.
     ///
     /// Of each kind the first that can be used counts; unknown kinds and reserved
     /// BAR numbers are skipped (4.1.4).
     ///
     /// # Errors
     /// If the list or one of the structures is missing or impossible.
+    pub fn read<C: ConfigSpace + ?Sized>(
+        space: &C,
+        bars: &[u64; 6],
+        device_len: u64,
+    ) -> Result<Self, CapabilityError> {
+        Found::read(space)?.structures(bars, device_len)
+    }
+}
+
+impl Capabilities {
+    /// As [`Structures::read`], of a vhost-pci function.
+    ///
+    /// # Errors
+    /// As [`Structures::read`].
     pub fn read<C: ConfigSpace + ?Sized>(space: &C, bars: &[u64; 6]) -> Result<Self, CapabilityError> {
-        let space = Reader(|offset, bytes: &mut [u8]| space.read(offset, bytes));
-        let mut found = Found::default();
-        for at in space.list()? {
-            space.structure(at, &mut found)?;
-        }
-        let missing = |what, advice| CapabilityError::Missing { what, advice };
-        let (notify, notify_off_multiplier) = found.notify.ok_or(missing("notify", ""))?;
-        let capabilities = Self {
-            common: found.common.ok_or(missing("common configuration", ""))?,
-            notify,
-            notify_off_multiplier,
-            device: found.device.ok_or(missing("device configuration", ": is config_size=64 given to QEMU?"))?,
-            window: found.window.ok_or(missing(
-                "shared-memory",
-                ": the back-end announced no window. Is it a vhost-pci-switch, and does the VMM speak SHMEM_MAP \
-                 (QEMU 11.1 or later)?",
-            ))?,
-        };
-        let check = |what, place: Place, least| {
-            let bar_len = bars.get(usize::from(place.bar)).copied().unwrap_or(0);
-            let inside = place.offset.checked_add(place.len).is_some_and(|end| end <= bar_len);
-            // 4.1.4: the structures are 4-byte aligned (the notify area may be 2).
-            if inside && place.len >= least && place.offset.is_multiple_of(2) {
-                Ok(())
-            } else {
-                Err(CapabilityError::Place { what, place, bar_len })
-            }
-        };
-        check("common configuration", capabilities.common, COMMON_LEN)?;
-        check("notify area", capabilities.notify, 2)?;
-        check("device configuration", capabilities.device, CONFIG_LEN)?;
-        check("window", capabilities.window, vhost_pci_device::abi::PAGE_SIZE)?;
-        Ok(capabilities)
+        let found = Found::read(space)?;
+        let structures = found.structures(bars, CONFIG_LEN)?;
+        let window = found.window.ok_or(CapabilityError::Missing {
+            what: "shared-memory",
+            advice: ": the back-end announced no window. Is it a vhost-pci-switch, and does the VMM speak \
+                     SHMEM_MAP (QEMU 11.1 or later)?",
+        })?;
+        check("window", window, bars, vhost_pci_device::abi::PAGE_SIZE)?;
+        Ok(Self { structures, window })
+    }
+}
+
+/// Whether a structure lies inside its BAR and has at least `least` bytes.
+fn check(what: &'static str, place: Place, bars: &[u64; 6], least: u64) -> Result<(), CapabilityError> {
+    let bar_len = bars.get(usize::from(place.bar)).copied().unwrap_or(0);
+    let inside = place.offset.checked_add(place.len).is_some_and(|end| end <= bar_len);
+    // 4.1.4: the structures are 4-byte aligned (the notify area may be 2).
+    if inside && place.len >= least && place.offset.is_multiple_of(2) {
+        Ok(())
+    } else {
+        Err(CapabilityError::Place { what, place, bar_len })
     }
 }
 
@@ -150,6 +160,34 @@ struct Found {
     notify: Option<(Place, u32)>,
     device: Option<Place>,
     window: Option<Place>,
+}
+
+impl Found {
+    fn read<C: ConfigSpace + ?Sized>(space: &C) -> Result<Self, CapabilityError> {
+        let space = Reader(|offset, bytes: &mut [u8]| space.read(offset, bytes));
+        let mut found = Self::default();
+        for at in space.list()? {
+            space.structure(at, &mut found)?;
+        }
+        Ok(found)
+    }
+
+    fn structures(&self, bars: &[u64; 6], device_len: u64) -> Result<Structures, CapabilityError> {
+        let missing = |what, advice| CapabilityError::Missing { what, advice };
+        let (notify, notify_off_multiplier) = self.notify.ok_or(missing("notify", ""))?;
+        let structures = Structures {
+            common: self.common.ok_or(missing("common configuration", ""))?,
+            notify,
+            notify_off_multiplier,
+            device: self
+                .device
+                .ok_or(missing("device configuration", ": is config_size=64 given to QEMU?"))?,
+        };
+        check("common configuration", structures.common, bars, COMMON_LEN)?;
+        check("notify area", structures.notify, bars, 2)?;
+        check("device configuration", structures.device, bars, device_len)?;
+        Ok(structures)
+    }
 }
 
 /// Configuration space as a reading function.
@@ -290,9 +328,21 @@ mod tests {
     #[test]
     fn the_capabilities_of_a_vhost_pci_function_are_found() {
         let found = Capabilities::read(&image(&good()), &BARS).unwrap();
-        assert_eq!(found.common, Place { bar: 4, offset: 0, len: 0x1000 });
-        assert_eq!(found.notify_off_multiplier, 4);
+        assert_eq!(found.structures.common, Place { bar: 4, offset: 0, len: 0x1000 });
+        assert_eq!(found.structures.notify_off_multiplier, 4);
         assert_eq!(found.window, Place { bar: 2, offset: 0, len: 4 << 30 });
+    }
+
+    #[test]
+    fn a_network_card_needs_no_window_and_less_configuration() {
+        let mut list = good();
+        list.truncate(5);
+        list[3] = capability(DEVICE_CFG, 4, 0, 0x2000, 12, &[]);
+        assert_eq!(Structures::read(&image(&list), &BARS, 12).unwrap().device.len, 12);
+        assert!(matches!(
+            Structures::read(&image(&list), &BARS, 13),
+            Err(CapabilityError::Place { what: "device configuration", .. })
+        ));
     }
 
     #[test]
@@ -301,7 +351,7 @@ mod tests {
         list.insert(1, capability(COMMON_CFG, 7, 0, 0, 0x1000, &[]));
         list.push(capability(COMMON_CFG, 4, 0, 0x1000, 0x1000, &[]));
         list[5] = capability(NOTIFY_CFG, 4, 0, 0x3000, 0x1000, &[4]);
-        assert_eq!(Capabilities::read(&image(&list), &BARS).unwrap().common.offset, 0);
+        assert_eq!(Capabilities::read(&image(&list), &BARS).unwrap().structures.common.offset, 0);
     }
 
     #[test]

@@ -1,6 +1,8 @@
 //! Device initialisation (virtio 1.3, 3.1.1) through the common configuration
-//! structure (4.1.4.3). Knows registers, not how they are reached.
+//! structure (4.1.4.3): the steps that every virtio device has, and all of them for a
+//! vhost-pci device. Knows registers, not how they are reached.
 
+use std::ops::RangeInclusive;
 use std::time::{Duration, Instant};
 
 use vhost_pci_device::abi::{CONFIG_LEN, DeviceConfig, QUEUE_VRING_FIRST};
@@ -20,7 +22,7 @@ const DRIVER_FEATURE: u64 = 12;
 const CONFIG_MSIX_VECTOR: u64 = 16;
 const NUM_QUEUES: u64 = 18;
 /// `device_status`.
-pub(super) const DEVICE_STATUS: u64 = 20;
+pub(in crate::transport) const DEVICE_STATUS: u64 = 20;
 const CONFIG_GENERATION: u64 = 21;
 const QUEUE_SELECT: u64 = 22;
 const QUEUE_SIZE: u64 = 24;
@@ -32,7 +34,7 @@ const QUEUE_DRIVER: u64 = 40;
 const QUEUE_DEVICE: u64 = 48;
 
 /// `VIRTIO_MSI_NO_VECTOR`.
-const NO_VECTOR: u16 = 0xffff;
+pub(in crate::transport) const NO_VECTOR: u16 = 0xffff;
 const ACKNOWLEDGE: u8 = VIRTIO_CONFIG_S_ACKNOWLEDGE as u8;
 const DRIVER: u8 = VIRTIO_CONFIG_S_DRIVER as u8;
 const FEATURES_OK: u8 = VIRTIO_CONFIG_S_FEATURES_OK as u8;
@@ -63,10 +65,14 @@ pub enum InitError {
         status: u8,
     },
     /// Step 4.
-    #[error("the device does not offer VIRTIO_F_VERSION_1 (it offers {offered:#x})")]
-    Legacy {
+    #[error(
+        "the device offers the features {offered:#x}, which lack {missing:#x} (bit 32: VIRTIO_F_VERSION_1)"
+    )]
+    Missing {
         /// The features offered.
         offered: u64,
+        /// Those that the driver cannot do without.
+        missing: u64,
     },
     /// Step 6.
     #[error("the device refuses the features {features:#x}")]
@@ -86,10 +92,14 @@ pub enum InitError {
         vrings: u16,
     },
     /// Step 7.
-    #[error("virtqueue {queue} is not available (size 0)")]
-    NoQueue {
+    #[error("virtqueue {queue} has {most} entries at most; the driver needs {least}")]
+    QueueSize {
         /// The queue.
         queue: u16,
+        /// Its largest size; 0 if it is not available.
+        most: u16,
+        /// What the driver has to have.
+        least: u16,
     },
     /// Step 7.
     #[error("there is no memory for {queues} virtqueues")]
@@ -196,6 +206,23 @@ fn steps<R: Registers>(
     rings: &QueuePages,
     vectors: u16,
 ) -> Result<Started, InitError> {
+    // ACCESS_PLATFORM: our bus addresses are what the platform's IOMMU expects.
+    negotiate(common, 1 << VIRTIO_F_VERSION_1, 1 << VIRTIO_F_ACCESS_PLATFORM)?;
+    // 7. Device-specific set-up: a config space that can be used, then the virtqueues.
+    let config = read_config(common, device);
+    check_config(&config, window_len)?;
+    let notify_offsets = queues(common, config.max_vrings.value(), rings, vectors)?;
+    drive(common);
+    Ok(Started { config, notify_offsets })
+}
+
+/// Steps 1 to 6 for a device of any kind: accepts all of `required`, and what is offered
+/// of `understood`. Returns what was accepted.
+pub(in crate::transport) fn negotiate<R: Registers>(
+    common: &R,
+    required: u64,
+    understood: u64,
+) -> Result<u64, InitError> {
     // 1. Reset the device, and wait until it says so (4.1.4.3.2).
     common.write8(DEVICE_STATUS, 0);
     wait_for_reset(common)?;
@@ -203,24 +230,27 @@ fn steps<R: Registers>(
     common.write8(DEVICE_STATUS, ACKNOWLEDGE);
     common.write8(DEVICE_STATUS, ACKNOWLEDGE | DRIVER);
     // 4. Accept the subset of features that we understand.
-    let features = accept(offered(common))?;
+    let offered = offered(common);
+    let missing = required & !offered;
+    if missing != 0 {
+        return Err(InitError::Missing { offered, missing });
+    }
+    let features = offered & (required | understood);
     for (select, half) in [(0, features as u32), (1, (features >> 32) as u32)] {
         common.write32(DRIVER_FEATURE_SELECT, select);
         common.write32(DRIVER_FEATURE, half);
     }
     // 5. and 6. The device must agree.
-    let status = ACKNOWLEDGE | DRIVER | FEATURES_OK;
-    common.write8(DEVICE_STATUS, status);
-    if common.read8(DEVICE_STATUS) & FEATURES_OK == 0 {
-        return Err(InitError::Features { features });
+    common.write8(DEVICE_STATUS, ACKNOWLEDGE | DRIVER | FEATURES_OK);
+    match common.read8(DEVICE_STATUS) & FEATURES_OK {
+        0 => Err(InitError::Features { features }),
+        _ => Ok(features),
     }
-    // 7. Device-specific set-up: a config space that can be used, then the virtqueues.
-    let config = read_config(common, device);
-    check_config(&config, window_len)?;
-    let notify_offsets = queues(common, config.max_vrings.value(), rings, vectors)?;
-    // 8. The device is live.
-    common.write8(DEVICE_STATUS, status | DRIVER_OK);
-    Ok(Started { config, notify_offsets })
+}
+
+/// Step 8: the device is live.
+pub(in crate::transport) fn drive<R: Registers>(common: &R) {
+    common.write8(DEVICE_STATUS, ACKNOWLEDGE | DRIVER | FEATURES_OK | DRIVER_OK);
 }
 
 fn wait_for_reset<R: Registers>(common: &R) -> Result<(), InitError> {
@@ -239,16 +269,6 @@ fn offered<R: Registers>(common: &R) -> u64 {
         common.write32(DEVICE_FEATURE_SELECT, select);
         features | u64::from(common.read32(DEVICE_FEATURE)) << (32 * select)
     })
-}
-
-fn accept(offered: u64) -> Result<u64, InitError> {
-    let required = 1 << VIRTIO_F_VERSION_1;
-    // ACCESS_PLATFORM: our bus addresses are what the platform's IOMMU expects.
-    let understood = required | 1 << VIRTIO_F_ACCESS_PLATFORM;
-    if offered & required == 0 {
-        return Err(InitError::Legacy { offered });
-    }
-    Ok(offered & understood)
 }
 
 /// Sets up queue 0 and one for each vring (4.1.5.1.3), and returns their notify
@@ -270,28 +290,41 @@ fn queues<R: Registers>(
     (0..wanted)
         .map(|queue| {
             let places = rings.of(queue).ok_or(InitError::Rings { queues: wanted })?;
-            common.write16(QUEUE_SELECT, queue);
-            let most = common.read16(QUEUE_SIZE);
-            if most == 0 {
-                return Err(InitError::NoQueue { queue });
-            }
-            common.write16(QUEUE_SIZE, most.min(RING_ENTRIES));
             let vector = vector_of_queue(queue, vectors).unwrap_or(NO_VECTOR);
-            common.write16(QUEUE_MSIX_VECTOR, vector);
-            // 4.1.5.1.2.2: the device answers NO_VECTOR if it cannot.
-            if common.read16(QUEUE_MSIX_VECTOR) != vector {
-                return Err(InitError::Vector { queue, vector });
-            }
-            for (at, address) in [QUEUE_DESC, QUEUE_DRIVER, QUEUE_DEVICE].into_iter().zip(places) {
-                // 4.1.3.1: 64-bit fields as two 32-bit accesses.
-                common.write32(at, address as u32);
-                common.write32(at + 4, (address >> 32) as u32);
-            }
-            let notify = common.read16(QUEUE_NOTIFY_OFF);
-            common.write16(QUEUE_ENABLE, 1);
-            Ok(notify)
+            queue_up(common, queue, 1..=RING_ENTRIES, places, vector)
         })
         .collect()
+}
+
+/// Step 7 for one queue: its size, as large as the device has it within `sizes`, its
+/// vector, and the bus addresses of its descriptor, driver and device area. Returns its
+/// notify offset.
+pub(in crate::transport) fn queue_up<R: Registers>(
+    common: &R,
+    queue: u16,
+    sizes: RangeInclusive<u16>,
+    places: [u64; 3],
+    vector: u16,
+) -> Result<u16, InitError> {
+    common.write16(QUEUE_SELECT, queue);
+    let most = common.read16(QUEUE_SIZE);
+    if most < *sizes.start() {
+        return Err(InitError::QueueSize { queue, most, least: *sizes.start() });
+    }
+    common.write16(QUEUE_SIZE, most.min(*sizes.end()));
+    common.write16(QUEUE_MSIX_VECTOR, vector);
+    // 4.1.5.1.2.2: the device answers NO_VECTOR if it cannot.
+    if common.read16(QUEUE_MSIX_VECTOR) != vector {
+        return Err(InitError::Vector { queue, vector });
+    }
+    for (at, address) in [QUEUE_DESC, QUEUE_DRIVER, QUEUE_DEVICE].into_iter().zip(places) {
+        // 4.1.3.1: 64-bit fields as two 32-bit accesses.
+        common.write32(at, address as u32);
+        common.write32(at + 4, (address >> 32) as u32);
+    }
+    let notify = common.read16(QUEUE_NOTIFY_OFF);
+    common.write16(QUEUE_ENABLE, 1);
+    Ok(notify)
 }
 
 #[cfg(test)]

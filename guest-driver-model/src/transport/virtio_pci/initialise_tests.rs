@@ -156,10 +156,10 @@ fn queues_share_the_last_vector_or_poll() {
 fn a_defect_is_an_error_of_its_step() {
     let error =
         |defect, vectors| start(&Fake::new(defect), &Fake::config(), WINDOW, &rings(), vectors).unwrap_err();
-    assert_eq!(error(Defect::Legacy, 0), InitError::Legacy { offered: 0x3000_0000 });
+    assert_eq!(error(Defect::Legacy, 0), InitError::Missing { offered: 0x3000_0000, missing: 1 << 32 });
     assert_eq!(error(Defect::RefusesFeatures, 0), InitError::Features { features: 3 << 32 });
     assert_eq!(error(Defect::FewQueues, 0), InitError::Queues { present: 2, vrings: 2 });
-    assert_eq!(error(Defect::QueueMissing, 0), InitError::NoQueue { queue: 1 });
+    assert_eq!(error(Defect::QueueMissing, 0), InitError::QueueSize { queue: 1, most: 0, least: 1 });
     assert_eq!(error(Defect::NoVectors, 3), InitError::Vector { queue: 0, vector: 0 });
     assert_eq!(error(Defect::NeverResets, 0), InitError::Reset { status: 0x40 });
     let none =

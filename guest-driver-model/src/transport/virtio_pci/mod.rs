@@ -1,5 +1,6 @@
 //! A virtio PCI function (virtio 1.3, 4.1) with a vhost-pci device in it: what is
-//! the same whether its BARs and config space are reached through sysfs or VFIO.
+//! the same whether its BARs and config space are reached through sysfs or VFIO. Parts
+//! of it serve a network card as well.
 
 pub mod capability;
 pub mod config_space;
@@ -12,7 +13,7 @@ use std::sync::Arc;
 
 use vhost_pci_device::abi::{self, DeviceConfig};
 
-pub use self::capability::{Capabilities, CapabilityError, Place};
+pub use self::capability::{Capabilities, CapabilityError, Place, Structures};
 pub use self::config_space::ConfigSpace;
 pub use self::initialise::{InitError, QueuePages};
 use super::sys::event::Event;
@@ -48,9 +49,33 @@ pub(super) trait PciAccess: ConfigSpace {
 }
 
 /// Where and how a queue is notified.
-struct Doorbell {
+pub(super) struct Doorbell {
     register: Mmio,
     at: u64,
+    queue: u16,
+}
+
+impl Doorbell {
+    /// That of a queue whose `queue_notify_off` is `offset`. `notify` is the notify area.
+    pub(super) fn new(
+        notify: &Mmio,
+        structures: &Structures,
+        queue: u16,
+        offset: u16,
+    ) -> Result<Self, InitError> {
+        let len = structures.notify.len;
+        let at = u64::from(offset) * u64::from(structures.notify_off_multiplier);
+        if at + 2 > len || !at.is_multiple_of(2) {
+            return Err(InitError::Doorbell { queue, at, len });
+        }
+        Ok(Self { register: notify.clone(), at, queue })
+    }
+
+    /// Notifies the queue.
+    pub(super) fn ring(&self) {
+        // 4.1.5.2: without VIRTIO_F_NOTIFICATION_DATA the 16-bit queue index.
+        self.register.write16(self.at, self.queue);
+    }
 }
 
 /// A started function.
@@ -92,9 +117,9 @@ impl Function {
         let capabilities = Capabilities::read(pci, &lens)
             .map_err(|source| TransportError::Capability { address: pci.address().into(), source })?;
         let function = Self {
-            common: registers(pci, capabilities.common)?,
-            notify: registers(pci, capabilities.notify)?,
-            config: registers(pci, capabilities.device)?,
+            common: registers(pci, capabilities.structures.common)?,
+            notify: registers(pci, capabilities.structures.notify)?,
+            config: registers(pci, capabilities.structures.device)?,
             capabilities,
         };
         let config = initialise::read_config(&function.common, &function.config);
@@ -130,15 +155,10 @@ impl Function {
             _keep: resources.keep,
         };
         // From here on a failure drops `device`, which resets it.
-        let multiplier = u64::from(self.capabilities.notify_off_multiplier);
-        for (queue, offset) in started.notify_offsets.into_iter().enumerate() {
-            let at = u64::from(offset) * multiplier;
-            if at + 2 > self.capabilities.notify.len || !at.is_multiple_of(2) {
-                let source =
-                    InitError::Doorbell { queue: queue as u16, at, len: self.capabilities.notify.len };
-                return Err(TransportError::Init { address: address(), source });
-            }
-            device.doorbells.push(Doorbell { register: self.notify.clone(), at });
+        for (queue, offset) in (0..).zip(started.notify_offsets) {
+            let doorbell = Doorbell::new(&self.notify, &self.capabilities.structures, queue, offset)
+                .map_err(|source| TransportError::Init { address: address(), source })?;
+            device.doorbells.push(doorbell);
         }
         Ok(device)
     }
@@ -159,8 +179,7 @@ impl Transport for VirtioPci {
 
     fn doorbell(&self, queue: u16) {
         if let Some(doorbell) = self.doorbells.get(usize::from(queue)) {
-            // 4.1.5.2: without VIRTIO_F_NOTIFICATION_DATA the 16-bit queue index.
-            doorbell.register.write16(doorbell.at, queue);
+            doorbell.ring();
         }
     }
 
@@ -213,7 +232,7 @@ fn map(pci: &dyn PciAccess, place: Place) -> Result<(MappedRange, usize), Transp
     Ok((mapping, into))
 }
 
-fn registers(pci: &dyn PciAccess, place: Place) -> Result<Mmio, TransportError> {
+pub(super) fn registers(pci: &dyn PciAccess, place: Place) -> Result<Mmio, TransportError> {
     // Structures longer than their registers are not mapped whole.
     let place = Place { len: place.len.min(1 << 20), ..place };
     let (mapping, into) = map(pci, place)?;
