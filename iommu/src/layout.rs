@@ -181,6 +181,12 @@ impl<R: Clone + PartialEq> WindowLayout<R> {
         Ok(WindowOffset::new(placement.offset().raw() + offset))
     }
 
+    /// The placement whose range has `iova` in it.
+    pub fn placement_at(&self, iova: Iova) -> Option<&Placement<R>> {
+        let (_, placement) = self.placements.range(..=iova).next_back()?;
+        placement.range.iova().contains(iova).then_some(placement)
+    }
+
     /// If one number leads from every IOVA to its window offset, that number: the
     /// offset is `iova.wrapping_add(delta)`. `None` if nothing is placed.
     pub fn linear_delta(&self) -> Option<u64> {

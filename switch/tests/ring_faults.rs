@@ -12,7 +12,7 @@ use guest_driver_model::programs::device::DeviceArgs;
 use guest_driver_model::programs::peer_loop::{PeerArgs, run_until};
 use guest_driver_model::programs::sink::{Check, Sink};
 use guest_driver_model::programs::stop::Stop;
-use vhost_pci_switch::config::{Config, LinkConfig, Profile};
+use vhost_pci_switch::config::{Config, LinkConfig, OneWay, Profile};
 use vhost_pci_switch::control::client;
 use vhost_pci_switch::link::report::LinkReport;
 use vhost_pci_switch::runtime::broker::Broker;
@@ -28,6 +28,8 @@ fn config(folder: &Path) -> Config {
         window_len: 64 << 20,
         profile: Profile::Net,
         queue_pairs: 1,
+        one_way: OneWay::Refuse,
+        max_mappings: 16,
     };
     Config {
         control_socket: folder.join("control"),

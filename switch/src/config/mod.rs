@@ -19,6 +19,11 @@ pub use size::{SizeError, parse_size};
 pub const DEFAULT_CONFIRM_TIMEOUT: Duration = Duration::from_millis(2000);
 /// The window's length unless the file says otherwise, bytes.
 pub const DEFAULT_WINDOW: u64 = 1 << 30;
+/// Ranges that the window shows of an owner with an IOMMU, unless the file says
+/// otherwise: each takes a memory slot of the peer's VMM.
+pub const DEFAULT_MAX_MAPPINGS: usize = 256;
+/// The most such ranges: what the link page has room for.
+pub const MAX_MAX_MAPPINGS: usize = abi::MAX_MAPPINGS as usize;
 /// The longest window, bytes.
 pub const MAX_WINDOW: u64 = 1 << 46;
 /// The longest path that a Unix socket can have, bytes (`sun_path` less its end).
@@ -52,6 +57,34 @@ pub struct LinkConfig {
     pub profile: Profile,
     /// Pairs of queues that the owner may use.
     pub queue_pairs: u16,
+    /// What becomes of memory that the owner's IOMMU allows one direction only.
+    pub one_way: OneWay,
+    /// Ranges that the window shows at once of an owner with an IOMMU.
+    pub max_mappings: usize,
+}
+
+/// What becomes of ranges that the owner's IOMMU lets its device only read, or only
+/// write, where the peer's VMM cannot enforce that.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum OneWay {
+    /// They are not mapped; the peer's driver has them copied, which checks the access.
+    #[default]
+    Refuse,
+    /// They are mapped for reading and writing.
+    Widen,
+}
+
+impl OneWay {
+    /// Both.
+    pub const ALL: [Self; 2] = [Self::Refuse, Self::Widen];
+
+    /// The name in the file and in `status`.
+    pub const fn name(self) -> &'static str {
+        match self {
+            Self::Refuse => "refuse",
+            Self::Widen => "widen",
+        }
+    }
 }
 
 impl LinkConfig {

@@ -11,8 +11,8 @@ use toml::de::{DeTable, DeValue};
 use vhost_pci_device::abi;
 
 use super::{
-    Config, DEFAULT_CONFIRM_TIMEOUT, DEFAULT_WINDOW, LinkConfig, MAX_QUEUE_PAIRS, MAX_SOCKET_PATH,
-    MAX_WINDOW, Mistake, Profile, parse_size,
+    Config, DEFAULT_CONFIRM_TIMEOUT, DEFAULT_MAX_MAPPINGS, DEFAULT_WINDOW, LinkConfig, MAX_MAX_MAPPINGS,
+    MAX_QUEUE_PAIRS, MAX_SOCKET_PATH, MAX_WINDOW, Mistake, OneWay, Profile, parse_size,
 };
 
 /// Confirmation timeouts that make sense, milliseconds.
@@ -136,7 +136,31 @@ impl<'t> Reader<'t> {
             }
             None => Some(1),
         };
-        self.unknown(table, &["name", "owner_socket", "peer_socket", "window", "profile", "queue_pairs"]);
+        let one_way = self.one_way(&mut table);
+        let max_mappings = match self.integer(&mut table, "max_mappings") {
+            Some((line, max)) => {
+                let found = usize::try_from(max).ok().filter(|max| (1..=MAX_MAX_MAPPINGS).contains(max));
+                if found.is_none() {
+                    let message = format!("max_mappings is {max}; it must be from 1 to {MAX_MAX_MAPPINGS}");
+                    self.mistake(line, message);
+                }
+                found
+            }
+            None => Some(DEFAULT_MAX_MAPPINGS),
+        };
+        self.unknown(
+            table,
+            &[
+                "name",
+                "owner_socket",
+                "peer_socket",
+                "window",
+                "profile",
+                "queue_pairs",
+                "one_way",
+                "max_mappings",
+            ],
+        );
         Some(LinkConfig {
             name: name?,
             owner_socket: owner_socket?,
@@ -144,6 +168,8 @@ impl<'t> Reader<'t> {
             window_len: window_len?,
             profile: profile?,
             queue_pairs: queue_pairs?,
+            one_way: one_way?,
+            max_mappings: max_mappings?,
         })
     }
 
@@ -189,6 +215,18 @@ impl<'t> Reader<'t> {
         if found.is_none() {
             let known: Vec<_> = Profile::ALL.iter().map(|profile| profile.name()).collect();
             self.mistake(line, format!("there is no profile '{name}'; known: {}", known.join(", ")));
+        }
+        found
+    }
+
+    fn one_way(&mut self, table: &mut Table<'t>) -> Option<OneWay> {
+        let Some((line, name)) = self.string(table, "one_way") else {
+            return Some(OneWay::default());
+        };
+        let found = OneWay::ALL.into_iter().find(|policy| policy.name() == name);
+        if found.is_none() {
+            let known = OneWay::ALL.map(OneWay::name).join("\", \"");
+            self.mistake(line, format!("one_way is \"{name}\"; it must be one of \"{known}\""));
         }
         found
     }

@@ -41,6 +41,9 @@ pub enum Fault {
         /// What is wrong with it.
         reason: String,
     },
+    /// An IOTLB message or a pushed mapping that cannot be taken.
+    #[error("IOMMU: {0}")]
+    Iommu(String),
     /// The owner's memory does not fit the window.
     #[error("the owner's memory does not fit the window: {0}")]
     Window(#[from] LayoutError),
@@ -77,6 +80,7 @@ impl Fault {
             Self::Memory(_) | Self::Map(_) => "memory_region",
             Self::Descriptor(_) => "descriptor",
             Self::Vring { .. } => "vring",
+            Self::Iommu(_) => "iommu",
             Self::Window(_) => "window_too_small",
             Self::Refused(_) => "window_refused",
             Self::Unconfirmed(_) => "window_unconfirmed",

@@ -10,6 +10,16 @@ use crate::config::Profile;
 /// keeps for itself.
 pub const PROTOCOL_FEATURES: u64 = 1 << 30;
 
+/// VIRTIO_F_ACCESS_PLATFORM: the owner's device is behind an IOMMU.
+pub const ACCESS_PLATFORM: u64 = bit(virtio_config::VIRTIO_F_ACCESS_PLATFORM);
+
+/// VHOST_USER_PROTOCOL_F_SHMEM_STRICT (`docs/vhost-user-extensions.md`): the peer's VMM
+/// answers a change of the window when it has taken effect, and enforces its access.
+pub const PROTOCOL_SHMEM_STRICT: u64 = bit(61);
+/// VHOST_USER_PROTOCOL_F_IOMMU_PUSH (`docs/vhost-user-extensions.md`): the owner's VMM
+/// tells each change of its guest's IOMMU by itself.
+pub const PROTOCOL_IOMMU_PUSH: u64 = bit(62);
+
 const fn bit(number: u32) -> u64 {
     1 << number
 }
@@ -17,6 +27,7 @@ const fn bit(number: u32) -> u64 {
 /// What an owner's front-end is offered: what the peer's driver can serve.
 pub fn offered_to_owner(profile: Profile) -> u64 {
     let transport = bit(virtio_config::VIRTIO_F_VERSION_1)
+        | bit(virtio_config::VIRTIO_F_ACCESS_PLATFORM)
         | bit(virtio_ring::VIRTIO_RING_F_INDIRECT_DESC)
         | PROTOCOL_FEATURES;
     match profile {
@@ -57,11 +68,12 @@ pub fn names(features: u64, profile: Profile) -> Vec<String> {
 pub fn protocol_names(features: u64) -> Vec<String> {
     let known = VhostUserProtocolFeatures::from_bits_truncate(features);
     let mut names: Vec<String> = known.iter_names().map(|(name, _)| name.to_owned()).collect();
-    names.extend(
-        (0..64)
-            .filter(|number| features & !known.bits() & bit(*number) != 0)
-            .map(|number| format!("bit {number}")),
-    );
+    let unknown = (0..64).filter(|number| features & !known.bits() & bit(*number) != 0);
+    names.extend(unknown.map(|number| match bit(number) {
+        PROTOCOL_SHMEM_STRICT => "SHMEM_STRICT".to_owned(),
+        PROTOCOL_IOMMU_PUSH => "IOMMU_PUSH".to_owned(),
+        _ => format!("bit {number}"),
+    }));
     names
 }
 

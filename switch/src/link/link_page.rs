@@ -4,7 +4,7 @@
 use vhost_pci_device::abi;
 use zerocopy::IntoBytes;
 
-use super::message::LinkContents;
+use super::message::{Generations, LinkContents};
 use crate::config::LinkConfig;
 
 /// The device-specific configuration space of a link's device.
@@ -26,13 +26,14 @@ pub fn config_space(config: &LinkConfig) -> Vec<u8> {
     .to_vec()
 }
 
-/// The header for these contents, at this generation.
-pub fn header(contents: &LinkContents, generation: u64) -> abi::LinkHeader {
+/// The header for these contents, at these generations.
+pub fn header(contents: &LinkContents, generations: Generations) -> abi::LinkHeader {
     abi::LinkHeader {
         magic: abi::LINK_MAGIC.into(),
         version: abi::ABI_VERSION.into(),
         header_len: (size_of::<abi::LinkHeader>() as u16).into(),
-        generation: generation.into(),
+        generation: generations.link.into(),
+        table_generation: generations.table.into(),
         status: contents.status.into(),
         owner_device: contents.owner_device.into(),
         features: contents.features.into(),

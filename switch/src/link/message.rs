@@ -6,10 +6,13 @@
 
 use std::os::unix::net::UnixStream;
 
-use iommu::{Placement, WindowOffset};
+use iommu::{Access, Iova, Placement, WindowOffset};
+use vhost_pci_device::abi;
 
 use super::descriptor::{Eventfd, MemoryFile};
 use super::fault::Fault;
+use super::iommu::demand::Task;
+use super::iommu::iotlb::Piece;
 
 /// One of a link's two front-ends.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
@@ -152,7 +155,53 @@ pub enum Request {
     /// VHOST_USER_SET_BACKEND_REQ_FD.
     SetBackendChannel(UnixStream),
     /// VHOST_USER_IOTLB_MSG.
-    Iotlb,
+    Iotlb(IotlbMessage),
+    /// VHOST_USER_IOMMU_PUSH (`docs/vhost-user-extensions.md`).
+    IommuPush {
+        /// Everything that was pushed before is unmapped first.
+        reset: bool,
+        /// Changes, in this order.
+        entries: Vec<PushEntry>,
+    },
+}
+
+/// `struct vhost_iotlb_msg`: a change of the owner's IOMMU that concerns a range.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct IotlbMessage {
+    /// First address.
+    pub iova: u64,
+    /// Length, bytes.
+    pub size: u64,
+    /// Where it is in the front-end's process.
+    pub frontend: u64,
+    /// `VHOST_ACCESS_*`: 1 to read, 2 to write, 3 both.
+    pub perm: u8,
+    /// `VHOST_IOTLB_*`: 1 miss, 2 update, 3 invalidate, 4 access fail.
+    pub kind: u8,
+}
+
+impl IotlbMessage {
+    /// A back-end does not know a translation.
+    pub const MISS: u8 = 1;
+    /// A front-end tells one.
+    pub const UPDATE: u8 = 2;
+    /// A front-end takes one back.
+    pub const INVALIDATE: u8 = 3;
+    /// A back-end found that a translation does not allow the access.
+    pub const ACCESS_FAIL: u8 = 4;
+}
+
+/// An entry of VHOST_USER_IOMMU_PUSH.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct PushEntry {
+    /// First address.
+    pub iova: u64,
+    /// Length, bytes.
+    pub size: u64,
+    /// Where it is in the front-end's process.
+    pub frontend: u64,
+    /// 0: the range is unmapped. Else as [`IotlbMessage::perm`].
+    pub perm: u8,
 }
 
 /// The answer to a [`Request`].
@@ -192,6 +241,14 @@ pub struct VringBase {
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
 pub struct OpId(pub u64);
 
+/// Numbers a command of the peer's driver.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
+pub struct CommandId(pub u64);
+
+/// Numbers a miss that the owner's VMM was told of.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct MissId(pub u64);
+
 /// What can be mapped into the window.
 #[derive(Clone, Debug, PartialEq)]
 pub enum Content {
@@ -213,7 +270,6 @@ pub enum Content {
 impl Content {
     /// Where it is in the window and how long it is, bytes.
     pub fn place(&self) -> (WindowOffset, u64) {
-        use vhost_pci_device::abi;
         match self {
             Self::LinkArea => (WindowOffset::new(abi::LINK_OFFSET), abi::LINK_LEN),
             Self::ControlArea => (WindowOffset::new(abi::CONTROL_OFFSET), abi::CONTROL_LEN),
@@ -248,6 +304,16 @@ pub struct Wire {
     pub target: Eventfd,
 }
 
+/// The generations of the link area and of its mapping table
+/// (`docs/vhost-pci-device.md`, 7.2). Both even.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Generations {
+    /// Of the link area.
+    pub link: u64,
+    /// Of the mapping table.
+    pub table: u64,
+}
+
 /// What the link area is to say.
 #[derive(Clone, Debug, Default, PartialEq)]
 pub struct LinkContents {
@@ -258,9 +324,18 @@ pub struct LinkContents {
     /// The virtio features that the owner's driver accepted.
     pub features: u64,
     /// Entries of the mapping table.
-    pub mappings: Vec<vhost_pci_device::abi::Mapping>,
+    pub mappings: Vec<abi::Mapping>,
     /// Entries of the vring table.
-    pub vrings: Vec<vhost_pci_device::abi::Vring>,
+    pub vrings: Vec<abi::Vring>,
+}
+
+impl LinkContents {
+    /// Whether the other says the same, but for the mapping table.
+    pub fn is_but_for_mappings(&self, other: &Self) -> bool {
+        let Self { status, owner_device, features, mappings: _, vrings } = self;
+        (status, owner_device, features, vrings)
+            == (&other.status, &other.owner_device, &other.features, &other.vrings)
+    }
 }
 
 /// What reaches a link from outside.
@@ -278,6 +353,13 @@ pub enum Event {
     WindowDone(OpId, Result<(), String>),
     /// The kernel says that the peer's VMM holds the oldest witness page no more.
     WitnessGone,
+    /// The owner's VMM answered a miss: whether it has told the translation.
+    MissDone(MissId, bool),
+    /// The peer's driver gave a command, with so many bytes behind the request in the
+    /// readable part of its chain, and behind the response in the writable one.
+    Command(CommandId, abi::ControlRequest, u64, u64),
+    /// The peer's driver broke a rule of the control ring.
+    ControlRingBroken(String),
     /// A deadline may have passed.
     Tick,
 }
@@ -289,8 +371,18 @@ pub enum Effect {
     Reply(Side, Reply),
     /// End this side's session.
     Disconnect(Side),
-    /// Use this stream for requests to the peer's VMM.
-    OpenChannel(UnixStream),
+    /// Use this stream for requests to this side's VMM.
+    OpenChannel(Side, UnixStream),
+    /// Tell the owner's VMM of a miss: the page, reading or writing.
+    Miss(MissId, Iova, Access),
+    /// Tell the owner's VMM that a translation does not allow an access.
+    AccessFail(Iova, Access),
+    /// Answer a command of the peer's driver with this `CTRL_*` status; `true`: the
+    /// mapping table has changed.
+    Answer(CommandId, u32, bool),
+    /// Copy between these parts of the owner's memory, in this order, and the command's
+    /// buffer, then answer it.
+    Copy(CommandId, Task, Vec<Piece>),
     /// Ask the peer's VMM for a change of its window.
     Window(OpId, WindowOp),
     /// Start to ask the kernel whether the oldest witness page that was not told to be
@@ -300,8 +392,11 @@ pub enum Effect {
     StopWatching,
     /// Forget the control ring's state; its area is zeroed before the driver sees it.
     ResetControlRing,
-    /// Let the link area say this, at this generation.
-    Publish(LinkContents, u64),
+    /// Let the link area say this, at this generation of its own and this of its mapping
+    /// table.
+    Publish(LinkContents, Generations),
+    /// Let the link area's mapping table alone say this, at this generation of it.
+    PublishTable(Vec<abi::Mapping>, u64),
     /// Interrupt the peer's driver through the control queue's vector.
     NotifyPeer(Eventfd),
     /// These wires, and no others, are to be relayed.

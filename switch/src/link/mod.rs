@@ -7,6 +7,7 @@
 //! | [`descriptor`] | files and eventfds that front-ends sent |
 //! | [`owner`], [`vring`] | what the owner's front-end has told |
 //! | [`peer`] | what the peer's front-end has told |
+//! | [`iommu`] | an owner with an IOMMU: what the peer asks for, what it is shown |
 //! | [`window`] | what the peer has mapped, and how that changes |
 //! | [`link_page`] | the bytes that the peer's guest reads |
 //! | [`state`] | the link itself: it joins the others |
@@ -15,6 +16,7 @@
 pub mod descriptor;
 pub mod fault;
 pub mod features;
+pub mod iommu;
 pub mod link_page;
 pub mod message;
 pub mod owner;

@@ -1,14 +1,15 @@
 //! The owner's session: what its front-end has told so far, and what of its
 //! memory the peer is to see.
 
-use iommu::{FrontendVa, Gpa, IovaMap, MemoryTable, NewRegion};
+use iommu::{Access, FrontendVa, Gpa, IovaMap, MemoryTable, NewRegion, Span};
 use vhost::vhost_user::VhostUserProtocolFeatures as Protocol;
 
 use super::descriptor::MemoryFile;
 use super::fault::Fault;
 use super::features;
+use super::iommu::iotlb::Iotlb;
 use super::message::{RegionRequest, Reply, Request, VringBase};
-use super::vring::{Vring, VringAddr};
+use super::vring::{AddressSpace, Vring, VringAddr, VringConfig};
 use crate::config::LinkConfig;
 
 /// Memory regions that an owner may have: what QEMU has slots for in a virtual
@@ -16,8 +17,9 @@ use crate::config::LinkConfig;
 pub const MAX_REGIONS: usize = 64;
 
 /// Protocol features offered to an owner's front-end.
-pub fn protocol_features() -> Protocol {
-    Protocol::MQ | Protocol::REPLY_ACK | Protocol::CONFIGURE_MEM_SLOTS
+pub fn protocol_features() -> u64 {
+    let standard = Protocol::MQ | Protocol::REPLY_ACK | Protocol::CONFIGURE_MEM_SLOTS | Protocol::BACKEND_REQ;
+    standard.bits() | features::PROTOCOL_IOMMU_PUSH
 }
 
 /// What the owner's front-end has told so far.
@@ -29,6 +31,9 @@ pub struct OwnerSession {
     queue_pairs: u16,
     memory: MemoryTable<MemoryFile>,
     vrings: Vec<Vring>,
+    /// What is known of the guest's IOMMU, if it has one.
+    pub iotlb: Iotlb,
+    has_channel: bool,
     /// After a vring was stopped nothing is shown until one is started again.
     halted: bool,
 }
@@ -43,8 +48,31 @@ impl OwnerSession {
             queue_pairs: config.queue_pairs,
             memory: MemoryTable::new(MAX_REGIONS),
             vrings: (0..config.max_vrings()).map(|_| Vring::default()).collect(),
+            iotlb: Iotlb::default(),
+            has_channel: false,
             halted: true,
         }
+    }
+
+    /// Whether the owner's device is behind an IOMMU.
+    pub fn has_iommu(&self) -> bool {
+        self.features & features::ACCESS_PLATFORM != 0
+    }
+
+    /// Whether the front-end tells each change of the IOMMU by itself: what it did not
+    /// tell is not mapped.
+    pub fn pushes(&self) -> bool {
+        self.protocol & features::PROTOCOL_IOMMU_PUSH != 0
+    }
+
+    /// The owner's memory.
+    pub fn memory(&self) -> &MemoryTable<MemoryFile> {
+        &self.memory
+    }
+
+    /// Whether the peer may see anything: a vring runs.
+    pub fn is_running(&self) -> bool {
+        !self.halted && self.vrings.iter().any(Vring::is_live)
     }
 
     /// The virtio features that the owner's driver accepted.
@@ -62,10 +90,10 @@ impl OwnerSession {
         &self.vrings
     }
 
-    /// The owner's memory as its device may reach it: all of it, where the owner
-    /// has no virtual IOMMU; empty while no vring runs.
-    pub fn visible(&self) -> IovaMap<MemoryFile> {
-        if self.halted || !self.vrings.iter().any(Vring::is_live) {
+    /// The owner's memory as the device of an owner without an IOMMU may reach it: all
+    /// of it; empty while no vring runs.
+    pub fn identity(&self) -> IovaMap<MemoryFile> {
+        if !self.is_running() {
             return IovaMap::new();
         }
         // A buffer may run from one region into the next where both touch.
@@ -94,9 +122,9 @@ impl OwnerSession {
                     self.vrings.iter_mut().for_each(|vring| vring.enabled = true);
                 }
             }
-            Request::GetProtocolFeatures => return Ok(Reply::Number(protocol_features().bits())),
+            Request::GetProtocolFeatures => return Ok(Reply::Number(protocol_features())),
             Request::SetProtocolFeatures(acked) => {
-                features::check(acked, protocol_features().bits())?;
+                features::check(acked, protocol_features())?;
                 self.protocol = acked;
             }
             Request::GetQueueNum => return Ok(Reply::Number(u64::from(self.queue_pairs))),
@@ -123,7 +151,12 @@ impl OwnerSession {
             Request::GetVringBase { index } => return self.stop_vring(index),
             Request::SetVringKick { index, fd } => {
                 self.vring(index)?;
-                self.vrings[index as usize].start(index, fd, &self.memory)?;
+                self.can_translate()?;
+                let space = match self.has_iommu() {
+                    true => AddressSpace::Iova,
+                    false => AddressSpace::FrontEnd(&self.memory),
+                };
+                self.vrings[index as usize].start(index, fd, space)?;
                 self.halted = false;
             }
             Request::SetVringCall { index, fd } => self.vring(index)?.call = fd,
@@ -136,15 +169,18 @@ impl OwnerSession {
             }
             Request::GetConfig { .. } | Request::SetConfig => return Err(Fault::Unsupported("CONFIG")),
             Request::GetShmemConfig => return Err(Fault::Unsupported("SHMEM")),
+            // Taken by the link before it comes here.
             Request::SetBackendChannel(_) => return Err(Fault::Unsupported("BACKEND_REQ")),
-            Request::Iotlb => return Err(Fault::Unsupported("IOTLB_MSG")),
+            Request::Iotlb(_) | Request::IommuPush { .. } => return Err(Fault::Unsupported("IOTLB_MSG")),
         }
         Ok(Reply::Done)
     }
 
     fn take_memory(&mut self, table: MemoryTable<MemoryFile>) -> Result<(), Fault> {
-        for (index, vring) in (0..).zip(&self.vrings) {
-            vring.recheck(index, &table)?;
+        if !self.has_iommu() {
+            for (index, vring) in (0..).zip(&self.vrings) {
+                vring.recheck(index, AddressSpace::FrontEnd(&table))?;
+            }
         }
         self.memory = table;
         Ok(())
@@ -155,12 +191,45 @@ impl OwnerSession {
         let fallback = vring.base();
         let stopped = vring.stop();
         self.halted = true;
-        // The used ring's index is its second 16-bit field (virtio 1.3, 2.7.8).
-        let used_index = stopped.and_then(|config| {
-            let place = self.memory.by_guest(Gpa::new(config.used.raw()), 4).ok()?;
-            Some((place.backing.handle, place.backing.offset + 2))
-        });
+        let used_index = stopped.and_then(|config| self.used_index(&config));
         Ok(Reply::VringBase(VringBase { index, used_index, fallback }))
+    }
+
+    /// Where a vring's used index is: the second 16-bit field of the used ring
+    /// (virtio 1.3, 2.7.8).
+    fn used_index(&self, config: &VringConfig) -> Option<(MemoryFile, u64)> {
+        if self.has_iommu() {
+            let span = Span::new(config.used, 4).ok()?;
+            let piece = self.iotlb.pieces(span, Access::Write).ok()?.into_iter().next()?;
+            return Some((piece.file, piece.offset + 2));
+        }
+        let place = self.memory.by_guest(Gpa::new(config.used.raw()), 4).ok()?;
+        Some((place.backing.handle, place.backing.offset + 2))
+    }
+
+    /// Takes the stream for requests to the front-end.
+    ///
+    /// # Errors
+    /// When the channel was not negotiated.
+    pub fn take_channel(&mut self) -> Result<(), Fault> {
+        if self.protocol & Protocol::BACKEND_REQ.bits() == 0 {
+            return Err(Fault::Unsupported("BACKEND_REQ"));
+        }
+        self.has_channel = true;
+        Ok(())
+    }
+
+    /// An owner with an IOMMU has to have a way to tell its translations.
+    fn can_translate(&self) -> Result<(), Fault> {
+        let asks = self.has_channel && self.protocol & Protocol::REPLY_ACK.bits() != 0;
+        if self.has_iommu() && !asks && !self.pushes() {
+            return Err(Fault::OutOfOrder(
+                "the owner's driver accepted VIRTIO_F_ACCESS_PLATFORM, but its front-end cannot be asked for \
+                 translations: it did not negotiate REPLY_ACK and BACKEND_REQ and give a back-end channel"
+                    .into(),
+            ));
+        }
+        Ok(())
     }
 
     fn vring(&mut self, index: u32) -> Result<&mut Vring, Fault> {

@@ -20,8 +20,10 @@ use crate::config::LinkConfig;
 const MEMORY_SLOTS: u64 = 509;
 
 /// Protocol features offered to a peer's front-end.
-pub fn protocol_features() -> Protocol {
-    needed_protocol_features() | Protocol::MQ | Protocol::CONFIG | Protocol::CONFIGURE_MEM_SLOTS
+pub fn protocol_features() -> u64 {
+    let standard =
+        needed_protocol_features() | Protocol::MQ | Protocol::CONFIG | Protocol::CONFIGURE_MEM_SLOTS;
+    standard.bits() | features::PROTOCOL_SHMEM_STRICT
 }
 
 /// Protocol features without which there is no window.
@@ -98,6 +100,12 @@ impl PeerSession {
         self.protocol
     }
 
+    /// Whether the front-end answers a change of the window when it has taken effect, and
+    /// enforces its access.
+    pub fn is_strict(&self) -> bool {
+        self.protocol & features::PROTOCOL_SHMEM_STRICT != 0
+    }
+
     /// Whether the guest's driver has started the device.
     pub fn is_started(&self) -> bool {
         self.started
@@ -138,9 +146,9 @@ impl PeerSession {
                 self.features = acked;
                 Reply::Done
             }
-            Request::GetProtocolFeatures => Reply::Number(protocol_features().bits()),
+            Request::GetProtocolFeatures => Reply::Number(protocol_features()),
             Request::SetProtocolFeatures(acked) => {
-                features::check(acked, protocol_features().bits())?;
+                features::check(acked, protocol_features())?;
                 self.protocol = acked;
                 Reply::Done
             }
@@ -159,7 +167,7 @@ impl PeerSession {
             | Request::AddMemReg(_)
             | Request::RemMemReg { .. }
             | Request::SetVringErr { .. }
-            | Request::Iotlb => Reply::Done,
+            | Request::Iotlb(_) => Reply::Done,
             Request::SetVringNum { index, .. }
             | Request::SetVringAddr { index, .. }
             | Request::SetVringBase { index, .. } => {
@@ -197,6 +205,7 @@ impl PeerSession {
                 Reply::Done
             }
             Request::SetBackendChannel(_) => return Err(Fault::Unsupported("BACKEND_REQ")),
+            Request::IommuPush { .. } => return Err(Fault::Unsupported("IOMMU_PUSH")),
         };
         Ok((reply, change))
     }

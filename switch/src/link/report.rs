@@ -6,8 +6,10 @@ use iommu::Access;
 use serde::{Deserialize, Serialize};
 
 use super::features;
+use super::owner::OwnerSession;
 use super::state::Link;
 use super::vring::Vring;
+use crate::config::OneWay;
 
 /// One link, at one moment.
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
@@ -56,6 +58,13 @@ pub struct WindowReport {
     pub phase: String,
     /// Bytes of the owner that the peer has, or may have, mapped.
     pub mapped_bytes: u64,
+    /// The most that this was since the broker started.
+    pub largest_mapped_bytes: u64,
+    /// `refuse` or `widen`: what becomes of memory that the owner's IOMMU allows one
+    /// direction only.
+    pub one_way: String,
+    /// Whether ranges are mapped with more access than the owner allows.
+    pub widened: bool,
     /// The ranges of the owner that the peer has, or may have, mapped.
     pub mappings: Vec<MappingReport>,
 }
@@ -69,7 +78,7 @@ pub struct MappingReport {
     pub len: u64,
     /// Where it is in the window.
     pub window_offset: u64,
-    /// `read`, `write` or `read-write`.
+    /// What the owner allows: `read`, `write` or `read-write`.
     pub access: String,
     /// Whether the peer's VMM confirmed it.
     pub confirmed: bool,
@@ -117,6 +126,30 @@ pub struct CountersReport {
     pub peer_messages: u64,
     /// Commands of the peer's driver.
     pub control_commands: u64,
+    /// Misses that the owner's VMM was told of.
+    pub iotlb_misses: u64,
+    /// IOTLB updates of the owner's VMM.
+    pub iotlb_updates: u64,
+    /// IOTLB invalidations of the owner's VMM.
+    pub iotlb_invalidations: u64,
+    /// Messages of pushed changes of the owner's VMM.
+    pub iommu_pushes: u64,
+    /// Commands of the peer's driver that the owner's IOMMU does not allow.
+    pub iotlb_denied: u64,
+    /// Commands turned away because too many were denied.
+    pub iotlb_limited: u64,
+    /// MAP commands of the peer's driver.
+    pub maps_asked: u64,
+    /// Mappings taken out of the window to make room for others.
+    pub mappings_evicted: u64,
+    /// FETCH commands carried out.
+    pub fetches: u64,
+    /// Bytes of the owner's memory copied to the peer by them.
+    pub bytes_fetched: u64,
+    /// STORE commands carried out.
+    pub stores: u64,
+    /// Bytes of the peer's copied to the owner's memory by them.
+    pub bytes_stored: u64,
     /// Faults, by kind.
     pub faults: BTreeMap<String, u64>,
 }
@@ -133,7 +166,7 @@ pub fn of(link: &Link) -> LinkReport {
         }
         .into(),
         reason: link.failure.clone().or_else(|| waits_for(link).map(str::to_owned)),
-        generation: link.generation,
+        generation: link.generations.link,
         owner: owner(link),
         peer: peer(link),
         window: window(link),
@@ -152,6 +185,9 @@ fn waits_for(link: &Link) -> Option<&'static str> {
         (_, None) => Some("the peer's VMM is not connected"),
         _ if !owner_runs => Some("the owner's driver has not started its device"),
         _ if !peer_runs => Some("the peer's driver has not started its device"),
+        (Some(owner), _) if owner.has_iommu() => {
+            Some("the owner's IOMMU has not mapped its vrings, or the peer's window is being changed")
+        }
         _ => Some("the peer's window is being changed"),
     }
 }
@@ -197,7 +233,11 @@ fn window(link: &Link) -> WindowReport {
             iova: placement.range().iova().start().raw(),
             len: placement.window().len(),
             window_offset: placement.offset().raw(),
-            access: match placement.range().access() {
+            access: match link
+                .shown
+                .allowed(placement.range().iova().start())
+                .unwrap_or(placement.range().access())
+            {
                 Access::Read => "read",
                 Access::Write => "write",
                 Access::ReadWrite => "read-write",
@@ -209,7 +249,11 @@ fn window(link: &Link) -> WindowReport {
     WindowReport {
         len: link.config.window_len,
         phase: link.window.phase_name().into(),
-        mapped_bytes: mappings.iter().map(|mapping| mapping.len).sum(),
+        mapped_bytes: link.window.owner_bytes(),
+        largest_mapped_bytes: link.window.counters().largest,
+        one_way: link.config.one_way.name().into(),
+        widened: link.config.one_way == OneWay::Widen
+            && link.owner.as_ref().is_some_and(OwnerSession::has_iommu),
         mappings,
     }
 }
@@ -246,7 +290,20 @@ fn vrings(link: &Link) -> Vec<VringReport> {
 
 fn counters(link: &Link) -> CountersReport {
     let window = link.window.counters();
+    let demand = link.demand_counters;
     CountersReport {
+        iotlb_misses: demand.misses,
+        iotlb_updates: demand.updates,
+        iotlb_invalidations: demand.invalidations,
+        iommu_pushes: demand.pushes,
+        iotlb_denied: demand.denied,
+        iotlb_limited: demand.limited,
+        maps_asked: demand.maps,
+        mappings_evicted: demand.evictions,
+        fetches: demand.fetches,
+        bytes_fetched: demand.bytes_fetched,
+        stores: demand.stores,
+        bytes_stored: demand.bytes_stored,
         mappings_made: window.made,
         mappings_revoked: window.revoked,
         owner_connections: link.counters.owner_connections,

@@ -8,16 +8,20 @@
 use std::collections::BTreeMap;
 use std::time::{Duration, Instant};
 
-use iommu::{Placement, Span, WindowGeometry, WindowLayout, WindowOffset};
+use iommu::{Iova, Placement, Span, WindowGeometry, WindowLayout, WindowOffset};
 use vhost_pci_device::abi;
 
 use super::descriptor::{Eventfd, MemoryFile};
 use super::fault::Fault;
-use super::message::{Effect, Event, LinkContents, Log, Reply, Request, Side, Wire};
+use super::iommu::demand::{Demand, DemandCounters};
+use super::iommu::serve::Refusal;
+use super::iommu::shown::Shown;
+use super::message::{CommandId, Effect, Event, Generations, LinkContents, Log, Reply, Request, Side, Wire};
 use super::owner::OwnerSession;
 use super::peer::{AttachedDriver, PeerChange, PeerSession};
+use super::vring::Vring;
 use super::window::Window;
-use crate::config::LinkConfig;
+use crate::config::{LinkConfig, OneWay};
 
 /// Connections of a side that are all logged; of later ones only powers of two.
 const LOGGED_CONNECTIONS: u64 = 32;
@@ -47,17 +51,22 @@ pub(super) struct Counters {
 #[derive(Debug)]
 pub struct Link {
     pub(super) config: LinkConfig,
-    timeout: Duration,
-    geometry: WindowGeometry,
+    pub(super) timeout: Duration,
+    pub(super) geometry: WindowGeometry,
     pub(super) owner: Option<OwnerSession>,
     pub(super) peer: Option<PeerSession>,
     pub(super) window: Window,
     /// What of the owner's memory the peer should have.
-    layout: WindowLayout<MemoryFile>,
+    pub(super) layout: WindowLayout<MemoryFile>,
+    /// Of an owner with an IOMMU: what is open between the sides, and what is chosen to be
+    /// shown.
+    pub(super) demand: Demand,
+    pub(super) demand_counters: DemandCounters,
+    pub(super) shown: Shown,
     pending: Option<Pending>,
     pub(super) failure: Option<String>,
     published: LinkContents,
-    pub(super) generation: u64,
+    pub(super) generations: Generations,
     pub(super) wires: Vec<Wire>,
     doorbell: Option<Eventfd>,
     pub(super) counters: Counters,
@@ -76,6 +85,7 @@ impl Link {
         .map_err(|error| impossible(error.to_string()))?;
         let geometry = WindowGeometry::new(data, abi::MAX_MAPPINGS as usize)
             .map_err(|error| impossible(error.to_string()))?;
+        let shown = Shown::new(config.max_mappings);
         Ok(Self {
             config,
             timeout,
@@ -84,10 +94,13 @@ impl Link {
             peer: None,
             window: Window::new(timeout),
             layout: WindowLayout::new(),
+            demand: Demand::default(),
+            demand_counters: DemandCounters::default(),
+            shown,
             pending: None,
             failure: None,
             published: LinkContents::default(),
-            generation,
+            generations: Generations { link: generation, table: generation },
             wires: Vec::new(),
             doorbell: None,
             counters: Counters::default(),
@@ -96,7 +109,7 @@ impl Link {
 
     /// What the link area says at the start.
     pub fn first_publication(&self) -> Effect {
-        Effect::Publish(self.published.clone(), self.generation)
+        Effect::Publish(self.published.clone(), self.generations)
     }
 
     /// Applies one event and gives what the runtime has to do, in this order.
@@ -128,6 +141,11 @@ impl Link {
                 }
             }
             Event::WitnessGone => self.window.witness_gone(now, &mut effects),
+            Event::MissDone(id, told) => self.miss_done(id, told, now, &mut effects),
+            Event::Command(command, request, readable, writable) => {
+                self.command(command, &request, (readable, writable), now, &mut effects);
+            }
+            Event::ControlRingBroken(reason) => self.count(&Fault::ControlRing(reason), "peer", &mut effects),
             Event::Tick => self.tick(now, &mut effects),
         }
         self.settle(now, &mut effects);
@@ -141,7 +159,7 @@ impl Link {
             true => pending.peer_deadline.min(pending.deadline),
             false => pending.deadline,
         });
-        self.window.deadline().into_iter().chain(pending).min()
+        self.window.deadline().into_iter().chain(pending).chain(self.demand.deadline()).min()
     }
 
     /// Whether a VMM is connected that may hold mappings and takes no changes.
@@ -149,37 +167,38 @@ impl Link {
         self.peer.is_some() && self.window.is_residue()
     }
 
-    /// Takes one command of the peer's driver; gives its `CTRL_*` result.
-    pub fn control(&mut self, request: &abi::ControlRequest) -> (u32, Vec<Effect>) {
-        let mut effects = Vec::new();
+    /// Takes one command of the peer's driver.
+    fn command(
+        &mut self,
+        command: CommandId,
+        request: &abi::ControlRequest,
+        (readable, writable): (u64, u64),
+        now: Instant,
+        effects: &mut Vec<Effect>,
+    ) {
         self.counters.control_commands += 1;
+        let generation = self.generations.link;
         let Some(peer) = self.peer.as_mut() else {
-            return (abi::CTRL_INVALID, effects);
+            return effects.push(Effect::Answer(command, abi::CTRL_INVALID, false));
         };
         let status = match request.command.value() {
-            abi::CTRL_ATTACH if request.value.value() != self.generation => abi::CTRL_STALE,
+            abi::CTRL_ATTACH if request.value.value() != generation => abi::CTRL_STALE,
             abi::CTRL_ATTACH => {
-                peer.driver = Some(AttachedDriver {
-                    generation: self.generation,
-                    interrupt: request.flags.value() & abi::ATTACH_F_INTERRUPT != 0,
-                });
+                let interrupt = request.flags.value() & abi::ATTACH_F_INTERRUPT != 0;
+                peer.driver = Some(AttachedDriver { generation, interrupt });
                 abi::CTRL_OK
             }
             abi::CTRL_DETACH => {
                 peer.driver = None;
                 abi::CTRL_OK
             }
-            abi::CTRL_FAULT => self.ring_fault(request, &mut effects),
+            abi::CTRL_FAULT => self.ring_fault(request, effects),
+            abi::CTRL_MAP | abi::CTRL_FETCH | abi::CTRL_STORE => {
+                return self.take_want(command, request, readable, writable, now, effects);
+            }
             _ => abi::CTRL_UNKNOWN,
         };
-        (status, effects)
-    }
-
-    /// Counts a fault of the control ring itself.
-    pub fn control_ring_fault(&mut self, reason: String) -> Vec<Effect> {
-        let mut effects = Vec::new();
-        self.count(&Fault::ControlRing(reason), "peer", &mut effects);
-        effects
+        effects.push(Effect::Answer(command, status, false));
     }
 
     /// Whether the peer's driver may use the owner's vrings.
@@ -219,29 +238,65 @@ impl Link {
                 | Request::SetMemTable(_)
                 | Request::RemMemReg { .. }
                 | Request::ResetOwner
+                | Request::Iotlb(_)
+                | Request::IommuPush { .. }
         );
-        let taken = owner.apply(request).and_then(|reply| {
-            let visible = owner.visible();
-            let layout = WindowLayout::plan(&self.geometry, &visible, &self.layout)?;
-            Ok((reply, layout))
-        });
-        match taken {
-            Err(fault) => self.refuse(Side::Owner, &fault, effects),
-            Ok((reply, layout)) => {
-                self.layout = layout;
-                if takes_away && !self.window.is_confined_to(&self.layout) {
-                    self.pending = Some(Pending {
-                        reply,
-                        // The peer's VMM has its time; then the kernel's word that its
-                        // mappings are gone has as much again.
-                        peer_deadline: now + self.timeout,
-                        deadline: now + 2 * self.timeout,
-                    });
-                } else {
-                    effects.push(Effect::Reply(Side::Owner, reply));
-                }
-            }
+        let changes_memory =
+            matches!(request, Request::SetMemTable(_) | Request::AddMemReg(_) | Request::RemMemReg { .. });
+        let starts = matches!(request, Request::SetVringKick { .. } | Request::SetVringEnable { .. });
+        let taken = match request {
+            Request::SetBackendChannel(stream) => owner.take_channel().map_err(Refusal::End).map(|()| {
+                effects.push(Effect::OpenChannel(Side::Owner, stream));
+                Reply::Done
+            }),
+            Request::Iotlb(message) => self.take_iotlb(message).map(|()| Reply::Done),
+            Request::IommuPush { reset, entries } => self.take_push(reset, &entries).map(|()| Reply::Done),
+            request => owner.apply(request).map_err(Refusal::End),
+        };
+        if changes_memory {
+            self.hide_unbacked();
         }
+        if starts {
+            self.demand.refused_vrings.clear();
+        }
+        match taken.and_then(|reply| self.plan_identity().map(|()| reply).map_err(Refusal::End)) {
+            Err(Refusal::End(fault)) => self.refuse(Side::Owner, &fault, effects),
+            Err(Refusal::Decline(fault)) => {
+                self.count(&fault, Side::Owner.name(), effects);
+                effects.push(Effect::Reply(Side::Owner, Reply::Declined));
+            }
+            Ok(reply) if takes_away => {
+                if self.owner.as_ref().is_some_and(|owner| owner.has_iommu() && !owner.is_running()) {
+                    self.stop_demand(effects);
+                }
+                self.reply_when_confined(reply, now, effects);
+            }
+            Ok(reply) => effects.push(Effect::Reply(Side::Owner, reply)),
+        }
+    }
+
+    /// The layout of an owner without an IOMMU follows from its memory table.
+    fn plan_identity(&mut self) -> Result<(), Fault> {
+        if let Some(owner) = self.owner.as_ref().filter(|owner| !owner.has_iommu()) {
+            self.shown.clear();
+            self.layout = WindowLayout::plan(&self.geometry, &owner.identity(), &self.layout)?;
+        }
+        Ok(())
+    }
+
+    /// Answers the owner when the peer holds no more than the layout.
+    fn reply_when_confined(&mut self, reply: Reply, now: Instant, effects: &mut Vec<Effect>) {
+        if self.window.is_confined_to(&self.layout) {
+            effects.push(Effect::Reply(Side::Owner, reply));
+            return;
+        }
+        self.pending = Some(Pending {
+            reply,
+            // The peer's VMM has its time; then the kernel's word that its mappings are
+            // gone has as much again.
+            peer_deadline: now + self.timeout,
+            deadline: now + 2 * self.timeout,
+        });
     }
 
     fn peer_request(&mut self, request: Request, now: Instant, effects: &mut Vec<Effect>) {
@@ -249,9 +304,10 @@ impl Link {
             return;
         };
         self.counters.peer_messages += 1;
+        let strict = peer.is_strict();
         let taken = match request {
             Request::SetBackendChannel(stream) => peer.take_channel(stream).map(|stream| {
-                effects.push(Effect::OpenChannel(stream));
+                effects.push(Effect::OpenChannel(Side::Peer, stream));
                 (Reply::Done, PeerChange::None)
             }),
             request => peer.apply(request),
@@ -262,10 +318,14 @@ impl Link {
                 match change {
                     PeerChange::None => {}
                     PeerChange::Started => {
+                        self.demand.forget_peer();
                         effects.push(Effect::ResetControlRing);
-                        self.window.open(now, effects);
+                        self.window.open(strict, now, effects);
                     }
-                    PeerChange::Stopped => self.window.stop(effects),
+                    PeerChange::Stopped => {
+                        self.demand.forget_peer();
+                        self.window.stop(effects);
+                    }
                 }
                 effects.push(Effect::Reply(Side::Peer, reply));
             }
@@ -311,9 +371,13 @@ impl Link {
             Side::Owner => {
                 self.owner = None;
                 self.pending = None;
+                self.stop_demand(effects);
                 self.layout = WindowLayout::new();
             }
-            Side::Peer if self.peer.take().is_some() => self.window.disconnect(effects),
+            Side::Peer if self.peer.take().is_some() => {
+                self.demand.forget_peer();
+                self.window.disconnect(effects);
+            }
             Side::Peer => {}
         }
     }
@@ -321,9 +385,10 @@ impl Link {
     /// Works out what the peer should see and how notifications should go, and
     /// turns the differences into effects.
     fn settle(&mut self, now: Instant, effects: &mut Vec<Effect>) {
+        self.serve_demand(now, effects);
         let mut changes = Vec::new();
         self.window.reconcile(&self.layout, now, &mut changes);
-        let up = !self.layout.is_empty() && self.window.shows_exactly(&self.layout);
+        let up = self.is_usable();
         if up && self.failure.take().is_some() {
             effects.push(Effect::Log(Log::Info("the link works again".into())));
         }
@@ -343,11 +408,18 @@ impl Link {
         // What is taken away leaves the link page before it leaves the window.
         let contents = self.contents(up);
         if contents != self.published {
-            self.generation += 2;
-            self.published = contents.clone();
-            effects.push(Effect::Publish(contents, self.generation));
-            effects.extend(self.control_call().map(Effect::NotifyPeer));
+            let Generations { link, table } = self.generations;
+            if contents.is_but_for_mappings(&self.published) {
+                self.generations = Generations { link, table: table + 2 };
+                effects.push(Effect::PublishTable(contents.mappings.clone(), self.generations.table));
+            } else {
+                self.generations = Generations { link: link + 2, table: table + 2 };
+                effects.push(Effect::Publish(contents.clone(), self.generations));
+                effects.extend(self.control_call().map(Effect::NotifyPeer));
+            }
+            self.published = contents;
         }
+        self.answer_mapped(effects);
         effects.append(&mut changes);
 
         if self.window.is_confined_to(&self.layout)
@@ -369,10 +441,65 @@ impl Link {
         if up {
             contents.status |= abi::LINK_S_UP;
             contents.features = owner.features();
-            contents.mappings = self.layout.iter().map(mapping_entry).collect();
-            contents.vrings = owner.vrings().iter().map(super::vring::Vring::entry).collect();
+            contents.vrings =
+                owner.vrings().iter().map(|vring| vring.entry(self.is_reachable(vring))).collect();
+            if owner.has_iommu() {
+                contents.status |= abi::LINK_S_IOMMU;
+                if self.config.one_way == OneWay::Refuse {
+                    contents.status |= abi::LINK_S_COPY;
+                }
+            }
+            // Of an owner without an IOMMU the peer has all of it, or the link is not up.
+            let there =
+                self.layout.iter().filter(|placement| !owner.has_iommu() || self.window.has(placement));
+            contents.mappings = there.map(|placement| self.mapping_entry(placement)).collect();
         }
         contents
+    }
+
+    /// Whether the peer's driver may use the vrings: of an owner without an IOMMU when all
+    /// of its memory is in the window, else when a vring is.
+    fn is_usable(&self) -> bool {
+        match &self.owner {
+            Some(owner) if owner.has_iommu() => {
+                self.window.is_open()
+                    && self.window.is_ready()
+                    && owner.vrings().iter().any(|vring| self.is_reachable(vring))
+            }
+            _ => !self.layout.is_empty() && self.window.shows_exactly(&self.layout),
+        }
+    }
+
+    /// Whether a vring runs and its memory is in the window.
+    fn is_reachable(&self, vring: &Vring) -> bool {
+        let shown = |part: Span<Iova>| {
+            let mut at = part.start();
+            loop {
+                let placement = self.layout.placement_at(at).filter(|placement| self.window.has(placement));
+                let Some(last) = placement.map(|placement| placement.range().iova().last()) else {
+                    return false;
+                };
+                if last >= part.last() {
+                    return true;
+                }
+                at = Iova::new(last.raw() + 1);
+            }
+        };
+        vring.is_live() && vring.started().is_some_and(|config| config.parts().all(shown))
+    }
+
+    /// The entry of the link page (`docs/vhost-pci-device.md`, 7.3).
+    fn mapping_entry(&self, placement: &Placement<MemoryFile>) -> abi::Mapping {
+        let range = placement.range();
+        // The peer's VMM may be asked for more than the owner allows.
+        let allowed = self.shown.allowed(range.iova().start()).unwrap_or(range.access());
+        abi::Mapping {
+            iova: range.iova().start().raw().into(),
+            len: range.iova().len().into(),
+            window_offset: placement.offset().raw().into(),
+            access: allowed.bits().into(),
+            reserved: 0.into(),
+        }
     }
 
     fn wanted_wires(&self) -> Vec<Wire> {
@@ -404,24 +531,12 @@ impl Link {
 
     /// Counts a fault of a side, and logs it when its count is a power of two: a
     /// side that errs without end does not fill the log.
-    fn count(&mut self, fault: &Fault, side: &str, effects: &mut Vec<Effect>) {
+    pub(super) fn count(&mut self, fault: &Fault, side: &str, effects: &mut Vec<Effect>) {
         let count = self.counters.faults.entry(fault.kind()).or_default();
         *count += 1;
         if count.is_power_of_two() {
             let times = if *count > 1 { format!(" (so far {count} of this kind)") } else { String::new() };
             effects.push(Effect::Log(Log::Fault(format!("{side}: {fault}{times}"))));
         }
-    }
-}
-
-/// The entry of the link page (`docs/vhost-pci-device.md`, 7.3).
-fn mapping_entry(placement: &Placement<MemoryFile>) -> abi::Mapping {
-    let range = placement.range();
-    abi::Mapping {
-        iova: range.iova().start().raw().into(),
-        len: range.iova().len().into(),
-        window_offset: placement.offset().raw().into(),
-        access: range.access().bits().into(),
-        reserved: 0.into(),
     }
 }

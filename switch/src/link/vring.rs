@@ -8,7 +8,7 @@
 //! ENABLE is separate (vhost-user: Ring states): a started vring is served while it
 //! is enabled. A started vring cannot be set up anew.
 
-use iommu::{FrontendVa, Iova, MemoryTable};
+use iommu::{FrontendVa, Iova, MemoryTable, Span};
 use vhost_pci_device::abi;
 
 use super::descriptor::{Eventfd, MemoryFile};
@@ -17,7 +17,16 @@ use super::fault::Fault;
 /// The largest size of a split virtqueue (virtio 1.3, 2.7).
 const MAX_SIZE: u32 = 32768;
 
-/// Where a front-end put a vring, as front-end virtual addresses.
+/// What the addresses of SET_VRING_ADDR are.
+#[derive(Clone, Copy, Debug)]
+pub enum AddressSpace<'m> {
+    /// Front-end virtual, as the memory table has them.
+    FrontEnd(&'m MemoryTable<MemoryFile>),
+    /// The owner's device's own: its driver accepted VIRTIO_F_ACCESS_PLATFORM.
+    Iova,
+}
+
+/// Where a front-end put a vring, in its [`AddressSpace`].
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct VringAddr {
     /// Descriptor table.
@@ -68,6 +77,17 @@ pub struct Vring {
     pub call: Option<Eventfd>,
     /// Signalled for the owner's VMM when the vring is broken.
     pub err: Option<Eventfd>,
+}
+
+impl VringConfig {
+    /// Descriptor table, available ring and used ring, each with the event field behind it
+    /// (virtio 1.3, 2.7).
+    pub fn parts(&self) -> impl Iterator<Item = Span<Iova>> {
+        let entries = u64::from(self.size);
+        let parts = [(self.desc, 16 * entries), (self.avail, 6 + 2 * entries), (self.used, 6 + 8 * entries)];
+        // None wraps: that was checked when the vring was started.
+        parts.into_iter().filter_map(|(start, len)| Span::new(start, len).ok())
+    }
 }
 
 impl Vring {
@@ -124,23 +144,18 @@ impl Vring {
     }
 
     /// SET_VRING_KICK: starts the vring.
-    pub fn start(
-        &mut self,
-        index: u32,
-        kick: Option<Eventfd>,
-        memory: &MemoryTable<MemoryFile>,
-    ) -> Result<(), Fault> {
+    pub fn start(&mut self, index: u32, kick: Option<Eventfd>, space: AddressSpace<'_>) -> Result<(), Fault> {
         if self.started().is_none() {
-            self.state = VringState::Started(self.checked(index, memory)?);
+            self.state = VringState::Started(self.checked(index, space)?);
         }
         self.kick = kick;
         Ok(())
     }
 
     /// Checks the addresses of a started vring against a memory table that changed.
-    pub fn recheck(&self, index: u32, memory: &MemoryTable<MemoryFile>) -> Result<(), Fault> {
+    pub fn recheck(&self, index: u32, space: AddressSpace<'_>) -> Result<(), Fault> {
         match self.started() {
-            Some(config) if self.checked(index, memory)? != *config => {
+            Some(config) if self.checked(index, space)? != *config => {
                 Err(Fault::Vring { index, reason: "it is started, and the new memory table moves it".into() })
             }
             _ => Ok(()),
@@ -156,13 +171,14 @@ impl Vring {
         }
     }
 
-    /// The entry of the link page (`docs/vhost-pci-device.md`, 7.4).
-    pub fn entry(&self) -> abi::Vring {
+    /// The entry of the link page (`docs/vhost-pci-device.md`, 7.4). `reachable`: its
+    /// memory is in the window.
+    pub fn entry(&self, reachable: bool) -> abi::Vring {
         let Some(config) = self.started() else {
             return abi::Vring::default();
         };
         abi::Vring {
-            flags: if self.enabled { abi::VRING_F_ENABLED } else { 0 }.into(),
+            flags: if self.enabled && reachable { abi::VRING_F_ENABLED } else { 0 }.into(),
             size: u32::from(config.size).into(),
             desc: config.desc.raw().into(),
             avail: config.avail.raw().into(),
@@ -181,7 +197,7 @@ impl Vring {
         Ok(())
     }
 
-    fn checked(&self, index: u32, memory: &MemoryTable<MemoryFile>) -> Result<VringConfig, Fault> {
+    fn checked(&self, index: u32, space: AddressSpace<'_>) -> Result<VringConfig, Fault> {
         let fault = |reason: String| Fault::Vring { index, reason };
         let (Some(size), Some(addr)) = (self.size, self.addr) else {
             return Err(Fault::OutOfOrder(format!(
@@ -194,10 +210,16 @@ impl Vring {
             if !address.is_multiple_of(align) {
                 return Err(fault(format!("its {name} at {address:#x} is not aligned to {align} bytes")));
             }
-            memory
-                .by_frontend(FrontendVa::new(address), len)
-                .map(|place| Iova::new(place.guest.raw()))
-                .map_err(|error| fault(format!("its {name}: {error}")))
+            let iova = match space {
+                AddressSpace::FrontEnd(memory) => memory
+                    .by_frontend(FrontendVa::new(address), len)
+                    .map(|place| Iova::new(place.guest.raw()))
+                    .map_err(|error| error.to_string()),
+                AddressSpace::Iova => Span::new(Iova::new(address), len)
+                    .map(|_| Iova::new(address))
+                    .map_err(|error| error.to_string()),
+            };
+            iova.map_err(|error| fault(format!("its {name}: {error}")))
         };
         Ok(VringConfig {
             size,

@@ -69,12 +69,17 @@ pub struct WindowCounters {
     pub made: u64,
     /// Mappings that are known to be gone again.
     pub revoked: u64,
+    /// The most bytes that the peer had, or may have had, at once.
+    pub largest: u64,
 }
 
 /// One peer's window.
 #[derive(Debug)]
 pub struct Window {
     timeout: Duration,
+    /// The VMM answers a change when it has taken effect: its word on an unmap is enough,
+    /// as long as its device runs.
+    strict: bool,
     phase: Phase,
     /// The owner's ranges that the VMM was asked to have.
     asked: WindowLayout<MemoryFile>,
@@ -89,6 +94,7 @@ impl Window {
     pub fn new(timeout: Duration) -> Self {
         Self {
             timeout,
+            strict: false,
             phase: Phase::Closed,
             asked: WindowLayout::new(),
             held: Vec::new(),
@@ -103,8 +109,10 @@ impl Window {
         self.counters
     }
 
-    /// The peer's device was started and its VMM takes changes.
-    pub fn open(&mut self, now: Instant, effects: &mut Vec<Effect>) {
+    /// The peer's device was started and its VMM takes changes. `strict`: as negotiated
+    /// (`docs/vhost-user-extensions.md`, SHMEM_STRICT).
+    pub fn open(&mut self, strict: bool, now: Instant, effects: &mut Vec<Effect>) {
+        self.strict = strict;
         if self.held.is_empty() {
             self.start(now, effects);
         } else {
@@ -145,6 +153,9 @@ impl Window {
                 if let Change::Unmap(placement) = change {
                     self.unmap(Content::Owner(placement), now, effects);
                 }
+            }
+            if self.strict {
+                return self.reconcile(desired, now, effects);
             }
             self.map(Content::Witness { slot: slot ^ 1 }, now, effects);
             self.phase = Phase::Revoking { deadline: now + self.timeout };
@@ -193,6 +204,12 @@ impl Window {
         let asked = [HeldState::Granting(op), HeldState::Revoking(op)];
         if let Some(index) = self.held.iter().position(|held| asked.contains(&held.state)) {
             match (self.held[index].state, result.is_ok()) {
+                (HeldState::Revoking(_), true)
+                    if self.strict && self.phase == Phase::Open && self.held[index].is_owners() =>
+                {
+                    self.held.swap_remove(index);
+                    self.counters.revoked += 1;
+                }
                 (HeldState::Revoking(op), true) => self.held[index].state = HeldState::Unmapped(op),
                 // It may have it still: to be asked again.
                 (HeldState::Revoking(_), false) => self.held[index].state = HeldState::Granted,
@@ -352,6 +369,19 @@ impl Window {
             && self.held.iter().filter(|held| held.is_owners()).all(|held| held.state == HeldState::Granted)
     }
 
+    /// Whether the VMM has this range, for certain.
+    pub fn has(&self, placement: &Placement<MemoryFile>) -> bool {
+        self.held.iter().any(|held| match &held.content {
+            Content::Owner(other) => held.state == HeldState::Granted && other == placement,
+            _ => false,
+        })
+    }
+
+    /// Whether the VMM may be asked for changes, now or when a revocation is done.
+    pub fn is_open(&self) -> bool {
+        matches!(self.phase, Phase::Open | Phase::Revoking { .. })
+    }
+
     /// Whether the peer's device has its link and control areas.
     pub fn is_ready(&self) -> bool {
         BASE.iter().take(2).all(|content| {
@@ -365,6 +395,11 @@ impl Window {
             Content::Owner(placement) => Some((placement, held.state == HeldState::Granted)),
             _ => None,
         })
+    }
+
+    /// Bytes of the owner's that the peer's VMM has, or may have.
+    pub fn owner_bytes(&self) -> u64 {
+        self.owner_ranges().map(|(placement, _)| placement.window().len()).sum()
     }
 
     /// Whether a VMM that takes no changes may hold mappings.
@@ -402,12 +437,13 @@ impl Window {
     fn map(&mut self, content: Content, now: Instant, effects: &mut Vec<Effect>) {
         let op = self.ask(WindowOp::Map(content.clone()), now, effects);
         self.held.push(Held { content, state: HeldState::Granting(op) });
+        self.counters.largest = self.counters.largest.max(self.owner_bytes());
     }
 
     fn unmap(&mut self, content: Content, now: Instant, effects: &mut Vec<Effect>) {
         let op = self.ask(WindowOp::Unmap(content.clone()), now, effects);
         for held in &mut self.held {
-            if held.content == content {
+            if held.content == content && !held.is_leaving() {
                 held.state = HeldState::Revoking(op);
             }
         }

@@ -15,7 +15,7 @@ use vm_memory::{Bytes, FileOffset, GuestAddress, GuestMemoryMmap};
 use zerocopy::IntoBytes;
 
 use crate::link::link_page;
-use crate::link::message::LinkContents;
+use crate::link::message::{Generations, LinkContents};
 
 /// A memfd of `len` bytes that can neither shrink nor grow.
 fn sealed_memfd(name: &std::ffi::CStr, len: u64, seals: SealFlag) -> io::Result<OwnedFd> {
@@ -52,36 +52,55 @@ impl LinkArea {
         Ok(Self { fd, memory })
     }
 
-    /// Lets the area say this, from this generation on.
+    /// Lets the area say this, from these generations on.
     ///
     /// # Errors
     /// Never, as the area has room for all that a link can show.
-    pub fn publish(&self, contents: &LinkContents, generation: u64) -> io::Result<()> {
-        let start = GuestAddress(abi::LINK_OFFSET);
-        let at = |offset: usize| GuestAddress(abi::LINK_OFFSET + offset as u64);
-        let generation_at = at(std::mem::offset_of!(abi::LinkHeader, generation));
-        let other = io::Error::other;
-
-        // Odd: readers that see it wait. Release and the fence after it pair with the
-        // driver's acquire load of the generation and the fence before its second
-        // load (docs/vhost-pci-device.md, 7.2).
-        self.memory
-            .store(generation.wrapping_sub(1).to_le(), generation_at, Ordering::Release)
-            .map_err(other)?;
-        fence(Ordering::SeqCst);
+    pub fn publish(&self, contents: &LinkContents, generations: Generations) -> io::Result<()> {
+        // Odd: readers that see it wait.
+        let changing = generations.link.wrapping_sub(1);
+        self.store(std::mem::offset_of!(abi::LinkHeader, generation), changing)?;
         for (index, vring) in contents.vrings.iter().take(usize::from(abi::MAX_VRINGS)).enumerate() {
             let offset = abi::VRING_TABLE as usize + index * size_of::<abi::Vring>();
-            self.memory.write_slice(vring.as_bytes(), at(offset)).map_err(other)?;
+            self.write(vring.as_bytes(), offset)?;
         }
-        for (index, mapping) in contents.mappings.iter().take(abi::MAX_MAPPINGS as usize).enumerate() {
-            let offset = abi::MAPPING_TABLE as usize + index * size_of::<abi::Mapping>();
-            self.memory.write_slice(mapping.as_bytes(), at(offset)).map_err(other)?;
+        self.publish_table(&contents.mappings, generations.table)?;
+        let header = link_page::header(contents, Generations { link: changing, ..generations });
+        self.write(header.as_bytes(), 0)?;
+        self.store(std::mem::offset_of!(abi::LinkHeader, generation), generations.link)
+    }
+
+    /// Lets the mapping table alone say this, from this generation of it on.
+    ///
+    /// # Errors
+    /// As [`Self::publish`].
+    pub fn publish_table(&self, mappings: &[abi::Mapping], generation: u64) -> io::Result<()> {
+        let generation_at = std::mem::offset_of!(abi::LinkHeader, table_generation);
+        let mappings = &mappings[..mappings.len().min(abi::MAX_MAPPINGS as usize)];
+        self.store(generation_at, generation.wrapping_sub(1))?;
+        self.write(mappings.as_bytes(), abi::MAPPING_TABLE as usize)?;
+        let count = (mappings.len() as u32).to_le_bytes();
+        self.write(&count, std::mem::offset_of!(abi::LinkHeader, mapping_count))?;
+        self.store(generation_at, generation)
+    }
+
+    /// Stores a generation. Release and the fence after it pair with the driver's acquire
+    /// load of the generation and the fence before its second load
+    /// (docs/vhost-pci-device.md, 7.2): what was written before it is seen by a driver that
+    /// loads it, and a driver that sees what is written after it sees it too.
+    fn store(&self, offset: usize, generation: u64) -> io::Result<()> {
+        let at = GuestAddress(abi::LINK_OFFSET + offset as u64);
+        self.memory.store(generation.to_le(), at, Ordering::Release).map_err(io::Error::other)?;
+        fence(Ordering::SeqCst);
+        Ok(())
+    }
+
+    fn write(&self, bytes: &[u8], offset: usize) -> io::Result<()> {
+        if bytes.is_empty() {
+            return Ok(());
         }
-        let header = link_page::header(contents, generation.wrapping_sub(1));
-        self.memory.write_slice(header.as_bytes(), start).map_err(other)?;
-        // Release: what was written above is seen by a driver that loads this
-        // generation with acquire.
-        self.memory.store(generation.to_le(), generation_at, Ordering::Release).map_err(other)
+        let at = GuestAddress(abi::LINK_OFFSET + offset as u64);
+        self.memory.write_slice(bytes, at).map_err(io::Error::other)
     }
 }
 
@@ -189,12 +208,13 @@ mod tests {
             mappings: vec![abi::Mapping { iova: 4096.into(), ..Default::default() }],
             ..LinkContents::default()
         };
-        area.publish(&contents, 42).unwrap();
+        area.publish(&contents, Generations { link: 42, table: 6 }).unwrap();
         let mut page = vec![0; abi::LINK_LEN as usize];
         area.memory.read_slice(&mut page, GuestAddress(0)).unwrap();
         assert_eq!(page[..4], *b"VPLP");
         assert_eq!(u64::from_le_bytes(page[8..16].try_into().unwrap()), 42);
         assert_eq!(page[16], abi::LINK_S_UP as u8);
+        assert_eq!((page[32], page[48]), (1, 6));
         assert_eq!(page[abi::MAPPING_TABLE as usize + 1], 16);
     }
 

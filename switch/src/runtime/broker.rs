@@ -19,7 +19,7 @@ use super::driver::LinkDriver;
 use super::relay::Relay;
 use super::sockets::{self, Listener, SocketError};
 use super::{Input, LinkPort};
-use crate::config::Config;
+use crate::config::{Config, OneWay};
 use crate::control::server;
 use crate::link::{Fault, Link, Side};
 
@@ -102,6 +102,13 @@ impl Broker {
         let stop = Arc::clone(&broker.stop);
         let acceptor = Acceptor::new(listeners, ports, stop)?;
         broker.acceptor = Some(thread::Builder::new().name("acceptor".into()).spawn(move || acceptor.run())?);
+        for link in config.links.iter().filter(|link| link.one_way == OneWay::Widen) {
+            warn!(
+                link = %link.name,
+                "one_way = \"widen\": memory that this link's owner lets its device only read is mapped writable \
+                 in the peer, and what it may only write readable"
+            );
+        }
         info!(links = config.links.len(), control_socket = %config.control_socket.display(), "the broker listens");
         Ok(broker)
     }

@@ -14,14 +14,19 @@ use std::time::{Duration, Instant};
 
 use crossbeam_channel::{Receiver, RecvTimeoutError, Sender};
 use tracing::{info, warn};
+use vhost_pci_device::abi;
 
 use super::areas::{ControlArea, LinkArea, Witness};
 use super::channel::{Change, Channel, Source};
 use super::control_ring::ControlRing;
+use super::copy::copy;
+use super::miss_channel::{MissChannel, Word};
 use super::relay::Relay;
 use super::{Input, LinkPort, SessionId};
 use crate::link::descriptor::Eventfd;
-use crate::link::message::{Content, Log, OpId, Reply, WindowOp, Wire};
+use crate::link::iommu::demand::Task;
+use crate::link::iommu::iotlb::Piece;
+use crate::link::message::{CommandId, Content, Log, OpId, Reply, WindowOp, Wire};
 use crate::link::report::{self, LinkReport};
 use crate::link::{Effect, Event, Link, Side};
 use crate::session::serve::serve;
@@ -64,6 +69,7 @@ pub struct LinkDriver {
     peer: Option<Session>,
     next_session: u64,
     channel: Option<Channel>,
+    misses: Option<MissChannel>,
     link_area: LinkArea,
     control_area: ControlArea,
     control_ring: ControlRing,
@@ -96,6 +102,7 @@ impl LinkDriver {
             peer: None,
             next_session: 0,
             channel: None,
+            misses: None,
             link_area: LinkArea::new()?,
             control_area: ControlArea::new()?,
             control_ring: ControlRing::new().map_err(io::Error::other)?,
@@ -147,6 +154,11 @@ impl LinkDriver {
             Input::WindowDone { session, op, result } => {
                 if self.peer.as_ref().is_some_and(|peer| peer.id == session) {
                     self.apply(Event::WindowDone(op, result));
+                }
+            }
+            Input::MissDone { session, id, told } => {
+                if self.owner.as_ref().is_some_and(|owner| owner.id == session) {
+                    self.apply(Event::MissDone(id, told));
                 }
             }
             Input::ControlDoorbell => {
@@ -213,20 +225,15 @@ impl LinkDriver {
     }
 
     fn serve_control_ring(&mut self) {
-        let mut effects = Vec::new();
-        let link = &mut self.link;
-        let served = self.control_ring.serve(self.control_area.memory(), |request| {
-            let (status, more) = link.control(request);
-            effects.extend(more);
-            status
-        });
-        if let Some(reason) = served.broken {
-            effects.extend(self.link.control_ring_fault(reason));
+        match self.control_ring.take(self.control_area.memory()) {
+            Ok(commands) => {
+                for command in commands {
+                    let lens = (command.readable, command.writable);
+                    self.apply(Event::Command(command.id, command.request, lens.0, lens.1));
+                }
+            }
+            Err(reason) => self.apply(Event::ControlRingBroken(reason)),
         }
-        if served.notify {
-            effects.extend(self.link.control_call().map(Effect::NotifyPeer));
-        }
-        self.run_effects(effects);
     }
 
     fn report(&self) -> LinkReport {
@@ -248,6 +255,11 @@ impl LinkDriver {
         for effect in effects {
             self.run_effect(effect);
         }
+        if self.control_ring.take_notification(self.control_area.memory())
+            && let Some(call) = self.link.control_call()
+        {
+            self.relay.signal(&call);
+        }
         // A page that is gone already needs no wait.
         if self.watch.is_some() {
             self.look_at_witness();
@@ -262,17 +274,27 @@ impl LinkDriver {
                 }
             }
             Effect::Disconnect(side) => self.close(side),
-            Effect::OpenChannel(stream) => self.open_channel(stream),
+            Effect::OpenChannel(side, stream) => self.open_channel(side, stream),
+            Effect::Miss(id, page, access) => self.tell_owner(Word::Miss(id, page, access)),
+            Effect::AccessFail(page, access) => self.tell_owner(Word::AccessFail(page, access)),
+            Effect::Answer(command, status, table_changed) => {
+                let flags = if table_changed { abi::RESPONSE_F_TABLE } else { 0 };
+                self.control_ring.answer(self.control_area.memory(), command, status, flags, 0);
+            }
+            Effect::Copy(command, task, pieces) => self.copy(command, task, &pieces),
             Effect::Window(op, change) => self.change_window(op, change),
             Effect::WatchWitness => {
                 self.watch = Some(Watch { next: Instant::now() + FIRST_LOOK, pause: FIRST_LOOK });
             }
             Effect::StopWatching => self.watch = None,
             Effect::ResetControlRing => self.reset_control_ring(),
-            Effect::Publish(contents, generation) => {
-                if let Err(error) = self.link_area.publish(&contents, generation) {
-                    warn!(link = %self.name, %error, "the link area cannot be written");
-                }
+            Effect::Publish(contents, generations) => {
+                let published = self.link_area.publish(&contents, generations);
+                self.warn_of(published, "the link area cannot be written");
+            }
+            Effect::PublishTable(mappings, generation) => {
+                let published = self.link_area.publish_table(&mappings, generation);
+                self.warn_of(published, "the link area cannot be written");
             }
             Effect::NotifyPeer(eventfd) | Effect::Signal(eventfd) => self.relay.signal(&eventfd),
             Effect::Wire(wires) => {
@@ -288,11 +310,41 @@ impl LinkDriver {
         }
     }
 
-    fn open_channel(&mut self, stream: UnixStream) {
-        let Some(peer) = &self.peer else { return };
-        match Channel::open(stream, self.port.clone(), peer.id, &self.name) {
-            Ok(channel) => self.channel = Some(channel),
-            Err(error) => warn!(link = %self.name, %error, "the back-end channel cannot be served"),
+    fn open_channel(&mut self, side: Side, stream: UnixStream) {
+        let Some(session) = self.session(side).map(|session| session.id) else { return };
+        let port = self.port.clone();
+        let opened = match side {
+            Side::Owner => {
+                MissChannel::open(stream, port, session, &self.name).map(|new| self.misses = Some(new))
+            }
+            Side::Peer => {
+                Channel::open(stream, port, session, &self.name).map(|new| self.channel = Some(new))
+            }
+        };
+        self.warn_of(opened, "the back-end channel cannot be served");
+    }
+
+    fn tell_owner(&self, word: Word) {
+        // Without a channel nothing answers: the commands' own deadlines deal with it.
+        if let Some(misses) = &self.misses {
+            misses.tell(word);
+        }
+    }
+
+    fn copy(&mut self, command: CommandId, task: Task, pieces: &[Piece]) {
+        let memory = self.control_area.memory();
+        let done = copy(&self.control_ring, memory, command, task, pieces);
+        let written = match task {
+            Task::Fetch => pieces.iter().map(|piece| piece.len).sum(),
+            Task::Map | Task::Store => 0,
+        };
+        let status = if done { abi::CTRL_OK } else { abi::CTRL_FAILED };
+        self.control_ring.answer(memory, command, status, 0, written);
+    }
+
+    fn warn_of(&self, result: io::Result<()>, what: &str) {
+        if let Err(error) = result {
+            warn!(link = %self.name, %error, "{what}");
         }
     }
 
@@ -355,7 +407,10 @@ impl LinkDriver {
 
     fn close(&mut self, side: Side) {
         match side {
-            Side::Owner => self.owner = None,
+            Side::Owner => {
+                self.owner = None;
+                self.misses = None;
+            }
             Side::Peer => {
                 self.peer = None;
                 self.channel = None;

@@ -4,6 +4,8 @@
 //! |---|---|
 //! | [`driver`] | a link's thread: events in, effects run |
 //! | [`channel`] | the thread that asks a peer's VMM for changes of its window |
+//! | [`miss_channel`] | the thread that tells an owner's VMM of IOTLB misses |
+//! | [`copy`] | copies between an owner's files and the control area |
 //! | [`areas`] | the broker's own memory in the window: link area, control area, witness |
 //! | [`control_ring`] | serves the control ring |
 //! | [`relay`] | the thread of a link that passes notifications on |
@@ -14,7 +16,9 @@ pub mod areas;
 pub mod broker;
 pub mod channel;
 pub mod control_ring;
+pub mod copy;
 pub mod driver;
+pub mod miss_channel;
 pub mod relay;
 pub mod sockets;
 
@@ -24,7 +28,7 @@ use std::sync::atomic::{AtomicBool, Ordering};
 
 use crossbeam_channel::Sender;
 
-use crate::link::message::{OpId, Reply, Request};
+use crate::link::message::{MissId, OpId, Reply, Request};
 use crate::link::report::LinkReport;
 use crate::link::{Fault, Side};
 
@@ -71,6 +75,15 @@ pub enum Input {
         op: OpId,
         /// Its answer.
         result: Result<(), String>,
+    },
+    /// The owner's VMM answered a miss.
+    MissDone {
+        /// The session whose VMM it is.
+        session: SessionId,
+        /// The miss.
+        id: MissId,
+        /// Whether it says that it told the translation.
+        told: bool,
     },
     /// The control ring's doorbell rang.
     ControlDoorbell,

@@ -224,7 +224,8 @@ impl VhostUserBackendReqHandler for Decoder {
     }
 
     fn get_protocol_features(&self) -> Result<VhostUserProtocolFeatures> {
-        self.number(Request::GetProtocolFeatures).map(VhostUserProtocolFeatures::from_bits_truncate)
+        // Retained: some bits are this project's own.
+        self.number(Request::GetProtocolFeatures).map(VhostUserProtocolFeatures::from_bits_retain)
     }
 
     fn set_protocol_features(&self, features: u64) -> Result<()> {

@@ -1,8 +1,9 @@
 //! The messages that are taken from the socket before the vhost crate sees them:
 //! SET_BACKEND_REQ_FD, whose stream the broker must be able to shut down when its
 //! VMM stalls (the crate's `Backend` keeps it to itself); IOTLB_MSG, which the
-//! crate refuses; and SET_VRING_ENABLE, which QEMU sends before SET_FEATURES and
-//! the crate takes after it only.
+//! crate refuses; SET_VRING_ENABLE, which QEMU sends before SET_FEATURES and the crate
+//! takes after it only; and IOMMU_PUSH, which is this project's own
+//! (`docs/vhost-user-extensions.md`).
 
 use std::io::{self, IoSliceMut, Read, Write};
 use std::mem::MaybeUninit;
@@ -16,7 +17,7 @@ use rustix::net::{RecvAncillaryBuffer, RecvAncillaryMessage, RecvFlags, recvmsg}
 use vhost::vhost_user::message::FrontendReq;
 
 use crate::link::Fault;
-use crate::link::message::Request;
+use crate::link::message::{IotlbMessage, PushEntry, Request};
 use crate::session::inspect;
 
 /// Length of a vhost-user header: request, flags, size of the payload, each 32
@@ -26,8 +27,17 @@ const HEADER_LEN: usize = 12;
 const FLAG_VERSION: u32 = 0x1;
 const FLAG_REPLY: u32 = 0x4;
 const FLAG_NEED_REPLY: u32 = 0x8;
-/// The longest payload of an intercepted message: `struct vhost_iotlb_msg`, bytes.
-const MAX_PAYLOAD: usize = 64;
+/// `struct vhost_iotlb_msg`: three 64-bit fields, two bytes and padding, bytes.
+const IOTLB_LEN: usize = 32;
+/// Header and entries of IOMMU_PUSH, bytes.
+const PUSH_HEADER_LEN: usize = 8;
+const PUSH_ENTRY_LEN: usize = 32;
+/// Entries of one IOMMU_PUSH.
+const MAX_PUSH_ENTRIES: usize = 64;
+/// The flag of IOMMU_PUSH by which all earlier mappings go.
+const PUSH_RESET: u32 = 0x1;
+/// The longest payload of an intercepted message, bytes.
+const MAX_PAYLOAD: usize = PUSH_HEADER_LEN + MAX_PUSH_ENTRIES * PUSH_ENTRY_LEN;
 
 /// What is next on the socket.
 #[derive(Debug)]
@@ -43,19 +53,46 @@ pub enum Next {
 /// A message that was taken from the socket.
 #[derive(Debug)]
 pub struct Intercepted {
-    code: FrontendReq,
+    code: Code,
     flags: u32,
     payload: Vec<u8>,
     file: Option<OwnedFd>,
 }
 
-/// The messages that are taken.
-const WANTED: [FrontendReq; 3] =
-    [FrontendReq::SET_BACKEND_REQ_FD, FrontendReq::IOTLB_MSG, FrontendReq::SET_VRING_ENABLE];
+/// The messages that are taken, by their numbers.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Code {
+    SetBackendReqFd = FrontendReq::SET_BACKEND_REQ_FD as isize,
+    Iotlb = FrontendReq::IOTLB_MSG as isize,
+    SetVringEnable = FrontendReq::SET_VRING_ENABLE as isize,
+    IommuPush = 0x5650_0001,
+}
+
+impl Code {
+    const ALL: [Self; 4] = [Self::SetBackendReqFd, Self::Iotlb, Self::SetVringEnable, Self::IommuPush];
+
+    const fn number(self) -> u32 {
+        self as u32
+    }
+
+    const fn name(self) -> &'static str {
+        match self {
+            Self::SetBackendReqFd => "SET_BACKEND_REQ_FD",
+            Self::Iotlb => "IOTLB_MSG",
+            Self::SetVringEnable => "SET_VRING_ENABLE",
+            Self::IommuPush => "IOMMU_PUSH",
+        }
+    }
+}
 
 /// The 32-bit number at this place, counted in such numbers; 0 past the end.
 fn word(bytes: &[u8], index: usize) -> u32 {
     bytes.get(4 * index..4 * index + 4).and_then(|bytes| bytes.try_into().ok()).map_or(0, u32::from_ne_bytes)
+}
+
+/// The 64-bit number at this place, counted in 32-bit ones; 0 past the end.
+fn long(bytes: &[u8], index: usize) -> u64 {
+    bytes.get(4 * index..4 * index + 8).and_then(|bytes| bytes.try_into().ok()).map_or(0, u64::from_ne_bytes)
 }
 
 /// Waits for a message and takes it if it is one of ours.
@@ -82,18 +119,21 @@ pub fn next(stream: &mut UnixStream) -> io::Result<Next> {
         }
     }
     let request = word(&header, 0);
-    let Some(code) = WANTED.into_iter().find(|code| *code as u32 == request) else {
+    let Some(code) = Code::ALL.into_iter().find(|code| code.number() == request) else {
         return Ok(Next::Ordinary);
     };
     let (len, mut files) = receive(stream, &mut header)?;
     let flags = word(&header, 1);
     let size = word(&header, 2) as usize;
     if len != HEADER_LEN || size > MAX_PAYLOAD || flags & !FLAG_NEED_REPLY != FLAG_VERSION {
-        return Err(invalid(format!("{code:?} with flags {flags:#x} and a payload of {size} bytes")));
+        let name = code.name();
+        return Err(invalid(format!("{name} with flags {flags:#x} and a payload of {size} bytes")));
     }
     let mut payload = vec![0; size];
     stream.read_exact(&mut payload).map_err(|error| match error.kind() {
-        io::ErrorKind::UnexpectedEof => invalid(format!("{code:?} ended in the middle of its payload")),
+        io::ErrorKind::UnexpectedEof => {
+            invalid(format!("{} ended in the middle of its payload", code.name()))
+        }
         _ => error,
     })?;
     Ok(Next::Taken(Intercepted { code, flags, payload, file: files.pop() }))
@@ -141,14 +181,22 @@ impl Intercepted {
     /// When the payload has another size, or a descriptor is missing or one too many.
     pub fn request(&mut self) -> Result<Request, Fault> {
         let code = self.code;
-        let fault = |reason: String| Err(Fault::Message(format!("{code:?} {reason}")));
+        let fault = |reason: String| Err(Fault::Message(format!("{} {reason}", code.name())));
         match (code, self.file.take(), self.payload.len()) {
-            (FrontendReq::SET_BACKEND_REQ_FD, Some(fd), 0) => {
-                inspect::channel(fd).map(Request::SetBackendChannel)
-            }
-            (FrontendReq::SET_BACKEND_REQ_FD, None, 0) => fault("without a descriptor".into()),
-            (FrontendReq::IOTLB_MSG, None, _) => Ok(Request::Iotlb),
-            (FrontendReq::SET_VRING_ENABLE, None, 8) => match word(&self.payload, 1) {
+            (Code::SetBackendReqFd, Some(fd), 0) => inspect::channel(fd).map(Request::SetBackendChannel),
+            (Code::SetBackendReqFd, None, 0) => fault("without a descriptor".into()),
+            (Code::Iotlb, None, IOTLB_LEN) => Ok(Request::Iotlb(IotlbMessage {
+                iova: long(&self.payload, 0),
+                size: long(&self.payload, 2),
+                frontend: long(&self.payload, 4),
+                perm: self.payload[24],
+                kind: self.payload[25],
+            })),
+            (Code::IommuPush, None, len) if len >= PUSH_HEADER_LEN => match self.pushed() {
+                Ok(request) => Ok(request),
+                Err(reason) => fault(reason),
+            },
+            (Code::SetVringEnable, None, 8) => match word(&self.payload, 1) {
                 enable @ (0 | 1) => {
                     Ok(Request::SetVringEnable { index: word(&self.payload, 0), enable: enable == 1 })
                 }
@@ -157,6 +205,25 @@ impl Intercepted {
             (_, Some(_), _) => fault("with a descriptor".into()),
             (_, None, len) => fault(format!("with a payload of {len} bytes")),
         }
+    }
+
+    /// Reads IOMMU_PUSH.
+    fn pushed(&self) -> Result<Request, String> {
+        let (count, flags) = (word(&self.payload, 0) as usize, word(&self.payload, 1));
+        let entries = &self.payload[PUSH_HEADER_LEN..];
+        if count > MAX_PUSH_ENTRIES || entries.len() != count * PUSH_ENTRY_LEN {
+            return Err(format!("with {count} entries in {} bytes", entries.len()));
+        }
+        if flags & !PUSH_RESET != 0 {
+            return Err(format!("with unknown flags {flags:#x}"));
+        }
+        let entries = entries.chunks_exact(PUSH_ENTRY_LEN).map(|entry| PushEntry {
+            iova: long(entry, 0),
+            size: long(entry, 2),
+            frontend: long(entry, 4),
+            perm: entry[24],
+        });
+        Ok(Request::IommuPush { reset: flags & PUSH_RESET != 0, entries: entries.collect() })
     }
 
     /// Sends the answer, if the front-end wants one: 0 for done, 1 for refused
@@ -169,7 +236,7 @@ impl Intercepted {
             return Ok(());
         }
         let mut message = Vec::with_capacity(HEADER_LEN + 8);
-        for field in [self.code as u32, FLAG_VERSION | FLAG_REPLY, 8] {
+        for field in [self.code.number(), FLAG_VERSION | FLAG_REPLY, 8] {
             message.extend(field.to_ne_bytes());
         }
         message.extend(u64::from(!done).to_ne_bytes());

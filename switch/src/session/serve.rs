@@ -46,7 +46,8 @@ fn messages(
                     Err(fault) => return Some(fault),
                 };
                 let done = decoder.ask(request).is_ok();
-                if message.answer(stream, decoder.reply_ack(), done).is_err() || !done {
+                let goes_on = done || decoder.take_declined();
+                if message.answer(stream, decoder.reply_ack(), done).is_err() || !goes_on {
                     return None;
                 }
             }

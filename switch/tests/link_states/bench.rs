@@ -5,8 +5,10 @@ use std::collections::VecDeque;
 use std::time::{Duration, Instant};
 
 use vhost_pci_device::abi;
-use vhost_pci_switch::config::{LinkConfig, Profile};
-use vhost_pci_switch::link::message::{LinkContents, OpId, Reply, Request, WindowOp, Wire};
+use vhost_pci_switch::config::{LinkConfig, OneWay, Profile};
+use vhost_pci_switch::link::message::{
+    CommandId, Content, Generations, LinkContents, OpId, Reply, Request, WindowOp, Wire,
+};
 use vhost_pci_switch::link::report::{self, LinkReport};
 use vhost_pci_switch::link::{Effect, Event, Link, Side};
 
@@ -28,6 +30,8 @@ pub struct Bench {
     /// Every effect since [`Self::forget`], in order.
     pub trace: Vec<Effect>,
     pub published: (LinkContents, u64),
+    pub table_generation: u64,
+    next_command: u64,
     pub wires: Vec<Wire>,
     watching: bool,
     /// Witness pages in the window, the oldest first, by number.
@@ -48,6 +52,8 @@ pub fn config() -> LinkConfig {
         window_len: 64 << 20,
         profile: Profile::Net,
         queue_pairs: 1,
+        one_way: OneWay::Refuse,
+        max_mappings: 16,
     }
 }
 
@@ -62,6 +68,8 @@ impl Bench {
             shared: Shared::default(),
             trace: Vec::new(),
             published: (LinkContents::default(), 998),
+            table_generation: 998,
+            next_command: 0,
             wires: Vec::new(),
             watching: false,
             witnesses: VecDeque::new(),
@@ -191,6 +199,18 @@ impl Bench {
         true
     }
 
+    /// A command of the peer's driver: its status, and what happened besides.
+    pub fn command(&mut self, request: &abi::ControlRequest) -> (u32, Vec<Effect>) {
+        self.next_command += 1;
+        let id = CommandId(self.next_command);
+        let mut effects = self.link.apply(Event::Command(id, *request, 0, 0), self.now);
+        let answer = effects.iter().position(|effect| matches!(effect, Effect::Answer(..)));
+        let answer = effects.remove(answer.expect("the command is answered at once"));
+        let Effect::Answer(answered, status, _) = answer else { unreachable!() };
+        assert_eq!(answered, id);
+        (status, effects)
+    }
+
     /// Everything that the VMM was asked is done and answered.
     pub fn work(&mut self) {
         while self.step(Manner::Honest) {}
@@ -272,7 +292,13 @@ impl Bench {
             Effect::Window(op, change) => self.window(*op, change),
             Effect::WatchWitness => self.watching = true,
             Effect::StopWatching => self.watching = false,
-            Effect::Publish(contents, generation) => self.publish(contents, *generation),
+            Effect::Publish(contents, generations) => self.publish(contents, *generations),
+            Effect::PublishTable(mappings, generation) => {
+                let contents = LinkContents { mappings: mappings.clone(), ..self.published.0.clone() };
+                let generations = Generations { link: self.published.1, table: *generation };
+                self.check_published(&contents, generations);
+                self.published.0 = contents;
+            }
             Effect::Wire(wires) => self.wires.clone_from(wires),
             _ => {}
         }
@@ -286,15 +312,26 @@ impl Bench {
             witness = Some(self.next_witness);
             self.witnesses.push_back(self.next_witness);
         }
-        if matches!(change, WindowOp::Unmap(_)) && kind(content) == Kind::Owner {
-            assert!(!self.is_up(), "a range is unmapped while the link page still shows it");
+        if let (WindowOp::Unmap(_), Content::Owner(placement)) = (change, content) {
+            let start = placement.range().iova().start().raw();
+            let shown = self.published.0.mappings.iter().any(|entry| entry.iova.value() == start);
+            assert!(!shown, "{placement:?} is unmapped while the link page still shows it");
         }
         let lenient = matches!(self.report().window.phase.as_str(), "residue" | "reopening");
         self.vmm.ask(op, change.clone(), witness, lenient);
     }
 
-    fn publish(&mut self, contents: &LinkContents, generation: u64) {
+    fn publish(&mut self, contents: &LinkContents, generations: Generations) {
+        let generation = generations.link;
         assert!(generation > self.published.1 && generation.is_multiple_of(2), "generation {generation}");
+        self.check_published(contents, generations);
+        self.published = (contents.clone(), generation);
+    }
+
+    fn check_published(&mut self, contents: &LinkContents, generations: Generations) {
+        let table = generations.table;
+        assert!(table > self.table_generation && table.is_multiple_of(2), "table generation {table}");
+        self.table_generation = table;
         if contents.status & abi::LINK_S_UP != 0 {
             for entry in &contents.mappings {
                 assert!(self.vmm.shows(entry), "{entry:?} is published and not mapped");
@@ -308,7 +345,6 @@ impl Bench {
         } else {
             assert!(contents.mappings.is_empty() && contents.vrings.is_empty());
         }
-        self.published = (contents.clone(), generation);
     }
 
     /// The promise of the whole project: what is answered as revoked is revoked.

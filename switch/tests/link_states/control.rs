@@ -2,7 +2,7 @@
 
 use vhost_pci_device::abi;
 use vhost_pci_switch::link::message::{Log, Request};
-use vhost_pci_switch::link::{Effect, Side};
+use vhost_pci_switch::link::{Effect, Event, Side};
 
 use crate::bench::Bench;
 use crate::front_end::{eventfd, eventfd_pair};
@@ -29,14 +29,14 @@ fn a_driver_attaches_to_the_current_generation_only() {
     let mut bench = Bench::up();
     let current = bench.published.1;
     for stale in [0, current - 2, current - 1, current + 1, current + 2, u64::MAX] {
-        assert_eq!(bench.link.control(&attach(stale, 0)).0, abi::CTRL_STALE);
+        assert_eq!(bench.command(&attach(stale, 0)).0, abi::CTRL_STALE);
         assert_eq!(bench.report().peer.driver, None);
     }
-    assert_eq!(bench.link.control(&attach(current, 0)).0, abi::CTRL_OK);
+    assert_eq!(bench.command(&attach(current, 0)).0, abi::CTRL_OK);
     assert_eq!(bench.report().peer.driver.as_deref(), Some("polling"));
-    assert_eq!(bench.link.control(&attach(current, abi::ATTACH_F_INTERRUPT)).0, abi::CTRL_OK);
+    assert_eq!(bench.command(&attach(current, abi::ATTACH_F_INTERRUPT)).0, abi::CTRL_OK);
     assert_eq!(bench.report().peer.driver.as_deref(), Some("interrupt"));
-    assert_eq!(bench.link.control(&command(abi::CTRL_DETACH)).0, abi::CTRL_OK);
+    assert_eq!(bench.command(&command(abi::CTRL_DETACH)).0, abi::CTRL_OK);
     assert_eq!(bench.report().peer.driver, None);
     assert_eq!(bench.report().counters.control_commands, 9);
 }
@@ -44,7 +44,7 @@ fn a_driver_attaches_to_the_current_generation_only() {
 #[test]
 fn an_attached_driver_is_forgotten_when_its_device_stops() {
     let mut bench = Bench::up();
-    assert_eq!(bench.link.control(&attach(bench.published.1, 0)).0, abi::CTRL_OK);
+    assert_eq!(bench.command(&attach(bench.published.1, 0)).0, abi::CTRL_OK);
     bench.peer_stops(true);
     assert_eq!(bench.report().peer.driver, None);
 }
@@ -53,8 +53,8 @@ fn an_attached_driver_is_forgotten_when_its_device_stops() {
 fn unknown_commands_are_unknown_and_do_nothing() {
     let mut bench = Bench::up();
     let before = bench.report();
-    for number in (0..=u16::MAX).filter(|number| !(1..=3).contains(number)) {
-        let (status, effects) = bench.link.control(&command(number));
+    for number in (0..=u16::MAX).filter(|number| !(1..=6).contains(number)) {
+        let (status, effects) = bench.command(&command(number));
         assert_eq!(status, abi::CTRL_UNKNOWN);
         assert!(effects.is_empty());
     }
@@ -68,7 +68,7 @@ fn a_reported_fault_is_counted_by_kind_logged_sparely_and_signalled_to_the_owner
     bench.owner_raw(Request::SetVringErr { index: 1, fd: Some(theirs.clone()) });
     let mut lines = 0;
     for _ in 0..1000 {
-        let (status, effects) = bench.link.control(&fault(1, abi::FaultKind::Unmapped as u32));
+        let (status, effects) = bench.command(&fault(1, abi::FaultKind::Unmapped as u32));
         assert_eq!(status, abi::CTRL_OK);
         lines += effects.iter().filter(|effect| matches!(effect, Effect::Log(Log::Fault(_)))).count();
         assert!(effects.iter().any(|effect| matches!(effect, Effect::Signal(fd) if *fd == theirs)));
@@ -83,7 +83,7 @@ fn a_reported_fault_is_counted_by_kind_logged_sparely_and_signalled_to_the_owner
 fn every_kind_of_fault_has_its_own_count() {
     let mut bench = Bench::up();
     for kind in abi::FaultKind::ALL {
-        bench.link.control(&fault(0, kind as u32));
+        bench.command(&fault(0, kind as u32));
         assert_eq!(bench.faults(&format!("ring_{}", kind.name())), 1);
     }
     assert_eq!(bench.report().counters.faults.len(), abi::FaultKind::ALL.len());
@@ -93,7 +93,7 @@ fn every_kind_of_fault_has_its_own_count() {
 fn a_fault_of_a_vring_or_kind_that_does_not_exist_is_invalid() {
     let mut bench = Bench::up();
     for bad in [fault(2, 1), fault(u16::MAX, 1), fault(0, 0), fault(0, 10), fault(0, u32::MAX)] {
-        let (status, effects) = bench.link.control(&bad);
+        let (status, effects) = bench.command(&bad);
         assert_eq!(status, abi::CTRL_INVALID);
         assert!(effects.is_empty());
     }
@@ -104,16 +104,16 @@ fn a_fault_of_a_vring_or_kind_that_does_not_exist_is_invalid() {
 fn without_an_owner_a_fault_is_counted_and_without_a_peer_a_command_is_invalid() {
     let mut bench = Bench::up();
     bench.leave(Side::Owner);
-    assert_eq!(bench.link.control(&fault(0, 1)).0, abi::CTRL_OK);
+    assert_eq!(bench.command(&fault(0, 1)).0, abi::CTRL_OK);
     assert_eq!(bench.faults("ring_avail_jump"), 1);
     bench.leave(Side::Peer);
-    assert_eq!(bench.link.control(&command(abi::CTRL_DETACH)).0, abi::CTRL_INVALID);
+    assert_eq!(bench.command(&command(abi::CTRL_DETACH)).0, abi::CTRL_INVALID);
 }
 
 #[test]
 fn a_broken_control_ring_is_counted_as_the_peers_fault() {
     let mut bench = Bench::up();
-    let effects = bench.link.control_ring_fault("an index jumped".into());
+    let effects = bench.link.apply(Event::ControlRingBroken("an index jumped".into()), bench.now);
     assert!(
         matches!(&effects[..], [Effect::Log(Log::Fault(line))] if line.contains("peer: control ring: an index jumped"))
     );

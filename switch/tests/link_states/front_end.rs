@@ -10,7 +10,7 @@ use iommu::Placement;
 use nix::sys::eventfd::{EfdFlags, EventFd};
 use nix::sys::memfd::{MFdFlags, memfd_create};
 use vhost_pci_switch::link::descriptor::{Eventfd, MemoryFile};
-use vhost_pci_switch::link::features::PROTOCOL_FEATURES;
+use vhost_pci_switch::link::features::{PROTOCOL_FEATURES, PROTOCOL_SHMEM_STRICT};
 use vhost_pci_switch::link::message::{RegionRequest, Request};
 use vhost_pci_switch::link::{owner, peer};
 
@@ -220,7 +220,7 @@ pub fn peer_set_up(queues: u32) -> Vec<Request> {
     let mut requests = vec![
         Request::GetFeatures,
         Request::GetProtocolFeatures,
-        Request::SetProtocolFeatures(peer::protocol_features().bits()),
+        Request::SetProtocolFeatures(peer::protocol_features() & !PROTOCOL_SHMEM_STRICT),
         Request::GetQueueNum,
         Request::SetOwner,
         Request::GetShmemConfig,
@@ -249,5 +249,5 @@ pub fn peer_start(queues: u32) -> Vec<Request> {
 
 /// What an owner's front-end is offered.
 pub fn owner_protocol_features() -> u64 {
-    owner::protocol_features().bits()
+    owner::protocol_features()
 }

@@ -169,7 +169,7 @@ fn take(bench: &mut Bench, step: Step) {
                 value: generation.into(),
                 ..Default::default()
             };
-            drop(bench.link.control(&request));
+            drop(bench.command(&request));
         }
     }
     bench.look();

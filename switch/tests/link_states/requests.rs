@@ -2,7 +2,7 @@
 //! right kind, and says what would be right.
 
 use vhost_pci_switch::link::Side;
-use vhost_pci_switch::link::message::{RegionRequest, Reply, Request};
+use vhost_pci_switch::link::message::{IotlbMessage, RegionRequest, Reply, Request};
 
 use crate::bench::{Bench, REGIONS};
 use crate::front_end::{Ask, FEATURES, FILE_LEN, FRONTEND, Region, eventfd, peer_set_up};
@@ -38,7 +38,7 @@ fn features_that_were_not_offered_are_refused() {
     for bit in [0, 5, 26, 29, 34, 63] {
         refused(&mut bench, Request::SetFeatures(FEATURES | 1 << bit), "features", "not offered");
     }
-    for bit in [1, 5, 12, 19, 22, 63] {
+    for bit in [1, 4, 12, 19, 22, 61, 63] {
         refused(&mut bench, Request::SetProtocolFeatures(1 << bit), "features", "not offered");
     }
     let mut bench = Bench::new();
@@ -218,7 +218,13 @@ fn requests_of_the_other_side_are_refused() {
         Request::GetShmemConfig,
         Request::GetConfig { offset: 0, len: 4 },
         Request::SetConfig,
-        Request::Iotlb,
+        Request::Iotlb(IotlbMessage {
+            iova: 0,
+            size: 4096,
+            frontend: 0,
+            perm: 3,
+            kind: IotlbMessage::UPDATE,
+        }),
     ] {
         refused(&mut bench, request, "unsupported", "not negotiated");
     }

@@ -1,0 +1,15 @@
+//! An owner with an IOMMU: what of its memory the peer gets to see, and when.
+//!
+//! | file | what it holds |
+//! |---|---|
+//! | [`iotlb`] | what the owner's front-end has told of its guest's IOMMU |
+//! | [`demand`] | what the peer's driver has asked for; the open question to the owner |
+//! | [`denials`] | how often the owner may be asked in vain |
+//! | [`shown`] | the ranges that the window is to show |
+//! | [`serve`] | the steps from one to the other |
+
+pub mod demand;
+pub mod denials;
+pub mod iotlb;
+pub mod serve;
+pub mod shown;

@@ -1,0 +1,562 @@
+//! The steps by which an owner's IOMMU decides what the peer sees: its front-end's
+//! messages are taken, the peer's commands are served from what is known, and what is
+//! missing is asked for, one miss at a time.
+
+use std::time::{Duration, Instant};
+
+use iommu::{Access, FrontendVa, Iova, IovaMap, LayoutError, MappedRange, Span, WindowLayout};
+use vhost_pci_device::abi;
+
+use super::demand::{Task, Want, want};
+use super::iotlb::PushedChange;
+use crate::config::OneWay;
+use crate::link::descriptor::MemoryFile;
+use crate::link::fault::Fault;
+use crate::link::message::{CommandId, Effect, IotlbMessage, MissId, PushEntry};
+use crate::link::owner::OwnerSession;
+use crate::link::state::Link;
+
+/// Copies from or to a range, without an unmap between them, after which it is taken
+/// for one that lasts, and worth a place in the window.
+const LASTING: u32 = 8;
+/// How long ranges that last are collected, so that neighbours are mapped as one.
+const COLLECT: Duration = Duration::from_millis(100);
+/// Pages that are asked about in the background, at most.
+const MAX_PROBES: usize = 4096;
+
+impl Link {
+    /// Takes an IOTLB message of the owner's front-end.
+    ///
+    /// # Errors
+    /// `Err(Ok(_))`: the message is declined and the session goes on. `Err(Err(_))`: it
+    /// ends.
+    pub(in crate::link) fn take_iotlb(&mut self, message: IotlbMessage) -> Result<(), Refusal> {
+        let owner = self.owner.as_mut().ok_or(Refusal::End(Fault::Unsupported("IOTLB_MSG")))?;
+        if !owner.has_iommu() || owner.pushes() {
+            return Err(Refusal::End(Fault::Unsupported("IOTLB_MSG")));
+        }
+        let fault = |reason: String| Refusal::Decline(Fault::Iommu(reason));
+        let span = Span::new(Iova::new(message.iova), message.size);
+        let gone = match message.kind {
+            IotlbMessage::UPDATE => {
+                self.demand_counters.updates += 1;
+                let shown = &self.shown;
+                let range = mapped_range(owner, message.iova, message.size, message.frontend, message.perm)
+                    .map_err(fault)?;
+                match proven(&range, self.demand.asked.as_ref().map(|asked| (asked.page, asked.access))) {
+                    Some(range) => owner.iotlb.learn(range, |span| shown.covers(span)),
+                    None => forget_changed(owner, &range),
+                }
+            }
+            IotlbMessage::INVALIDATE => {
+                self.demand_counters.invalidations += 1;
+                // A front-end may say "everything" by a length that wraps: what is meant is
+                // clear, and to forget too much is never wrong.
+                let span = span.or_else(|_| Span::new(Iova::new(message.iova), u64::MAX - message.iova));
+                let span = span.map_err(|error| fault(format!("INVALIDATE: {error}")))?;
+                owner.iotlb.forget(span)
+            }
+            kind => return Err(fault(format!("message type {kind} is not one of a front-end"))),
+        };
+        self.hide(&gone);
+        Ok(())
+    }
+
+    /// Takes a message of pushed changes; all of it or nothing.
+    pub(in crate::link) fn take_push(&mut self, reset: bool, entries: &[PushEntry]) -> Result<(), Refusal> {
+        let owner = self.owner.as_mut().ok_or(Refusal::End(Fault::Unsupported("IOMMU_PUSH")))?;
+        if !owner.has_iommu() || !owner.pushes() {
+            return Err(Refusal::End(Fault::Unsupported("IOMMU_PUSH")));
+        }
+        self.demand_counters.pushes += 1;
+        let fault = |position: usize, reason: String| {
+            Refusal::Decline(Fault::Iommu(format!("pushed entry {position}: {reason}")))
+        };
+        let mut changes = Vec::with_capacity(entries.len() + 1);
+        if reset {
+            changes.push(PushedChange::Reset);
+        }
+        for (position, entry) in entries.iter().enumerate() {
+            changes.push(match entry.perm {
+                0 => Span::new(Iova::new(entry.iova), entry.size)
+                    .map(PushedChange::Unmap)
+                    .map_err(|error| fault(position, error.to_string()))?,
+                perm => mapped_range(owner, entry.iova, entry.size, entry.frontend, perm)
+                    .map(PushedChange::Map)
+                    .map_err(|reason| fault(position, reason))?,
+            });
+        }
+        let first = usize::from(reset);
+        let gone = owner
+            .iotlb
+            .push(changes)
+            .map_err(|(position, error)| fault(position.saturating_sub(first), error.to_string()))?;
+        // A vring whose memory was not mapped may have it now.
+        self.demand.refused_vrings.clear();
+        self.hide(&gone);
+        Ok(())
+    }
+
+    /// The owner's memory table changed: what is behind no region any more is gone.
+    pub(in crate::link) fn hide_unbacked(&mut self) {
+        if let Some(owner) = self.owner.as_mut().filter(|owner| owner.has_iommu()) {
+            let memory = owner.memory().clone();
+            let gone = owner.iotlb.forget_unbacked(&memory);
+            self.hide(&gone);
+        }
+    }
+
+    /// The owner's VMM answered a miss.
+    pub(in crate::link) fn miss_done(
+        &mut self,
+        id: MissId,
+        told: bool,
+        now: Instant,
+        effects: &mut Vec<Effect>,
+    ) {
+        let Some(asked) = self.demand.asked.take_if(|asked| asked.id == id) else {
+            return;
+        };
+        let Some(owner) = self.owner.as_ref() else { return };
+        let known = owner.iotlb.range_at(asked.page);
+        if known.is_some_and(|range| range.access().allows(asked.access)) {
+            return;
+        }
+        if told {
+            // It told a translation that does not allow what was asked for.
+            effects.push(Effect::AccessFail(asked.page, asked.access));
+        }
+        let Some(page) = asked.span() else { return };
+        let owner_vrings = owner.vrings().iter().zip(0_u32..);
+        let vrings: Vec<u32> = owner_vrings
+            .filter(|(vring, _)| {
+                vring.started().is_some_and(|config| config.parts().any(|part| part.overlaps(page)))
+            })
+            .map(|(_, index)| index)
+            .collect();
+        for index in vrings {
+            if self.demand.refused_vrings.insert(index) {
+                let reason = format!(
+                    "the owner's IOMMU does not let its device {} the vring's page at {}",
+                    if asked.access == Access::Read { "read" } else { "write" },
+                    asked.page
+                );
+                self.count(&Fault::Vring { index, reason }, "owner", effects);
+            }
+        }
+        self.demand.probes.retain(|probe| *probe != (asked.page, asked.access));
+        let denied = |want: &Want| want.span.overlaps(page) && want.access.bits() & asked.access.bits() != 0;
+        let (denied, rest) = std::mem::take(&mut self.demand.wants).into_iter().partition(denied);
+        self.demand.wants = rest;
+        let denied: std::collections::VecDeque<Want> = denied;
+        for want in denied {
+            self.demand.denials.note(now);
+            self.deny(want.command, effects);
+        }
+    }
+
+    /// Takes MAP, FETCH or STORE.
+    pub(in crate::link) fn take_want(
+        &mut self,
+        command: CommandId,
+        request: &abi::ControlRequest,
+        readable: u64,
+        writable: u64,
+        now: Instant,
+        effects: &mut Vec<Effect>,
+    ) {
+        let mut answer = |status| effects.push(Effect::Answer(command, status, false));
+        let Some(want) = want(command, request, readable, writable, now + self.timeout) else {
+            return answer(abi::CTRL_INVALID);
+        };
+        self.demand_counters.maps += u64::from(want.task == Task::Map);
+        if !self.owner.as_ref().is_some_and(|owner| owner.has_iommu() && owner.is_running()) {
+            return answer(abi::CTRL_FAILED);
+        }
+        self.demand.wants.push_back(want);
+    }
+
+    /// Serves what can be served and asks for what is missing.
+    pub(in crate::link) fn serve_demand(&mut self, now: Instant, effects: &mut Vec<Effect>) {
+        let Some(owner) = self.owner.as_ref().filter(|owner| owner.has_iommu()) else {
+            return;
+        };
+        if !owner.is_running() {
+            self.stop_demand(effects);
+            return;
+        }
+        let mut missing = self.serve_vrings(effects);
+        for want in std::mem::take(&mut self.demand.wants) {
+            if now >= want.deadline {
+                effects.push(Effect::Answer(want.command, abi::CTRL_FAILED, false));
+                continue;
+            }
+            match self.serve_want(&want, now, effects) {
+                Served::Done => {}
+                Served::Waits => self.demand.wants.push_back(want),
+                Served::Missing(page, access) => {
+                    missing.get_or_insert((page, access));
+                    self.demand.wants.push_back(want);
+                }
+            }
+        }
+        self.show_lasting(now);
+        if self.demand.asked.is_none()
+            && let Some((page, access)) = missing.or_else(|| self.next_probe())
+        {
+            let asked = self.demand.ask(page, access);
+            self.demand_counters.misses += 1;
+            effects.push(Effect::Miss(asked.id, page, access));
+        }
+        self.plan();
+    }
+
+    /// Answers MAP commands whose ranges the peer has now, when the link page says so.
+    pub(in crate::link) fn answer_mapped(&mut self, effects: &mut Vec<Effect>) {
+        let (layout, window) = (&self.layout, &self.window);
+        let shown = |span: Span<Iova>| {
+            let mut at = span.start();
+            loop {
+                let Some(placement) = layout.placement_at(at).filter(|placement| window.has(placement))
+                else {
+                    return false;
+                };
+                let last = placement.range().iova().last();
+                if last >= span.last() {
+                    return true;
+                }
+                at = Iova::new(last.raw() + 1);
+            }
+        };
+        let shown_map = &self.shown;
+        self.demand.wants.retain(|want| {
+            let allowed = || {
+                let mut ranges = shown_map.map().overlapping(want.span);
+                ranges.all(|range| {
+                    shown_map.allowed(range.iova().start()).is_some_and(|allowed| allowed.allows(want.access))
+                })
+            };
+            let done = want.task == Task::Map && shown(want.span) && allowed();
+            if done {
+                effects.push(Effect::Answer(want.command, abi::CTRL_OK, true));
+            }
+            !done
+        });
+    }
+
+    /// The owner's device stopped or its VMM left: nothing of it is known any more.
+    pub(in crate::link) fn stop_demand(&mut self, effects: &mut Vec<Effect>) {
+        for want in self.demand.forget_owner() {
+            effects.push(Effect::Answer(want.command, abi::CTRL_FAILED, false));
+        }
+        // While its device is stopped QEMU does not tell what is unmapped.
+        if let Some(owner) = self.owner.as_mut().filter(|owner| !owner.is_running()) {
+            owner.iotlb = Default::default();
+        }
+        self.shown.clear();
+        self.plan();
+    }
+
+    /// Shows the memory of the vrings that run. Gives what is not known of it.
+    fn serve_vrings(&mut self, effects: &mut Vec<Effect>) -> Option<(Iova, Access)> {
+        let owner = self.owner.as_ref()?;
+        let refused = &self.demand.refused_vrings;
+        let live = owner.vrings().iter().zip(0_u32..);
+        let live = live.filter(|(vring, index)| vring.is_live() && !refused.contains(index));
+        let live: Vec<(u32, Vec<Span<Iova>>)> =
+            live.filter_map(|(vring, index)| Some((index, vring.started()?.parts().collect()))).collect();
+        let mut missing = None;
+        for (index, parts) in live {
+            for part in parts {
+                let owner = self.owner.as_ref()?;
+                let ranges = match owner.iotlb.covering(part, Access::ReadWrite) {
+                    Ok(ranges) => ranges,
+                    Err(_) if owner.pushes() => continue,
+                    Err(page) => {
+                        missing.get_or_insert(page);
+                        continue;
+                    }
+                };
+                let ranges: Vec<_> = ranges.into_iter().cloned().collect();
+                if let Err(fault) = self.show_for(&ranges, part) {
+                    self.demand.refused_vrings.insert(index);
+                    self.count(&fault, "owner", effects);
+                    break;
+                }
+                self.shown.touch(part, true);
+            }
+        }
+        missing
+    }
+
+    fn serve_want(&mut self, want: &Want, now: Instant, effects: &mut Vec<Effect>) -> Served {
+        let Some(owner) = self.owner.as_mut() else { return Served::Waits };
+        let pieces = match owner.iotlb.pieces(want.span, want.access) {
+            Ok(pieces) => pieces,
+            Err(_) if owner.pushes() => {
+                self.deny(want.command, effects);
+                return Served::Done;
+            }
+            Err(_) if !self.demand.denials.allow(now) => {
+                self.demand_counters.limited += 1;
+                effects.push(Effect::Answer(want.command, abi::CTRL_BUSY, false));
+                return Served::Done;
+            }
+            Err((page, access)) => return Served::Missing(page, access),
+        };
+        let counters = &mut self.demand_counters;
+        match want.task {
+            Task::Map => return self.serve_map(want, effects),
+            Task::Fetch => {
+                counters.fetches += 1;
+                counters.bytes_fetched += want.span.len();
+            }
+            Task::Store => {
+                counters.stores += 1;
+                counters.bytes_stored += want.span.len();
+            }
+        }
+        effects.push(Effect::Copy(want.command, want.task, pieces));
+        let lasting = owner.iotlb.note_copy(want.span, LASTING);
+        for (start, access) in lasting {
+            match mapped_as(access, self.config.one_way, self.is_strict()) {
+                Some(_) => self.take_lasting(start, now),
+                None if self.demand.probes.len() < MAX_PROBES && !self.pushes() => {
+                    let other = if access == Access::Read { Access::Write } else { Access::Read };
+                    self.demand.probes.push_back((start, other));
+                }
+                None => {}
+            }
+        }
+        Served::Done
+    }
+
+    fn serve_map(&mut self, want: &Want, effects: &mut Vec<Effect>) -> Served {
+        let Some(owner) = self.owner.as_ref() else { return Served::Waits };
+        let Ok(ranges) = owner.iotlb.covering(want.span, want.access) else { return Served::Waits };
+        let ranges: Vec<_> = ranges.into_iter().cloned().collect();
+        let policy = (self.config.one_way, self.is_strict());
+        let mut done = |status| {
+            effects.push(Effect::Answer(want.command, status, false));
+            Served::Done
+        };
+        if ranges.iter().any(|range| mapped_as(range.access(), policy.0, policy.1).is_none()) {
+            return done(abi::CTRL_COPY);
+        }
+        // What is shown for less than is known to be allowed is shown anew.
+        let less: Vec<_> = self
+            .shown
+            .map()
+            .overlapping(want.span)
+            .map(MappedRange::iova)
+            .filter(|span| {
+                !self.shown.allowed(span.start()).is_some_and(|allowed| allowed.allows(want.access))
+            })
+            .collect();
+        self.hide(&less);
+        match self.show_for(&ranges, want.span) {
+            Ok(()) => {
+                self.shown.touch(want.span, false);
+                Served::Waits
+            }
+            Err(_) => done(abi::CTRL_NO_ROOM),
+        }
+    }
+
+    /// Shows known ranges that somebody asked for, and makes room for them, though not
+    /// under `keep`.
+    ///
+    /// # Errors
+    /// When there is no room. What was shown before may be gone.
+    fn show_for(&mut self, ranges: &[MappedRange<MemoryFile>], keep: Span<Iova>) -> Result<(), Fault> {
+        if self.shown.covers(keep) {
+            return Ok(());
+        }
+        let mut plan =
+            Err(LayoutError::TooMany { count: self.shown.map().len(), max: self.config.max_mappings });
+        loop {
+            if self.add(ranges) {
+                plan = self.try_plan();
+            }
+            match plan {
+                Ok(()) => return Ok(()),
+                Err(_) if self.shown.evict(keep) => self.demand_counters.evictions += 1,
+                Err(error) => {
+                    for range in ranges {
+                        self.shown.remove(range.iova());
+                    }
+                    // What was there before fits again.
+                    let _ = self.try_plan();
+                    return Err(Fault::Window(error));
+                }
+            }
+        }
+    }
+
+    /// Adds those of the ranges that are not shown, neighbours as one. Says whether there
+    /// was room for all.
+    fn add(&mut self, ranges: &[MappedRange<MemoryFile>]) -> bool {
+        let mut new = IovaMap::new();
+        for range in ranges {
+            if self.shown.map().overlapping(range.iova()).next().is_none() {
+                // They came from one map: none overlaps another.
+                let _ = new.insert(range.clone());
+            }
+        }
+        let policy = (self.config.one_way, self.is_strict());
+        new.merged().iter().all(|range| {
+            let access = mapped_as(range.access(), policy.0, policy.1);
+            let mapped = access
+                .and_then(|access| MappedRange::new(range.iova(), access, range.backing().clone()).ok());
+            mapped.is_some_and(|mapped| self.shown.add(mapped, range.access()).unwrap_or(false))
+        })
+    }
+
+    /// Takes every shown range with a byte in one of these out of the window.
+    fn hide(&mut self, gone: &[Span<Iova>]) {
+        let mut changed = false;
+        for span in gone {
+            changed |= self.shown.remove(*span);
+            self.demand.lasting.retain(|start| !span.contains(*start));
+            self.demand.probes.retain(|(page, _)| !span.contains(*page));
+        }
+        if changed {
+            self.plan();
+        }
+    }
+
+    fn take_lasting(&mut self, start: Iova, now: Instant) {
+        self.demand.lasting.insert(start);
+        self.demand.show_at.get_or_insert(now + COLLECT);
+    }
+
+    /// The next page of a lasting range whose other direction is not known.
+    fn next_probe(&mut self) -> Option<(Iova, Access)> {
+        self.demand.probes.front().copied()
+    }
+
+    /// Moves answered probes on, and shows the ranges that last when their time has come.
+    fn show_lasting(&mut self, now: Instant) {
+        let Some(owner) = self.owner.as_ref() else { return };
+        let mut found = Vec::new();
+        self.demand.probes.retain(|(page, access)| {
+            let known = owner.iotlb.range_at(*page);
+            match known {
+                Some(range) if range.access().allows(*access) => {
+                    found.push(range.iova().start());
+                    false
+                }
+                Some(_) => true,
+                None => false,
+            }
+        });
+        for start in found {
+            self.take_lasting(start, now);
+        }
+        // All that is being asked about comes together.
+        if !self.demand.probes.is_empty() || self.demand.show_at.is_none_or(|at| now < at) {
+            return;
+        }
+        self.demand.show_at = None;
+        let starts = std::mem::take(&mut self.demand.lasting);
+        let Some(owner) = self.owner.as_ref() else { return };
+        let ranges: Vec<_> =
+            starts.iter().filter_map(|start| owner.iotlb.range_at(*start).cloned()).collect();
+        // No room is no fault: what is not shown goes on being copied. Nothing is evicted
+        // for it either, since no command of the driver's is being carried out.
+        if !self.add(&ranges) || self.try_plan().is_err() {
+            self.plan();
+        }
+    }
+
+    fn deny(&mut self, command: CommandId, effects: &mut Vec<Effect>) {
+        self.demand_counters.denied += 1;
+        effects.push(Effect::Answer(command, abi::CTRL_DENIED, false));
+    }
+
+    fn is_strict(&self) -> bool {
+        self.peer.as_ref().is_some_and(|peer| peer.is_strict())
+    }
+
+    fn pushes(&self) -> bool {
+        self.owner.as_ref().is_some_and(OwnerSession::pushes)
+    }
+
+    /// Works the layout out anew after something was taken out.
+    fn plan(&mut self) {
+        while self.try_plan().is_err() {
+            // Only ranges that were added since the last plan can be too many.
+            if !self.shown.drop_newest() {
+                return;
+            }
+        }
+    }
+
+    fn try_plan(&mut self) -> Result<(), LayoutError> {
+        self.layout = WindowLayout::plan(&self.geometry, self.shown.map(), &self.layout)?;
+        Ok(())
+    }
+}
+
+/// How serving a command ended.
+enum Served {
+    /// It was answered, or will be when its copy is made.
+    Done,
+    /// It waits for the window.
+    Waits,
+    /// It waits for this page, for this access.
+    Missing(Iova, Access),
+}
+
+/// Why a message of the owner's front-end is not taken.
+#[derive(Debug)]
+pub(in crate::link) enum Refusal {
+    /// It is answered with an error; the session goes on.
+    Decline(Fault),
+    /// The session ends.
+    End(Fault),
+}
+
+/// With which access the peer's VMM is asked to map what the owner allows `allowed` with;
+/// `None`: not at all, since that VMM would allow more.
+fn mapped_as(allowed: Access, policy: OneWay, strict: bool) -> Option<Access> {
+    match (allowed, policy) {
+        (Access::ReadWrite, _) | (_, OneWay::Widen) => Some(Access::ReadWrite),
+        // No MMU has pages that can be written and not read.
+        (Access::Read, OneWay::Refuse) if strict => Some(Access::Read),
+        (_, OneWay::Refuse) => None,
+    }
+}
+
+/// A range as a front-end tells it.
+fn mapped_range(
+    owner: &OwnerSession,
+    iova: u64,
+    size: u64,
+    frontend: u64,
+    perm: u8,
+) -> Result<MappedRange<MemoryFile>, String> {
+    let span = Span::new(Iova::new(iova), size).map_err(|error| error.to_string())?;
+    let access =
+        Access::from_bits(perm.into()).ok_or_else(|| format!("{span}: no access has number {perm}"))?;
+    let place = owner.memory().by_frontend(FrontendVa::new(frontend), size);
+    let place = place.map_err(|error| format!("{span}: front-end address: {error}"))?;
+    MappedRange::new(span, access, place.backing).map_err(|error| error.to_string())
+}
+
+/// What an update proves: no more than what was asked for.
+fn proven(range: &MappedRange<MemoryFile>, asked: Option<(Iova, Access)>) -> Option<MappedRange<MemoryFile>> {
+    let (_, access) = asked.filter(|(page, _)| range.iova().contains(*page))?;
+    let access = Access::from_bits(range.access().bits() & access.bits())?;
+    MappedRange::new(range.iova(), access, range.backing().clone()).ok()
+}
+
+/// An update that nobody asked for proves nothing, but what it contradicts is not so.
+fn forget_changed(owner: &mut OwnerSession, range: &MappedRange<MemoryFile>) -> Vec<Span<Iova>> {
+    let pieces = owner.iotlb.pieces_known(range.iova());
+    let backing = range.backing();
+    let same = pieces
+        .iter()
+        .all(|(into, piece)| piece.file == backing.handle && piece.offset == backing.offset + into);
+    if same { Vec::new() } else { owner.iotlb.forget(range.iova()) }
+}

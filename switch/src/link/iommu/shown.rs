@@ -1,0 +1,115 @@
+//! Which of the owner's mapped ranges the window is to show: a bounded choice. Ranges
+//! of vrings are pinned; of the others the least recently asked for goes first.
+
+use std::collections::BTreeMap;
+
+use iommu::{Access, Iova, IovaMap, MapError, MappedRange, Span};
+
+use crate::link::descriptor::MemoryFile;
+
+#[derive(Clone, Copy, Debug)]
+struct Facts {
+    used: u64,
+    pinned: bool,
+    /// What the owner allows; the map has what the peer's VMM is asked for.
+    allowed: Access,
+}
+
+/// The ranges to show.
+#[derive(Debug)]
+pub struct Shown {
+    map: IovaMap<MemoryFile>,
+    facts: BTreeMap<Iova, Facts>,
+    clock: u64,
+    max: usize,
+}
+
+impl Shown {
+    /// Nothing, and at most `max` ranges later.
+    pub fn new(max: usize) -> Self {
+        Self { map: IovaMap::new(), facts: BTreeMap::new(), clock: 0, max }
+    }
+
+    /// The ranges, with the access that the peer's VMM is asked for.
+    pub fn map(&self) -> &IovaMap<MemoryFile> {
+        &self.map
+    }
+
+    /// What the owner allows with the range that starts here.
+    pub fn allowed(&self, start: Iova) -> Option<Access> {
+        self.facts.get(&start).map(|facts| facts.allowed)
+    }
+
+    /// Whether all of `span` is in shown ranges.
+    pub fn covers(&self, span: Span<Iova>) -> bool {
+        let mut at = span.start();
+        while let Some(range) = self.map.range_at(at) {
+            if range.iova().last() >= span.last() {
+                return true;
+            }
+            at = Iova::new(range.iova().last().raw() + 1);
+        }
+        false
+    }
+
+    /// Adds a range that the owner allows `allowed` with. Says whether there was room.
+    ///
+    /// # Errors
+    /// When a part of it is shown already.
+    pub fn add(&mut self, range: MappedRange<MemoryFile>, allowed: Access) -> Result<bool, MapError> {
+        if self.map.len() >= self.max {
+            return Ok(false);
+        }
+        let start = range.iova().start();
+        self.map.insert(range)?;
+        self.clock += 1;
+        self.facts.insert(start, Facts { used: self.clock, pinned: false, allowed });
+        Ok(true)
+    }
+
+    /// Notes that the ranges under `span` were asked for; `pin`: they stay until they
+    /// are unmapped.
+    pub fn touch(&mut self, span: Span<Iova>, pin: bool) {
+        let starts: Vec<_> = self.map.overlapping(span).map(|range| range.iova().start()).collect();
+        for start in starts {
+            self.clock += 1;
+            if let Some(facts) = self.facts.get_mut(&start) {
+                facts.used = self.clock;
+                facts.pinned |= pin;
+            }
+        }
+    }
+
+    /// Takes out every range with a byte in `span`; says whether there was one.
+    pub fn remove(&mut self, span: Span<Iova>) -> bool {
+        let gone = self.map.remove_overlapping(span);
+        for range in &gone {
+            self.facts.remove(&range.iova().start());
+        }
+        !gone.is_empty()
+    }
+
+    /// Takes out the range that was asked for longest ago, except pinned ones and
+    /// those under `keep`. Says whether there was one.
+    pub fn evict(&mut self, keep: Span<Iova>) -> bool {
+        let kept: Vec<_> = self.map.overlapping(keep).map(|range| range.iova().start()).collect();
+        let candidates = self.facts.iter().filter(|(start, facts)| !facts.pinned && !kept.contains(start));
+        let oldest = candidates.min_by_key(|(_, facts)| facts.used).map(|(start, _)| *start);
+        let span = oldest.and_then(|start| self.map.range_at(start)).map(MappedRange::iova);
+        span.is_some_and(|span| self.remove(span))
+    }
+
+    /// Takes out the range that was asked for last, pinned or not. Says whether there was
+    /// one.
+    pub fn drop_newest(&mut self) -> bool {
+        let newest = self.facts.iter().max_by_key(|(_, facts)| facts.used).map(|(start, _)| *start);
+        let span = newest.and_then(|start| self.map.range_at(start)).map(MappedRange::iova);
+        span.is_some_and(|span| self.remove(span))
+    }
+
+    /// Takes out everything.
+    pub fn clear(&mut self) {
+        self.map = IovaMap::new();
+        self.facts.clear();
+    }
+}
