@@ -267,17 +267,20 @@ impl Link {
             live.filter_map(|(vring, index)| Some((index, vring.started()?.parts().collect()))).collect();
         let mut missing = None;
         for (index, parts) in live {
+            let owner = self.owner.as_ref()?;
+            let known: Result<Vec<_>, _> =
+                parts.iter().map(|part| owner.iotlb.covering(*part, Access::ReadWrite)).collect();
+            let mut ranges: Vec<_> = match known {
+                Ok(ranges) => ranges.into_iter().flatten().cloned().collect(),
+                Err(_) if owner.pushes() => continue,
+                Err(page) => {
+                    missing.get_or_insert(page);
+                    continue;
+                }
+            };
+            ranges.sort_by_key(|range| range.iova().start());
+            ranges.dedup();
             for part in parts {
-                let owner = self.owner.as_ref()?;
-                let ranges = match owner.iotlb.covering(part, Access::ReadWrite) {
-                    Ok(ranges) => ranges,
-                    Err(_) if owner.pushes() => continue,
-                    Err(page) => {
-                        missing.get_or_insert(page);
-                        continue;
-                    }
-                };
-                let ranges: Vec<_> = ranges.into_iter().cloned().collect();
                 if let Err(fault) = self.show_for(&ranges, part) {
                     self.demand.refused_vrings.insert(index);
                     self.count(&fault, "owner", effects);
