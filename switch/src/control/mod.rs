@@ -38,8 +38,9 @@ pub struct BrokerReport {
     /// Bytes of guest memory that its process has mapped, as the kernel lists them.
     /// Zero, always: a packet cannot pass through a process that cannot reach it.
     pub guest_bytes_mapped: u64,
-    /// Packets that the broker handled: none while no guest memory is mapped. `None`
-    /// if the kernel does not tell.
+    /// Packets, or parts of them, that the broker handled: those that peers' drivers had it
+    /// copy (FETCH and STORE), and no others while no guest memory is mapped. `None` if the
+    /// kernel does not tell.
     pub packets: Option<u64>,
     /// Its links, in the configuration's order.
     pub links: Vec<LinkReport>,

@@ -72,6 +72,27 @@ fn write_link(text: &mut String, link: &LinkReport) {
         counters.peer_messages,
         counters.control_commands,
     );
+    if link.owner.features.iter().any(|name| name == "VIRTIO_F_ACCESS_PLATFORM") {
+        let _ = writeln!(
+            text,
+            "  iommu    one-way memory: {}{}; most of the owner at once {} KiB; misses {}, updates {}, invalidations {}, pushes {}; \
+             denied {}, turned away {}; evicted {}; fetched {} ({} B), stored {} ({} B)",
+            window.one_way,
+            if window.widened { " (mapped with more access than the owner allows)" } else { "" },
+            window.largest_mapped_bytes >> 10,
+            counters.iotlb_misses,
+            counters.iotlb_updates,
+            counters.iotlb_invalidations,
+            counters.iommu_pushes,
+            counters.iotlb_denied,
+            counters.iotlb_limited,
+            counters.mappings_evicted,
+            counters.fetches,
+            counters.bytes_fetched,
+            counters.stores,
+            counters.bytes_stored,
+        );
+    }
     if !counters.faults.is_empty() {
         let faults: Vec<_> = counters.faults.iter().map(|(kind, count)| format!("{kind} {count}")).collect();
         let _ = writeln!(text, "  faults   {}", faults.join(", "));

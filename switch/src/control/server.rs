@@ -60,11 +60,13 @@ fn status(ports: &[LinkPort]) -> BrokerReport {
     let links: Vec<LinkReport> =
         waiting.into_iter().filter_map(|receiver| receiver.recv_timeout(LINK_TIMEOUT).ok()).collect();
     let mapped = guest_bytes_mapped();
+    let copies = links.iter().map(|link| link.counters.fetches + link.counters.stores).sum();
     BrokerReport {
         pid: std::process::id(),
         version: env!("CARGO_PKG_VERSION").into(),
         guest_bytes_mapped: mapped.unwrap_or(0),
-        packets: mapped.filter(|bytes| *bytes == 0),
+        // What is copied at a driver's wish is a packet or a part of one.
+        packets: mapped.filter(|bytes| *bytes == 0).map(|_| copies),
         links,
     }
 }
