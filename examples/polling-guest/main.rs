@@ -28,8 +28,8 @@ fn main() -> anyhow::Result<()> {
     loop {
         // 2. A link that is up: where the owner's rings and buffers are.
         device.check()?;
-        let Some(mut port) = page.snapshot().ok().and_then(|link| PeerPort::new(device.window(), &link).ok())
-        else {
+        let port = page.snapshot().ok().and_then(|link| PeerPort::new(device.window(), &page, &link).ok());
+        let Some(mut port) = port else {
             std::thread::sleep(Duration::from_millis(10));
             continue;
         };

@@ -1,5 +1,6 @@
 //! The control ring (`docs/vhost-pci-device.md`, section 9): the driver tells the
-//! device what it serves and what it found broken.
+//! device what it serves and what it found broken, and asks it for memory that the window
+//! does not show.
 //!
 //! Owns: the ring and the buffers in the control area of the window. Never believes
 //! that the device answers: each wait has an end, and a buffer that the device has
@@ -10,10 +11,18 @@ use std::time::{Duration, Instant};
 
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 use vhost_pci_device::abi::{self, FaultKind};
+use zerocopy::IntoBytes;
 
+use self::batch::{Batch, JOB};
 use crate::ring::{AddError, Buffer, Completion, DriverFault, DriverRing, Fault, RingPlaces};
 use crate::shm::{SharedMemory, ShmError};
 use crate::transport::Transport;
+
+mod batch;
+pub mod exchange;
+
+pub use self::batch::ControlExchange;
+pub use self::exchange::{Exchange, Job, Nobody, Outcome, Request};
 
 const REQUEST_LEN: u64 = size_of::<abi::ControlRequest>() as u64;
 const RESPONSE_LEN: u64 = size_of::<abi::ControlResponse>() as u64;
@@ -64,15 +73,25 @@ impl From<Fault> for Command {
 }
 
 impl Command {
-    /// The words of the request: command and vring, flags, kind, zero; then the value.
-    fn words(self) -> ([u16; 2], [u32; 3], u64) {
+    /// As it goes to the device.
+    fn to_abi(self) -> abi::ControlRequest {
+        let request = |command: u16| abi::ControlRequest { command: command.into(), ..Default::default() };
         match self {
             Self::Attach { generation, interrupt } => {
                 let flags = if interrupt { abi::ATTACH_F_INTERRUPT } else { 0 };
-                ([abi::CTRL_ATTACH, 0], [flags, 0, 0], generation)
+                abi::ControlRequest {
+                    flags: flags.into(),
+                    value: generation.into(),
+                    ..request(abi::CTRL_ATTACH)
+                }
             }
-            Self::Detach => ([abi::CTRL_DETACH, 0], [0; 3], 0),
-            Self::Fault { vring, kind, value } => ([abi::CTRL_FAULT, vring], [0, kind as u32, 0], value),
+            Self::Detach => request(abi::CTRL_DETACH),
+            Self::Fault { vring, kind, value } => abi::ControlRequest {
+                vring: vring.into(),
+                kind: (kind as u32).into(),
+                value: value.into(),
+                ..request(abi::CTRL_FAULT)
+            },
         }
     }
 }
@@ -122,6 +141,11 @@ fn status_name(status: u32) -> &'static str {
         abi::CTRL_UNKNOWN => "unknown command",
         abi::CTRL_INVALID => "invalid",
         abi::CTRL_STALE => "not the current generation",
+        abi::CTRL_DENIED => "denied",
+        abi::CTRL_COPY => "to be copied",
+        abi::CTRL_BUSY => "too many denials",
+        abi::CTRL_NO_ROOM => "no room in the window",
+        abi::CTRL_FAILED => "the owner's side failed",
         _ => "?",
     }
 }
@@ -136,6 +160,9 @@ pub struct ControlRing {
     mark: u64,
     in_flight: [Option<Command>; SLOTS as usize],
     completions: Vec<Completion>,
+    /// Not yet asked for; at most one for each slot.
+    answers: Vec<Answer>,
+    batch: Batch,
 }
 
 impl ControlRing {
@@ -158,7 +185,17 @@ impl ControlRing {
         let mark = area + transport.config().control_len.value().saturating_sub(abi::CONTROL_MARK_FROM_END);
         window.store_u64(mark, MARK)?;
         let in_flight = [None; SLOTS as usize];
-        Ok(Self { ring, window, buffers, mark, in_flight, completions: Vec::new() })
+        let batch = Batch::new(buffers + SLOTS * BUFFER_STRIDE, mark);
+        Ok(Self {
+            ring,
+            window,
+            buffers,
+            mark,
+            in_flight,
+            completions: Vec::new(),
+            answers: Vec::new(),
+            batch,
+        })
     }
 
     /// Whether this is still the control area that the ring was made in. If not, make
@@ -174,13 +211,7 @@ impl ControlRing {
     pub fn send(&mut self, transport: &dyn Transport, command: Command) -> Result<(), ControlError> {
         let slot = self.in_flight.iter().position(Option::is_none).ok_or(ControlError::Full)?;
         let at = self.buffers + slot as u64 * BUFFER_STRIDE;
-        let ([number, vring], flags, value) = command.words();
-        self.window.store_u16(at, number)?;
-        self.window.store_u16(at + 2, vring)?;
-        for (index, word) in (0_u64..).zip(flags) {
-            self.window.store_u32(at + 4 + index * 4, word)?;
-        }
-        self.window.store_u64(at + 16, value)?;
+        self.window.write(at, command.to_abi().as_bytes())?;
         let pieces = [
             Buffer::readable(at, REQUEST_LEN as u32),
             Buffer::writable(at + REQUEST_LEN, RESPONSE_LEN as u32),
@@ -204,20 +235,39 @@ impl ControlRing {
     /// # Errors
     /// If the device broke the ring.
     pub fn answers(&mut self) -> Result<Vec<Answer>, ControlError> {
-        self.completions.clear();
-        self.ring.reap(SLOTS as usize, &mut self.completions)?;
-        let answer = |completion: &Completion| {
-            let slot = completion.token;
-            let command = self.in_flight.get_mut(slot as usize).and_then(Option::take)?;
-            let at = self.buffers + slot * BUFFER_STRIDE + REQUEST_LEN;
-            // An answer too short to have a status is one that refuses.
-            let status = match u64::from(completion.len) < RESPONSE_LEN {
-                true => abi::CTRL_INVALID,
-                false => self.window.load_u32(at).unwrap_or(abi::CTRL_INVALID),
-            };
-            Some(Answer { command, status })
+        self.reap()?;
+        Ok(std::mem::take(&mut self.answers))
+    }
+
+    /// Takes back what the device has given back, of commands and jobs.
+    fn reap(&mut self) -> Result<(), DriverFault> {
+        let mut completions = std::mem::take(&mut self.completions);
+        completions.clear();
+        let reaped = self.ring.reap(abi::CONTROL_RING_SIZE.into(), &mut completions);
+        for completion in &completions {
+            match completion.token & JOB {
+                0 => self.command_done(*completion),
+                _ => self.job_done(*completion),
+            }
+        }
+        self.completions = completions;
+        reaped.map(drop)
+    }
+
+    fn command_done(&mut self, completion: Completion) {
+        let slot = completion.token;
+        let Some(command) = self.in_flight.get_mut(slot as usize).and_then(Option::take) else { return };
+        let at = self.buffers + slot * BUFFER_STRIDE + REQUEST_LEN;
+        // An answer too short to have a status is one that refuses.
+        let status = match u64::from(completion.len) < RESPONSE_LEN {
+            true => abi::CTRL_INVALID,
+            false => self.window.load_u32(at).unwrap_or(abi::CTRL_INVALID),
         };
-        Ok(self.completions.iter().filter_map(answer).collect())
+        // Who never asks for answers misses the oldest.
+        if self.answers.len() >= SLOTS as usize {
+            self.answers.remove(0);
+        }
+        self.answers.push(Answer { command, status });
     }
 
     /// Gives the device a command and waits for its answer, at most `patience`.

@@ -109,6 +109,13 @@ pub struct LinkSnapshot {
     pub owner: bool,
     /// All mappings are in place and the vrings may be used.
     pub up: bool,
+    /// The owner has an IOMMU: the mappings are those of now, and change while the link
+    /// is up.
+    pub iommu: bool,
+    /// What is not in `mappings` is to be fetched and stored by commands.
+    pub copy: bool,
+    /// The generation of `mappings` alone; even.
+    pub table_generation: u64,
     /// The virtio device number of the owner's device.
     pub owner_device: u32,
     /// The virtio features that the owner's driver accepted.
@@ -124,6 +131,17 @@ impl LinkSnapshot {
     pub fn has_feature(&self, bit: u32) -> bool {
         self.features.checked_shr(bit).is_some_and(|rest| rest & 1 == 1)
     }
+}
+
+/// The mapping table of one table generation.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct TableSnapshot {
+    /// The generation of the rest of the page that the table belongs to.
+    pub generation: u64,
+    /// The table's own generation; even.
+    pub table_generation: u64,
+    /// Sorted by IOVA; they do not overlap and each lies inside the window.
+    pub mappings: Vec<Mapping>,
 }
 
 /// The link area of a window.
@@ -160,37 +178,59 @@ impl LinkPage {
         self.area.load_u64_acquire(offset_of!(abi::LinkHeader, generation) as u64).unwrap_or(1)
     }
 
-    /// Whether the page is still at `generation`, so that everything loaded from the
-    /// window before this call was there when it was loaded (7.2: the generation
+    /// The generation of the mapping table: one load, as cheap as [`Self::generation`].
+    /// It changes with each change of that one, too. Odd while the device changes the
+    /// table.
+    #[inline]
+    pub fn table_generation(&self) -> u64 {
+        // Acquire: as in `generation`.
+        self.area.load_u64_acquire(offset_of!(abi::LinkHeader, table_generation) as u64).unwrap_or(1)
+    }
+
+    /// Whether the mapping table is still at `table_generation`, so that everything loaded
+    /// from the window before this call was there when it was loaded (7.2: the generation
     /// becomes larger before a mapping goes).
     #[inline]
-    pub fn is_at(&self, generation: u64) -> bool {
+    pub fn table_is_at(&self, table_generation: u64) -> bool {
         // Acquire fence: as in `snapshot`, for the packets copied before it.
         fence(Ordering::Acquire);
-        self.generation() == generation
+        self.table_generation() == table_generation
     }
 
     /// A consistent copy of the page, validated.
     pub fn snapshot(&self) -> Result<LinkSnapshot, LinkError> {
+        self.consistent(|generation, table_generation| self.read(generation, table_generation))
+    }
+
+    /// A consistent copy of the mapping table alone, validated as in a snapshot.
+    pub fn table(&self) -> Result<TableSnapshot, LinkError> {
+        self.consistent(|generation, table_generation| {
+            let mappings = self.mappings()?;
+            Ok(TableSnapshot { generation, table_generation, mappings })
+        })
+    }
+
+    /// What `read` gives while neither generation changes.
+    fn consistent<T>(&self, read: impl Fn(u64, u64) -> Result<T, LinkError>) -> Result<T, LinkError> {
         for _ in 0..ATTEMPTS {
-            let generation = self.generation();
-            if !generation.is_multiple_of(2) {
+            let (generation, table_generation) = (self.generation(), self.table_generation());
+            if !generation.is_multiple_of(2) || !table_generation.is_multiple_of(2) {
                 std::hint::spin_loop();
                 continue;
             }
-            let result = self.read(generation);
+            let result = read(generation, table_generation);
             // Acquire fence: pairs with the device's release fence between its store
-            // of the odd generation and its stores to the page: had a load above
-            // seen one of these, the load below sees the odd value or a later one.
+            // of an odd generation and its stores to the page: had a load above
+            // seen one of these, the loads below see the odd value or a later one.
             fence(Ordering::Acquire);
-            if self.generation() == generation {
+            if self.generation() == generation && self.table_generation() == table_generation {
                 return result;
             }
         }
         Err(LinkError::Changing)
     }
 
-    fn read(&self, generation: u64) -> Result<LinkSnapshot, LinkError> {
+    fn read(&self, generation: u64, table_generation: u64) -> Result<LinkSnapshot, LinkError> {
         let area = &self.area;
         let word = |field: usize| area.load_u32(field as u64);
         match word(offset_of!(abi::LinkHeader, magic))? {
@@ -208,12 +248,12 @@ impl LinkPage {
             generation,
             owner: status & abi::LINK_S_OWNER != 0,
             up: status & abi::LINK_S_UP != 0,
+            iommu: status & abi::LINK_S_IOMMU != 0,
+            copy: status & abi::LINK_S_COPY != 0,
+            table_generation,
             owner_device: word(offset_of!(abi::LinkHeader, owner_device))?,
             features: area.load_u64(offset_of!(abi::LinkHeader, features) as u64)?,
-            mappings: self.mappings(
-                word(offset_of!(abi::LinkHeader, mapping_table))?,
-                word(offset_of!(abi::LinkHeader, mapping_count))?,
-            )?,
+            mappings: self.mappings()?,
             vrings: self.vrings(
                 word(offset_of!(abi::LinkHeader, vring_table))?,
                 word(offset_of!(abi::LinkHeader, vring_count))?,
@@ -223,25 +263,32 @@ impl LinkPage {
 
     /// A table of `count` entries of `T`, after checking that it lies inside the
     /// area: so its length, and what is allocated for it, is bounded by the area's.
-    fn table<T>(&self, offset: u32, count: u32) -> Result<SharedMemory, LinkError> {
+    fn table_of<T>(&self, offset: u32, count: u32) -> Result<SharedMemory, LinkError> {
         let len = u64::from(count) * size_of::<T>() as u64;
         let aligned = u64::from(offset).is_multiple_of(8);
         let table = self.area.part(u64::from(offset), len);
         table.ok().filter(|_| aligned).ok_or(LinkError::Table { offset, count })
     }
 
-    fn mappings(&self, offset: u32, count: u32) -> Result<Vec<Mapping>, LinkError> {
-        let table = self.table::<abi::Mapping>(offset, count)?;
-        let mut mappings = Vec::with_capacity(count as usize);
+    fn mappings(&self) -> Result<Vec<Mapping>, LinkError> {
+        let word = |field: usize| self.area.load_u32(field as u64);
+        let offset = word(offset_of!(abi::LinkHeader, mapping_table))?;
+        let count = word(offset_of!(abi::LinkHeader, mapping_count))?;
+        let table = self.table_of::<abi::Mapping>(offset, count)?;
+        // One copy, then only the copy: a table that changes is read often.
+        let mut bytes = vec![0; table.len() as usize];
+        table.read(0, &mut bytes)?;
+        let (entries, _) = bytes.as_chunks::<{ size_of::<abi::Mapping>() }>();
+        let mut mappings = Vec::with_capacity(entries.len());
         // The first IOVA that the next mapping may have; `None` past the last address.
         let mut free_from = Some(0_u64);
-        for index in 0..count as usize {
-            let at = (index * size_of::<abi::Mapping>()) as u64;
+        for (index, entry) in entries.iter().enumerate() {
+            let entry: abi::Mapping = zerocopy::transmute!(*entry);
             let mapping = Mapping {
-                iova: table.load_u64(at + offset_of!(abi::Mapping, iova) as u64)?,
-                len: table.load_u64(at + offset_of!(abi::Mapping, len) as u64)?,
-                window_offset: table.load_u64(at + offset_of!(abi::Mapping, window_offset) as u64)?,
-                access: Access::from_bits(table.load_u32(at + offset_of!(abi::Mapping, access) as u64)?),
+                iova: entry.iova.value(),
+                len: entry.len.value(),
+                window_offset: entry.window_offset.value(),
+                access: Access::from_bits(entry.access.value()),
             };
             let Mapping { iova, len, window_offset, .. } = mapping;
             if !self.can_be(&mapping) {
@@ -272,7 +319,7 @@ impl LinkPage {
         if count > self.max_vrings.into() {
             return Err(LinkError::Vrings { count, most: self.max_vrings });
         }
-        let table = self.table::<abi::Vring>(offset, count)?;
+        let table = self.table_of::<abi::Vring>(offset, count)?;
         let vring = |index: usize| {
             let at = (index * size_of::<abi::Vring>()) as u64;
             Ok(VringInfo {

@@ -205,8 +205,9 @@ fn links_that_are_no_network_card_in_use_give_no_port() {
         LinkWriter::new(joined.snapshot.features, vec![joined.views.mapping()], joined.layout.infos(IOVA));
     let port = |writer: &LinkWriter| {
         writer.write(&joined.views.window);
-        let snapshot = link_page(&joined.views.window).snapshot().unwrap();
-        PeerPort::new(&joined.views.window, &snapshot)
+        let page = link_page(&joined.views.window);
+        let snapshot = page.snapshot().unwrap();
+        PeerPort::new(&joined.views.window, &page, &snapshot)
     };
     assert!(port(&good).is_ok());
     let down = LinkWriter { status: abi::LINK_S_OWNER, ..good.clone() };
@@ -220,8 +221,11 @@ fn links_that_are_no_network_card_in_use_give_no_port() {
         let unknown = LinkWriter { features: good.features | 1 << bit, ..good.clone() };
         assert_eq!(port(&unknown).unwrap_err(), PortError::Unknown { features: 1 << bit });
     }
-    let indirect = LinkWriter { features: 1 << 32 | 1 << 28, ..good.clone() };
-    assert!(port(&indirect).is_ok());
+    // VIRTIO_RING_F_INDIRECT_DESC, VIRTIO_F_ACCESS_PLATFORM.
+    for bit in [28, 33] {
+        let known = LinkWriter { features: 1 << 32 | 1 << bit, ..good.clone() };
+        assert!(port(&known).is_ok());
+    }
 
     // One vring that cannot be, one that is not enabled: the others work.
     let mut vrings = good.vrings.clone();
@@ -239,7 +243,8 @@ fn links_that_are_no_network_card_in_use_give_no_port() {
 fn hand_port(ring: &HandRing) -> PeerPort {
     let vrings = vec![ring.places.info(IOVA); 2];
     LinkWriter::new(1 << 32 | 1 << 28, ring.mappings.clone(), vrings).write(&ring.views.window);
-    PeerPort::new(&ring.views.window, &link_page(&ring.views.window).snapshot().unwrap()).unwrap()
+    let page = link_page(&ring.views.window);
+    PeerPort::new(&ring.views.window, &page, &page.snapshot().unwrap()).unwrap()
 }
 
 #[test]

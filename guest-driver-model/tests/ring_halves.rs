@@ -8,7 +8,8 @@ use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::mpsc;
 
 use guest_driver_model::ring::{
-    Buffer, ChainBurst, Completion, DeviceRing, Direction, DriverRing, IndirectTables, RingConfig, RingPlaces,
+    Buffer, ChainBurst, Completion, DeviceRing, Direction, DriverRing, IndirectTables, Place, RingConfig,
+    RingPlaces,
 };
 use guest_driver_model::shm::SharedMemory;
 use guest_driver_model::translate::Translation;
@@ -72,8 +73,8 @@ proptest! {
             let count = device.pop_burst(take, Direction::Both, &mut burst).unwrap();
             let mut done = Vec::new();
             for chain in burst.iter() {
-                let seen = chain.segments.iter().map(|segment| (segment.offset, segment.len, segment.writable));
-                let told = fits[popped].iter().map(|piece| (DATA_OFFSET + piece.offset, piece.len, piece.writable));
+                let seen = chain.segments.iter().map(|segment| (segment.place, segment.len, segment.writable));
+                let told = fits[popped].iter().map(|piece| (Place::Window(DATA_OFFSET + piece.offset), piece.len, piece.writable));
                 assert!(seen.eq(told));
                 let room: u32 = fits[popped].iter().filter(|piece| piece.writable).map(|piece| piece.len).sum();
                 done.push((chain.head, popped as u64, room - room / 3));
@@ -274,17 +275,17 @@ fn the_control_ring_fits_its_page() {
         access: guest_driver_model::link::Access::READ_WRITE,
     };
     let mut device = DeviceRing::new(0, &config, &area, Translation::new(&[whole]), false).unwrap();
-    area.write(abi::CONTROL_BUFFERS, b"a request of 24 bytes...").unwrap();
-    let response = abi::CONTROL_BUFFERS + 24;
-    driver.add(&[Buffer::readable(abi::CONTROL_BUFFERS, 24), Buffer::writable(response, 8)], 7).unwrap();
+    area.write(abi::CONTROL_BUFFERS, b"a request of thirty-two bytes...").unwrap();
+    let response = abi::CONTROL_BUFFERS + 32;
+    driver.add(&[Buffer::readable(abi::CONTROL_BUFFERS, 32), Buffer::writable(response, 8)], 7).unwrap();
     driver.publish();
     let mut burst = ChainBurst::default();
     assert_eq!(device.pop_burst(16, Direction::Both, &mut burst), Ok(1));
     let chain = burst.chain(0).unwrap();
-    let mut request = [0; 24];
-    area.read(chain.segments[0].offset, &mut request).unwrap();
-    assert_eq!(&request, b"a request of 24 bytes...");
-    area.store_u32(chain.segments[1].offset, 3).unwrap();
+    let mut request = [0; 32];
+    area.read(chain.segments[0].iova, &mut request).unwrap();
+    assert_eq!(&request, b"a request of thirty-two bytes...");
+    area.store_u32(chain.segments[1].iova, 3).unwrap();
     device.push_used(chain.head, 8);
     device.flush_used();
     let mut completions = Vec::new();

@@ -5,9 +5,10 @@
 mod net_support;
 
 use guest_driver_model::link::{Access, Mapping};
-use guest_driver_model::ring::device::MAX_CHAIN;
+use guest_driver_model::ring::device::{MAX_CHAIN, MAX_SEGMENTS};
 use guest_driver_model::ring::{
-    AddError, Buffer, ChainBurst, Completion, DeviceRing, Direction, DriverFaultKind, DriverRing, RingPlaces,
+    AddError, Buffer, ChainBurst, Completion, DeviceRing, Direction, DriverFaultKind, DriverRing, Place,
+    RingPlaces,
 };
 use net_support::{HandRing, INDIRECT, IOVA, NEXT, WRITE, shared};
 use vhost_pci_device::abi::FaultKind;
@@ -124,16 +125,54 @@ fn split(ring: &mut HandRing, second_offset: u64, second_access: Access) {
     ring.mappings = vec![Mapping { len: DATA + 4096, ..whole }, second];
 }
 
+/// CVE-2018-1059: what continues in IOVA space continues elsewhere in the window.
 #[test]
-fn a_buffer_that_crosses_two_mappings_is_refused() {
+fn a_buffer_that_crosses_two_mappings_is_taken_apart_and_each_part_is_checked() {
     for second_offset in [1 << 20, DATA + 4096] {
         let mut ring = HandRing::new(8);
         split(&mut ring, second_offset, Access::READ_WRITE);
         ring.descriptor(0, DATA + 4000, 97, 0, 0);
+        ring.offer(0);
+        let mut burst = ChainBurst::default();
+        assert_eq!(ring.device().unwrap().pop_burst(1, Direction::Both, &mut burst), Ok(1));
+        let chain = burst.chain(0).unwrap();
+        let base = ring.views.mapping().window_offset;
+        let places: Vec<_> = chain.segments.iter().map(|segment| (segment.place, segment.len)).collect();
+        assert_eq!(
+            places,
+            [(Place::Window(base + DATA + 4000), 96), (Place::Window(base + second_offset), 1)]
+        );
+        assert_eq!(chain.len, 97);
+        // Past the second mapping there is nothing, and the second may not be written.
+        ring.descriptor(0, DATA + 4000, 96 + 4096 + 1, 0, 0);
         assert_eq!(fault_of(&ring, Direction::Both), FaultKind::Unmapped);
-        ring.descriptor(0, DATA + 4000, 96, 0, 0);
+        split(&mut ring, second_offset, Access::READ);
+        ring.descriptor(0, DATA + 4000, 97, WRITE, 0);
+        assert_eq!(fault_of(&ring, Direction::Both), FaultKind::Access);
+        ring.descriptor(0, DATA + 4000, 96, WRITE, 0);
         assert_eq!(pop(&mut ring.device().unwrap(), Direction::Both), Ok(1));
     }
+}
+
+/// Each mapping is a page; a buffer over all of them is one segment a page, and no more
+/// than a chain may have.
+#[test]
+fn a_buffer_over_more_mappings_than_a_chain_may_have_segments_is_refused() {
+    let mut ring = HandRing::new(8);
+    let whole = ring.views.mapping();
+    let page = |page: u64| Mapping {
+        iova: IOVA + (page << 12),
+        len: 4096,
+        // All the same page, but those of the ring.
+        window_offset: whole.window_offset + (page.min(16) << 12),
+        access: if page < 16 { Access::READ_WRITE } else { Access::READ },
+    };
+    ring.mappings = (0..4096).map(page).collect();
+    ring.descriptor(0, DATA, MAX_SEGMENTS as u32 * 4096, 0, 0);
+    ring.offer(0);
+    assert_eq!(pop(&mut ring.device().unwrap(), Direction::Both), Ok(1));
+    ring.descriptor(0, DATA, MAX_SEGMENTS as u32 * 4096 + 1, 0, 0);
+    assert_eq!(fault_of(&ring, Direction::Both), FaultKind::ChainTooLong);
 }
 
 #[test]
@@ -210,16 +249,33 @@ fn chains_inside_an_indirect_table_stay_inside_and_end() {
 }
 
 #[test]
-fn an_indirect_table_in_no_mapping_or_across_two_is_refused() {
+fn an_indirect_table_not_wholly_in_mappings_that_allow_it_is_refused() {
     let mut ring = HandRing::new(8);
     ring.descriptor(0, 2 << 20, 32, INDIRECT, 0);
     assert_eq!(fault_of(&ring, Direction::Both), FaultKind::Unmapped);
     split(&mut ring, 1 << 20, Access::READ_WRITE);
-    ring.descriptor(0, DATA + 4080, 32, INDIRECT, 0);
+    ring.descriptor(0, DATA + 8176, 32, INDIRECT, 0);
     assert_eq!(fault_of(&ring, Direction::Both), FaultKind::Unmapped);
     split(&mut ring, 1 << 20, Access::WRITE);
-    ring.descriptor(0, DATA + 4096, 32, INDIRECT, 0);
-    assert_eq!(fault_of(&ring, Direction::Both), FaultKind::Access);
+    for at in [4096, 4080] {
+        ring.descriptor(0, DATA + at, 32, INDIRECT, 0);
+        assert_eq!(fault_of(&ring, Direction::Both), FaultKind::Access);
+    }
+}
+
+#[test]
+fn an_indirect_table_that_crosses_two_mappings_is_read_from_both() {
+    let mut ring = HandRing::new(8);
+    split(&mut ring, 1 << 20, Access::READ_WRITE);
+    ring.descriptor(0, DATA + 4080, 32, INDIRECT, 0);
+    ring.descriptor_at(DATA + 4080, IOVA + DATA, 20, NEXT, 1);
+    // Where the table goes on in the window, and where it would if the mappings touched.
+    ring.descriptor_at(1 << 20, IOVA + DATA, 30, 0, 0);
+    ring.descriptor_at(DATA + 4096, IOVA + DATA, 99, 0, 0);
+    ring.offer(0);
+    let mut burst = ChainBurst::default();
+    assert_eq!(ring.device().unwrap().pop_burst(1, Direction::Both, &mut burst), Ok(1));
+    assert_eq!(burst.chain(0).unwrap().len, 50);
 }
 
 #[test]

@@ -94,7 +94,7 @@ proptest! {
                 assert_eq!(theirs.head_index(), chain.head);
                 let segments: Vec<_> =
                     theirs.map(|descriptor| (descriptor.addr().0, descriptor.len(), descriptor.is_write_only())).collect();
-                let same: Vec<_> = chain.segments.iter().map(|seen| (seen.offset, seen.len, seen.writable)).collect();
+                let same: Vec<_> = chain.segments.iter().map(|seen| (seen.iova, seen.len, seen.writable)).collect();
                 assert_eq!(segments, same);
                 let room: u32 = chain.segments.iter().filter(|seen| seen.writable).map(|seen| seen.len).sum();
                 heads.push((chain.head, room / 2));

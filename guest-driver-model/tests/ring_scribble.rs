@@ -8,8 +8,8 @@ use std::collections::BTreeSet;
 use std::time::{Duration, Instant};
 
 use guest_driver_model::net::{Counters, OwnerConfig, OwnerLayout, OwnerPort, PacketBurst, PeerPort};
-use guest_driver_model::ring::{ChainBurst, Direction};
-use net_support::{Done, HandRing, INDIRECT, IOVA, NEXT, WRITE, join};
+use guest_driver_model::ring::{ChainBurst, Direction, Place};
+use net_support::{Done, HandRing, INDIRECT, IOVA, NEXT, WRITE, join, link_page};
 use vhost_pci_device::abi::FaultKind;
 
 struct Random(u64);
@@ -88,9 +88,10 @@ fn a_device_half_survives_a_ring_that_changes_at_random() {
                         assert!(count <= 32 && burst.len() == count);
                         for chain in burst.iter() {
                             assert!(!chain.segments.is_empty() && chain.segments.len() <= 64);
-                            assert!(
-                                chain.segments.iter().all(|seen| seen.offset + u64::from(seen.len) <= end)
-                            );
+                            assert!(chain.segments.iter().all(|seen| match seen.place {
+                                Place::Window(offset) => offset + u64::from(seen.len) <= end,
+                                Place::Owner => false,
+                            }));
                             device.push_used(chain.head, 1);
                             good += 1;
                         }
@@ -160,6 +161,7 @@ fn ports_survive_memory_that_changes_at_random() {
     let config = OwnerConfig { ring_size: 64, buffer_len: 256, indirect: true, ..OwnerConfig::default() };
     let joined = join(config);
     let (views, snapshot) = (&joined.views, &joined.snapshot);
+    let page = link_page(&views.window);
     let done = Done::default();
     let (mut faults, mut passed) = (0, 0);
     std::thread::scope(|scope| {
@@ -185,7 +187,7 @@ fn ports_survive_memory_that_changes_at_random() {
         while start.elapsed() < Duration::from_secs(1) {
             let layout = OwnerLayout::new(config, 0, views.owner.len()).unwrap();
             let mut owner = OwnerPort::new(&views.owner, &layout, IOVA).unwrap();
-            let mut peer = PeerPort::new(&views.window, snapshot).unwrap();
+            let mut peer = PeerPort::new(&views.window, &page, snapshot).unwrap();
             for _ in 0..20 {
                 let slices = || frames.iter().map(Vec::as_slice);
                 burst.clear();

@@ -98,6 +98,24 @@ impl PacketBurst {
         self.storage.resize(end.next_power_of_two(), 0);
     }
 
+    /// Room for `len` bytes of a packet received, from `from` on (the header included),
+    /// whose bytes were not known before.
+    #[inline]
+    pub(crate) fn room_of(&mut self, at: usize, from: usize, len: usize) -> &mut [u8] {
+        let entry = self.entries.get(at).filter(|entry| from + len <= entry.len);
+        let start = entry.map(|entry| entry.start + from);
+        start.and_then(|start| self.storage.get_mut(start..start + len)).unwrap_or_default()
+    }
+
+    /// Forgets all packets but the first `count`.
+    #[inline]
+    pub(crate) fn truncate(&mut self, count: usize) {
+        if let Some(first) = self.entries.get(count) {
+            self.tail = first.start;
+            self.entries.truncate(count);
+        }
+    }
+
     /// The header of the packet being received, of which enough is filled.
     #[inline]
     pub(crate) fn pending_header(&self) -> Option<NetHeader> {

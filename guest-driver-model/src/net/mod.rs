@@ -7,6 +7,9 @@
 //! | [`burst`] | private storage of a burst of received packets |
 //! | [`peer`] | the peer's port: the device half of all of the owner's queues |
 //! | [`owner`] | the owner's port: the driver half, with buffers in its own memory |
+//! | `receive` | what the peer's port receives |
+//! | `transmit`, `store` | what it transmits: into the window, and beyond it |
+//! | `reach` | what it needs besides the window: the mapping table of now, and the device |
 //! | [`layout`] | where an owner's port keeps its rings and buffers |
 //!
 //! Vring `2 * pair` is the owner's receive queue, `2 * pair + 1` its transmit queue
@@ -17,6 +20,9 @@ pub mod header;
 pub mod layout;
 pub mod owner;
 pub mod peer;
+mod reach;
+mod receive;
+mod store;
 mod transmit;
 
 pub use burst::{Packet, PacketBurst};
@@ -24,6 +30,7 @@ pub use header::{HEADER_LEN, MAX_FRAME, NetHeader};
 pub use layout::{LayoutError, OwnerConfig, OwnerLayout};
 pub use owner::OwnerPort;
 pub use peer::{PeerPort, PortError};
+pub use reach::Demand;
 
 /// The owner's receive queue of a pair.
 pub const fn receive_vring(pair: u16) -> u16 {

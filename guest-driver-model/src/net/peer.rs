@@ -1,30 +1,35 @@
 //! The peer's port: the device half of the owner's network queues, through the
 //! window.
 //!
-//! Owns: one [`DeviceRing`] for each vring, and the copying between the owner's
-//! buffers and private ones. A broken vring faults by itself; the others go on. A
-//! port belongs to one link generation and is made anew for the next.
+//! Owns: one [`DeviceRing`] for each vring. A broken vring faults by itself; the others
+//! go on. A port belongs to one link generation and is made anew for the next; it follows
+//! the mapping table of that link by itself.
 
-use vhost_pci_device::abi::FaultKind;
-use virtio_bindings::virtio_config::VIRTIO_F_VERSION_1;
+use std::time::Duration;
+
+use virtio_bindings::virtio_config::{VIRTIO_F_ACCESS_PLATFORM, VIRTIO_F_VERSION_1};
 use virtio_bindings::virtio_ids::VIRTIO_ID_NET;
 use virtio_bindings::virtio_net::VIRTIO_NET_F_MRG_RXBUF;
 use virtio_bindings::virtio_ring::VIRTIO_RING_F_INDIRECT_DESC;
 
 use super::burst::PacketBurst;
-use super::header::{HEADER_LEN, MAX_FRAME};
+use super::reach::{Demand, LiveVring, Reach, Tables, on_miss};
+use super::receive::receive;
 use super::transmit::Transmitter;
 use super::{Counters, receive_vring, transmit_vring};
-use crate::link::{LinkSnapshot, VringInfo};
-use crate::ring::{Chain, ChainBurst, DeviceRing, Direction, Fault, RingConfig};
-use crate::shm::{SharedMemory, ShmError};
-use crate::translate::Translation;
+use crate::control::{Exchange, Nobody};
+use crate::link::{LinkPage, LinkSnapshot, VringInfo};
+use crate::ring::{ChainBurst, DeviceRing, Fault, OnMiss, RingConfig};
+use crate::shm::SharedMemory;
 
 /// The most packets of one burst, whatever the budget.
 pub const MAX_BURST: usize = 256;
 
 /// The features that a port serves.
-const SERVED: u64 = 1 << VIRTIO_F_VERSION_1 | 1 << VIRTIO_RING_F_INDIRECT_DESC | 1 << VIRTIO_NET_F_MRG_RXBUF;
+const SERVED: u64 = 1 << VIRTIO_F_VERSION_1
+    | 1 << VIRTIO_F_ACCESS_PLATFORM
+    | 1 << VIRTIO_RING_F_INDIRECT_DESC
+    | 1 << VIRTIO_NET_F_MRG_RXBUF;
 
 /// Why a link gives no port.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
@@ -60,7 +65,7 @@ enum PortVring {
     /// Its geometry cannot be used.
     Broken(Fault),
     /// In use, or dead from a fault of its own.
-    Live(Box<DeviceRing>),
+    Live(Box<LiveVring>),
 }
 
 impl PortVring {
@@ -68,29 +73,30 @@ impl PortVring {
         vring: u16,
         info: &VringInfo,
         window: &SharedMemory,
-        translation: &Translation,
-        indirect_allowed: bool,
+        tables: &Tables,
+        snapshot: &LinkSnapshot,
     ) -> Self {
         if !info.enabled {
             return Self::Absent;
         }
+        let indirect_allowed = snapshot.has_feature(VIRTIO_RING_F_INDIRECT_DESC);
         let ring = RingConfig::try_from(info)
             .map_err(|kind| Fault { kind, vring, value: u64::from(info.size) })
             .and_then(|config| {
-                DeviceRing::new(vring, &config, window, translation.clone(), indirect_allowed)
+                DeviceRing::new(vring, &config, window, tables.translation().clone(), indirect_allowed)
             });
         match ring {
-            Ok(ring) => Self::Live(Box::new(ring)),
+            Ok(ring) => Self::Live(Box::new(LiveVring::new(ring.on_miss(on_miss(snapshot)), tables))),
             Err(fault) => Self::Broken(fault),
         }
     }
 
     #[inline]
-    fn ring(&mut self) -> Result<Option<&mut DeviceRing>, Fault> {
+    fn live(&mut self) -> Result<Option<&mut LiveVring>, Fault> {
         match self {
             Self::Absent => Ok(None),
             Self::Broken(fault) => Err(*fault),
-            Self::Live(ring) => Ok(Some(ring)),
+            Self::Live(live) => Ok(Some(live)),
         }
     }
 }
@@ -99,7 +105,8 @@ impl PortVring {
 #[derive(Debug)]
 pub struct PeerPort {
     window: SharedMemory,
-    generation: u64,
+    tables: Tables,
+    demand: Demand,
     vrings: Vec<PortVring>,
     /// By pair: chains of the owner's receive queue, popped ahead.
     transmitters: Vec<Transmitter>,
@@ -109,8 +116,9 @@ pub struct PeerPort {
 }
 
 impl PeerPort {
-    /// Starts to serve all enabled vrings of the snapshot.
-    pub fn new(window: &SharedMemory, snapshot: &LinkSnapshot) -> Result<Self, PortError> {
+    /// Starts to serve all enabled vrings of the snapshot, which was taken of this page of
+    /// this window.
+    pub fn new(window: &SharedMemory, page: &LinkPage, snapshot: &LinkSnapshot) -> Result<Self, PortError> {
         if !snapshot.up {
             return Err(PortError::NotUp);
         }
@@ -126,16 +134,16 @@ impl PeerPort {
         if unknown != 0 {
             return Err(PortError::Unknown { features: unknown });
         }
-        let translation = Translation::from(snapshot);
-        let indirect_allowed = snapshot.has_feature(VIRTIO_RING_F_INDIRECT_DESC);
+        let tables = Tables::new(page, snapshot);
         let mergeable = snapshot.has_feature(VIRTIO_NET_F_MRG_RXBUF);
         let vrings: Vec<_> = (0_u16..)
             .zip(&snapshot.vrings)
-            .map(|(vring, info)| PortVring::new(vring, info, window, &translation, indirect_allowed))
+            .map(|(vring, info)| PortVring::new(vring, info, window, &tables, snapshot))
             .collect();
         Ok(Self {
             window: window.clone(),
-            generation: snapshot.generation,
+            tables,
+            demand: Demand::default(),
             transmitters: (0..vrings.len() / 2).map(|_| Transmitter::new(mergeable)).collect(),
             vrings,
             chains: ChainBurst::with_capacity(MAX_BURST),
@@ -145,7 +153,7 @@ impl PeerPort {
 
     /// The link generation that the port belongs to.
     pub fn generation(&self) -> u64 {
-        self.generation
+        self.tables.generation()
     }
 
     /// Queue pairs; some may not be enabled.
@@ -163,7 +171,7 @@ impl PeerPort {
         self.vrings.iter().filter_map(|vring| match vring {
             PortVring::Absent => None,
             PortVring::Broken(fault) => Some(*fault),
-            PortVring::Live(ring) => ring.fault(),
+            PortVring::Live(live) => live.ring.fault(),
         })
     }
 
@@ -172,72 +180,104 @@ impl PeerPort {
         self.counters
     }
 
+    /// What the device was asked for since the port was made.
+    pub fn demand(&self) -> Demand {
+        Demand { table_reads: self.tables.reads(), ..self.demand }
+    }
+
+    /// How long it will be before the device is asked again for what it did not have, if
+    /// there is such a thing: until then packets may wait in the owner's rings.
+    pub fn pause(&self) -> Option<Duration> {
+        let pauses = self.vrings.iter().filter_map(|vring| match vring {
+            PortVring::Live(live) => live.backoff.left(),
+            PortVring::Absent | PortVring::Broken(_) => None,
+        });
+        pauses.min()
+    }
+
     #[inline]
-    fn ring(vrings: &mut [PortVring], vring: u16) -> Result<Option<&mut DeviceRing>, Fault> {
-        vrings.get_mut(usize::from(vring)).map_or(Ok(None), PortVring::ring)
+    fn live(vrings: &mut [PortVring], vring: u16) -> Result<Option<&mut LiveVring>, Fault> {
+        vrings.get_mut(usize::from(vring)).map_or(Ok(None), PortVring::live)
+    }
+
+    /// As [`Self::rx_burst_by`], where no device can be asked: enough for an owner without
+    /// an IOMMU.
+    #[inline]
+    pub fn rx_burst(&mut self, pair: u16, burst: &mut PacketBurst, budget: usize) -> Result<usize, Fault> {
+        self.rx_burst_by(&mut Nobody, pair, burst, budget)
     }
 
     /// Receives up to `budget` (and [`MAX_BURST`]) packets that the owner transmitted,
     /// appends them to `burst` and completes their descriptors. Returns how many;
-    /// 0 for a pair that is not enabled.
+    /// 0 for a pair that is not enabled, and from a link that has changed.
     ///
-    /// The owner may want a call afterwards: see [`Self::needs_call`].
+    /// What the mapping table does not show is had by `exchange`; a packet that it cannot
+    /// have now stays with the owner. The owner may want a call afterwards: see
+    /// [`Self::needs_call`].
     #[inline]
-    pub fn rx_burst(&mut self, pair: u16, burst: &mut PacketBurst, budget: usize) -> Result<usize, Fault> {
-        let Some(ring) = Self::ring(&mut self.vrings, transmit_vring(pair))? else {
+    pub fn rx_burst_by(
+        &mut self,
+        exchange: &mut dyn Exchange,
+        pair: u16,
+        burst: &mut PacketBurst,
+        budget: usize,
+    ) -> Result<usize, Fault> {
+        let Some(live) = Self::live(&mut self.vrings, transmit_vring(pair))? else {
             return Ok(0);
         };
-        self.chains.clear();
-        ring.pop_burst(budget.min(MAX_BURST), Direction::DeviceReads, &mut self.chains)?;
-        let mut received = 0;
-        let mut bytes = 0;
-        for chain in self.chains.iter() {
-            let Some(len) = packet_len(&chain) else {
-                let fault = ring.fail(FaultKind::Length, chain.len);
-                if received == 0 {
-                    return Err(fault);
-                }
-                break;
-            };
-            if copy_out(&self.window, &chain, burst).is_err() {
-                // Translation only yields what is in the window.
-                let fault = ring.fail(FaultKind::Unmapped, chain.len);
-                if received == 0 {
-                    return Err(fault);
-                }
-                break;
-            }
-            burst.finish(len);
-            ring.push_used(chain.head, 0);
-            received += 1;
-            bytes += len - HEADER_LEN;
+        if !self.tables.is_current() {
+            return Ok(0);
         }
-        ring.flush_used();
-        self.counters.rx_packets += received as u64;
-        self.counters.rx_bytes += bytes as u64;
-        Ok(received)
+        live.follow(&self.tables);
+        let Self { window, tables, demand, chains, counters, .. } = self;
+        let mut reach = Reach { window, tables, exchange, demand };
+        receive(live, &mut reach, chains, burst, budget.min(MAX_BURST), counters)
     }
 
-    /// Transmits frames into the owner's receive buffers. Returns how many of them
-    /// are done with: sent, or dropped because no buffer of the owner could ever take
-    /// them. The others are the caller's to offer again.
-    ///
-    /// The owner may want a call afterwards: see [`Self::needs_call`].
+    /// As [`Self::tx_burst_by`], where no device can be asked: enough for an owner without
+    /// an IOMMU.
     #[inline]
     pub fn tx_burst<'a>(
         &mut self,
         pair: u16,
         frames: impl IntoIterator<Item = &'a [u8]>,
     ) -> Result<usize, Fault> {
-        let Some(ring) = Self::ring(&mut self.vrings, receive_vring(pair))? else {
+        self.tx_burst_by(&mut Nobody, pair, frames)
+    }
+
+    /// Transmits frames into the owner's receive buffers. Returns how many of them
+    /// are done with: sent, or dropped because no buffer of the owner could ever take
+    /// them. The others are the caller's to offer again. None where the link has changed.
+    ///
+    /// What the mapping table does not show is reached by `exchange`. The owner may want a
+    /// call afterwards: see [`Self::needs_call`].
+    #[inline]
+    pub fn tx_burst_by<'a>(
+        &mut self,
+        exchange: &mut dyn Exchange,
+        pair: u16,
+        frames: impl IntoIterator<Item = &'a [u8]>,
+    ) -> Result<usize, Fault> {
+        let Some(live) = Self::live(&mut self.vrings, receive_vring(pair))? else {
             return Ok(0);
         };
         let Some(transmitter) = self.transmitters.get_mut(usize::from(pair)) else {
             return Ok(0);
         };
-        let result = transmitter.send(ring, &self.window, frames, &mut self.counters);
-        ring.flush_used();
-        result
+        if !self.tables.is_current() {
+            return Ok(0);
+        }
+        if live.follow(&self.tables) {
+            transmitter.put_back(&mut live.ring);
+        }
+        let Self { window, tables, demand, counters, .. } = self;
+        if live.ring.miss_policy() == OnMiss::Fault {
+            let result = transmitter.send(&mut live.ring, window, frames, counters);
+            live.ring.flush_used();
+            return result;
+        }
+        let mut reach = Reach { window, tables, exchange, demand };
+        transmitter.send_reaching(live, &mut reach, frames, counters)
     }
 
     /// Whether the owner's driver wants a call for what was completed on the vring
@@ -245,34 +285,15 @@ impl PeerPort {
     /// too: recent Linux stops transmitting without these calls.
     #[inline]
     pub fn needs_call(&mut self, vring: u16) -> bool {
-        Self::ring(&mut self.vrings, vring).ok().flatten().is_some_and(DeviceRing::needs_call)
+        Self::live(&mut self.vrings, vring).ok().flatten().is_some_and(|live| live.ring.needs_call())
     }
 
     /// Asks the owner's driver for kicks of the vring, or not to kick. Returns whether
     /// chains are waiting already: who gets `true` must not sleep.
     pub fn set_kicks(&mut self, vring: u16, enabled: bool) -> Result<bool, Fault> {
-        let Some(ring) = Self::ring(&mut self.vrings, vring)? else {
+        let Some(live) = Self::live(&mut self.vrings, vring)? else {
             return Ok(false);
         };
-        ring.set_kicks(enabled)
+        live.ring.set_kicks(enabled)
     }
-}
-
-/// Length of header and frame, if the chain can be a packet.
-#[inline]
-fn packet_len(chain: &Chain<'_>) -> Option<usize> {
-    let len = usize::try_from(chain.len).ok()?;
-    (HEADER_LEN..=HEADER_LEN + MAX_FRAME).contains(&len).then_some(len)
-}
-
-/// Copies header and frame out of shared memory, each byte once.
-#[inline]
-fn copy_out(window: &SharedMemory, chain: &Chain<'_>, burst: &mut PacketBurst) -> Result<(), ShmError> {
-    let mut filled = 0;
-    for segment in chain.segments {
-        let len = segment.len as usize;
-        window.read(segment.offset, burst.room(filled, len))?;
-        filled += len;
-    }
-    Ok(())
 }

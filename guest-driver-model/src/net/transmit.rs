@@ -1,17 +1,18 @@
 //! Placing frames into the owner's posted receive buffers (virtio 1.3, 5.1.6.4).
 //!
 //! Owns: the chains that were popped ahead, in order. A chain leaves it only when it
-//! is completed with a packet, so a packet that does not fit costs no buffer.
+//! is completed with a packet, so a packet that does not fit costs no buffer. Where the
+//! owner has an IOMMU, `store` goes on from here.
 
 use vhost_pci_device::abi::FaultKind;
 
 use super::Counters;
 use super::header::{HEADER_LEN, MAX_FRAME, NetHeader};
-use crate::ring::{ChainBurst, DeviceRing, Direction, Fault, Segment};
+use crate::ring::{ChainBurst, DeviceRing, Direction, Fault, Place, Segment};
 use crate::shm::{SharedMemory, ShmError};
 
 /// How many chains are popped ahead at once.
-const POP: usize = 64;
+pub(super) const POP: usize = 64;
 
 /// What became of a frame.
 enum Placed {
@@ -26,15 +27,22 @@ enum Placed {
 /// Transmits on one queue.
 #[derive(Debug)]
 pub(super) struct Transmitter {
-    mergeable: bool,
-    posted: ChainBurst,
+    pub(super) mergeable: bool,
+    pub(super) posted: ChainBurst,
     /// The first of `posted` that is not completed.
-    cursor: usize,
+    pub(super) cursor: usize,
 }
 
 impl Transmitter {
     pub(super) fn new(mergeable: bool) -> Self {
         Self { mergeable, posted: ChainBurst::with_capacity(POP), cursor: 0 }
+    }
+
+    /// Puts the chains that were popped ahead back into the ring.
+    pub(super) fn put_back(&mut self, ring: &mut DeviceRing) {
+        ring.put_back(self.posted.len() - self.cursor);
+        self.posted.clear();
+        self.cursor = 0;
     }
 
     /// Sends frames until one has to wait. Returns how many are done with.
@@ -136,7 +144,9 @@ impl Transmitter {
                 if source.is_empty() {
                     break;
                 }
-                written += source.fill(window, segment)?;
+                // All is in the window, or the chain would not have been popped.
+                let Place::Window(offset) = segment.place else { continue };
+                written += source.fill(window, offset, segment)?;
             }
             ring.push_used(chain.head, written);
         }
@@ -145,25 +155,35 @@ impl Transmitter {
 }
 
 /// What is left to copy of a packet.
-struct Source<'a> {
-    header: &'a [u8],
-    frame: &'a [u8],
+pub(super) struct Source<'a> {
+    pub(super) header: &'a [u8],
+    pub(super) frame: &'a [u8],
 }
 
 impl Source<'_> {
-    fn is_empty(&self) -> bool {
+    pub(super) fn len(&self) -> usize {
+        self.header.len() + self.frame.len()
+    }
+
+    pub(super) fn is_empty(&self) -> bool {
         self.header.is_empty() && self.frame.is_empty()
     }
 
-    /// Fills one segment as far as possible. Returns the bytes written.
+    /// Fills one segment, which is at `offset` of the window, as far as possible. Returns the
+    /// bytes written.
     #[inline]
-    fn fill(&mut self, window: &SharedMemory, segment: &Segment) -> Result<u32, ShmError> {
+    pub(super) fn fill(
+        &mut self,
+        window: &SharedMemory,
+        offset: u64,
+        segment: &Segment,
+    ) -> Result<u32, ShmError> {
         let room = segment.len as usize;
         let mut written = 0;
         for part in [&mut self.header, &mut self.frame] {
             let (now, later) = part.split_at(part.len().min(room - written));
             if !now.is_empty() {
-                window.write(segment.offset + written as u64, now)?;
+                window.write(offset + written as u64, now)?;
             }
             written += now.len();
             *part = later;

@@ -216,5 +216,5 @@ impl<'a> Peer<'a> {
 }
 
 fn traffic(program: &dyn PeerProgram, tally: Tally) -> Traffic {
-    Traffic { faults: tally.faults, links: tally.links, ..program.traffic() }
+    Traffic { faults: tally.faults, links: tally.links, ..program.traffic().with_demand(tally.demand) }
 }

@@ -11,9 +11,9 @@ use super::peer_loop::{LONGEST_SLEEP, PeerProgram};
 use super::quiet::Quiet;
 use super::waiting::sleep;
 use super::wire::Wire;
-use crate::control::{Command, ControlRing};
+use crate::control::{Command, ControlExchange, ControlRing};
 use crate::link::{LinkError, LinkPage};
-use crate::net::{PeerPort, receive_vring, transmit_vring};
+use crate::net::{Demand, PeerPort, receive_vring, transmit_vring};
 use crate::ring::Fault;
 use crate::transport::Transport;
 
@@ -23,6 +23,8 @@ const LINK_PAUSE: Duration = Duration::from_millis(1);
 const LINK_SLEEP: Duration = Duration::from_millis(20);
 /// When it is time to say that there is no link area (10, step 8).
 const LINK_PATIENCE: Duration = Duration::from_secs(5);
+/// The longest sleep where something waits for the device to be asked again.
+const LONGEST_PAUSE: Duration = Duration::from_millis(10);
 /// How long the device may take to answer when the program ends.
 const DETACH_TIME: Duration = Duration::from_millis(500);
 
@@ -33,13 +35,19 @@ pub(super) struct Tally {
     pub faults: u64,
     /// Links that came up.
     pub links: u64,
+    /// What the device was asked for.
+    pub demand: Demand,
 }
 
 impl Add for Tally {
     type Output = Self;
 
     fn add(self, other: Self) -> Self {
-        Self { faults: self.faults + other.faults, links: self.links + other.links }
+        Self {
+            faults: self.faults + other.faults,
+            links: self.links + other.links,
+            demand: self.demand + other.demand,
+        }
     }
 }
 
@@ -52,6 +60,8 @@ impl AddAssign for Tally {
 /// A link that is up.
 struct Live {
     port: PeerPort,
+    /// The owner has an IOMMU, so the device is asked for what the window does not show.
+    asks: bool,
     reported: Vec<Fault>,
 }
 
@@ -123,7 +133,8 @@ impl<'a> Session<'a> {
 
     /// What was counted.
     pub fn tally(&self) -> Tally {
-        self.tally
+        let now = self.live.as_ref().map(|live| live.port.demand()).unwrap_or_default();
+        Tally { demand: self.tally.demand + now, ..self.tally }
     }
 
     /// Whether there is a link to serve.
@@ -134,8 +145,14 @@ impl<'a> Session<'a> {
     /// Follows the link, and lets the program move packets. Returns how many.
     pub fn round(&mut self, program: &mut dyn PeerProgram) -> Result<usize, ProgramError> {
         self.follow_link(program)?;
+        // Only where it is used in each round: otherwise each command looks for it.
+        if self.live.as_ref().is_some_and(|live| live.asks) {
+            self.renew_control();
+        }
         let Some(live) = &mut self.live else { return Ok(0) };
-        let mut wire = Wire::new(&mut live.port, self.transport, &self.page);
+        let control = self.control.as_mut().filter(|_| live.asks);
+        let exchange = control.map(|ring| ControlExchange::new(ring, self.transport, self.interrupt));
+        let mut wire = Wire::new(&mut live.port, self.transport, exchange);
         let moved = program.poll(&mut wire);
         if wire.is_faulted() {
             self.report_faults();
@@ -168,7 +185,8 @@ impl<'a> Session<'a> {
         if self.live.as_ref().is_some_and(|live| live.port.generation() == generation) {
             return Ok(());
         }
-        if self.live.take().is_some() {
+        if let Some(live) = self.live.take() {
+            self.tally.demand += live.port.demand();
             program.link_lost();
         }
         if self.refused == Some(generation) && generation != 0 {
@@ -207,8 +225,8 @@ impl<'a> Session<'a> {
             self.refused = Some(snapshot.generation);
             return Ok(());
         }
-        match PeerPort::new(self.transport.window(), &snapshot) {
-            Ok(port) => self.go_live(port),
+        match PeerPort::new(self.transport.window(), &self.page, &snapshot) {
+            Ok(port) => self.go_live(port, snapshot.iommu || snapshot.copy),
             Err(error) => {
                 if self.quiet.allows_line() {
                     tracing::error!(device = self.transport.name(), "cannot serve this owner: {error}");
@@ -219,7 +237,7 @@ impl<'a> Session<'a> {
         Ok(())
     }
 
-    fn go_live(&mut self, mut port: PeerPort) {
+    fn go_live(&mut self, mut port: PeerPort, asks: bool) {
         for pair in 0..port.pairs() {
             // A fault shows again with the first burst.
             let _ = port.set_kicks(transmit_vring(pair), false);
@@ -235,12 +253,13 @@ impl<'a> Session<'a> {
                 device = self.transport.name(),
                 generation,
                 pairs = port.pairs(),
+                iommu = asks,
                 "the link is up"
             );
         }
         self.tally.links += 1;
         let broken = port.faults().next().is_some();
-        self.live = Some(Live { port, reported: Vec::new() });
+        self.live = Some(Live { port, asks, reported: Vec::new() });
         self.tell(Command::Attach { generation, interrupt: self.interrupt });
         if broken {
             self.report_faults();
@@ -278,10 +297,17 @@ impl<'a> Session<'a> {
         }
     }
 
-    /// 9.1: the mark is looked for before each command.
+    /// 9.1: the mark is looked for before each command. To a ring that begins anew nobody is
+    /// attached.
     fn renew_control(&mut self) {
-        if self.control.as_ref().is_some_and(|control| !control.is_current()) {
-            self.control = ControlRing::new(self.transport).ok();
+        if self.control.as_ref().is_none_or(ControlRing::is_current) {
+            return;
+        }
+        self.control = ControlRing::new(self.transport).ok();
+        if let (Some(control), Some(live)) = (&mut self.control, &self.live) {
+            let attach = Command::Attach { generation: live.port.generation(), interrupt: self.interrupt };
+            // A fresh ring has room.
+            let _ = control.send(self.transport, attach);
         }
     }
 
@@ -328,13 +354,18 @@ impl<'a> Session<'a> {
             for vring in &kicked {
                 work |= live.port.set_kicks(*vring, true).unwrap_or(false);
             }
+            // What waits for the device to be asked again is no work yet.
+            let pause = live.port.pause();
+            let work = work && pause.is_none();
             let generation = self.page.generation();
             if !work && generation == live.port.generation() {
                 let kicks =
                     kicked.iter().filter_map(|vring| self.transport.interrupt_fd(queue_of_vring(*vring)));
                 events.extend(kicks);
                 input.extend(program.input());
-                sleep(&events, &input, program.patience().min(LONGEST_SLEEP));
+                let most = pause.map_or(LONGEST_SLEEP, |pause| pause.min(LONGEST_PAUSE));
+                let most = most.min(program.patience());
+                sleep(&events, &input, most);
             }
             for vring in &kicked {
                 let _ = live.port.set_kicks(*vring, false);

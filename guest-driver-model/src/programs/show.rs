@@ -42,6 +42,9 @@ fn describe(transport: &dyn Transport, page: &LinkPage) -> Value {
             "generation": snapshot.generation,
             "owner": snapshot.owner,
             "up": snapshot.up,
+            "iommu": snapshot.iommu,
+            "copy": snapshot.copy,
+            "table_generation": snapshot.table_generation,
             "owner_device": snapshot.owner_device,
             "features": format!("{:#x}", snapshot.features),
             "mappings": snapshot.mappings.iter().map(|mapping| json!({

@@ -7,6 +7,7 @@ use serde::Serialize;
 
 use super::pattern::Checker;
 use super::wire::Sent;
+use crate::net::Demand;
 
 /// Counters since the program's start. Bytes are those of frames.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize)]
@@ -32,6 +33,20 @@ pub struct Traffic {
     pub faults: u64,
     /// Times that a link came up.
     pub links: u64,
+    /// Ranges that the device was asked to map.
+    pub maps_asked: u64,
+    /// Buffers that the device fetched.
+    pub fetched: u64,
+    /// Their bytes.
+    pub fetched_bytes: u64,
+    /// Buffers that the device stored.
+    pub stored: u64,
+    /// Their bytes.
+    pub stored_bytes: u64,
+    /// Requests that the device could not carry out, and was asked again for.
+    pub put_off: u64,
+    /// Times that the mapping table was read because it had changed.
+    pub table_reads: u64,
 }
 
 impl Traffic {
@@ -43,6 +58,37 @@ impl Traffic {
             corrupted: sum.corrupted + verdict.corrupted,
             ..sum
         })
+    }
+
+    /// These counters with what the device was asked for.
+    pub fn with_demand(self, demand: Demand) -> Self {
+        Self {
+            maps_asked: demand.maps,
+            fetched: demand.fetched,
+            fetched_bytes: demand.fetched_bytes,
+            stored: demand.stored,
+            stored_bytes: demand.stored_bytes,
+            put_off: demand.put_off,
+            table_reads: demand.table_reads,
+            ..self
+        }
+    }
+
+    /// What was asked of the device, if anything: for the end of a line.
+    fn demand(&self) -> String {
+        if self.maps_asked + self.fetched + self.stored + self.put_off + self.table_reads == 0 {
+            return String::new();
+        }
+        format!(
+            "; maps asked {}, fetched {} ({} bytes), stored {} ({} bytes), put off {}, tables read {}",
+            self.maps_asked,
+            self.fetched,
+            self.fetched_bytes,
+            self.stored,
+            self.stored_bytes,
+            self.put_off,
+            self.table_reads
+        )
     }
 
     /// Counts what became of frames that were to be sent.
@@ -125,7 +171,7 @@ impl Reporter {
             self.print_json(traffic, true);
         } else {
             self.print(&format!(
-                "{}: sent {} packets, received {}; lost {}, reordered {}, corrupted {}, dropped {}, faults {}",
+                "{}: sent {} packets, received {}; lost {}, reordered {}, corrupted {}, dropped {}, faults {}{}",
                 self.name,
                 traffic.tx_packets,
                 traffic.rx_packets,
@@ -133,7 +179,8 @@ impl Reporter {
                 traffic.reordered,
                 traffic.corrupted,
                 traffic.dropped,
-                traffic.faults
+                traffic.faults,
+                traffic.demand()
             ));
         }
     }
@@ -146,8 +193,12 @@ impl Reporter {
         let (tx, tx_bits) = way(now.tx_packets - before.tx_packets, now.tx_bytes - before.tx_bytes);
         let (rx, rx_bits) = way(now.rx_packets - before.rx_packets, now.rx_bytes - before.rx_bytes);
         format!(
-            "{}: tx {tx:.3} Mpps {tx_bits:.3} Gbit/s  rx {rx:.3} Mpps {rx_bits:.3} Gbit/s  lost {} corrupted {} dropped {}",
-            self.name, now.lost, now.corrupted, now.dropped
+            "{}: tx {tx:.3} Mpps {tx_bits:.3} Gbit/s  rx {rx:.3} Mpps {rx_bits:.3} Gbit/s  lost {} corrupted {} dropped {}{}",
+            self.name,
+            now.lost,
+            now.corrupted,
+            now.dropped,
+            now.demand()
         )
     }
 
@@ -179,6 +230,21 @@ mod tests {
         assert_eq!(value["tx_packets"], 3);
         assert_eq!(value["corrupted"], 1);
         assert_eq!(value["end"], true);
+    }
+
+    #[test]
+    fn what_the_device_was_asked_for_is_told_if_there_was_anything() {
+        let traffic = Traffic { rx_packets: 3, ..Traffic::default() };
+        assert_eq!(traffic.demand(), "");
+        let demand = Demand { maps: 1, fetched: 2, fetched_bytes: 3, stored: 4, ..Demand::default() };
+        let demand = Demand { stored_bytes: 5, put_off: 6, table_reads: 7, ..demand };
+        let line = traffic.with_demand(demand).demand();
+        assert_eq!(line, "; maps asked 1, fetched 2 (3 bytes), stored 4 (5 bytes), put off 6, tables read 7");
+        let value = serde_json::to_value(traffic.with_demand(demand)).unwrap();
+        assert_eq!(
+            (&value["rx_packets"], &value["maps_asked"], &value["table_reads"]),
+            (&3.into(), &1.into(), &7.into())
+        );
     }
 
     #[test]

@@ -3,7 +3,7 @@
 
 use vhost_pci_device::abi::queue_of_vring;
 
-use crate::link::LinkPage;
+use crate::control::ControlExchange;
 use crate::net::{Counters, PacketBurst, PeerPort, receive_vring, transmit_vring};
 use crate::transport::Transport;
 
@@ -36,14 +36,18 @@ impl Sent {
 pub struct Wire<'a> {
     port: &'a mut PeerPort,
     transport: &'a dyn Transport,
-    page: &'a LinkPage,
+    exchange: Option<ControlExchange<'a>>,
     faulted: bool,
 }
 
 impl<'a> Wire<'a> {
-    /// For one round.
-    pub fn new(port: &'a mut PeerPort, transport: &'a dyn Transport, page: &'a LinkPage) -> Self {
-        Self { port, transport, page, faulted: false }
+    /// For one round. `exchange` is for what the mapping table does not show.
+    pub fn new(
+        port: &'a mut PeerPort,
+        transport: &'a dyn Transport,
+        exchange: Option<ControlExchange<'a>>,
+    ) -> Self {
+        Self { port, transport, exchange, faulted: false }
     }
 
     /// Queue pairs.
@@ -60,16 +64,8 @@ impl<'a> Wire<'a> {
     /// Returns how many; none from a broken vring.
     pub fn receive(&mut self, pair: u16, burst: &mut PacketBurst) -> usize {
         burst.clear();
-        if !self.is_current() {
-            return 0;
-        }
-        match self.port.rx_burst(pair, burst, BURST) {
+        match self.port.rx_burst_by(&mut self.exchange, pair, burst, BURST) {
             Ok(0) => 0,
-            // Copied while the mapping may have been going: it may be zeros.
-            Ok(_) if !self.is_current() => {
-                burst.clear();
-                0
-            }
             Ok(received) => {
                 self.call(transmit_vring(pair));
                 received
@@ -83,11 +79,8 @@ impl<'a> Wire<'a> {
 
     /// Sends frames to a pair. Says how many are done with; none of a broken vring.
     pub fn transmit<'frame>(&mut self, pair: u16, frames: impl IntoIterator<Item = &'frame [u8]>) -> Sent {
-        if !self.is_current() {
-            return Sent::default();
-        }
         let before = self.port.counters();
-        match self.port.tx_burst(pair, frames) {
+        match self.port.tx_burst_by(&mut self.exchange, pair, frames) {
             Ok(0) => Sent::default(),
             Ok(done) => {
                 self.call(receive_vring(pair));
@@ -98,11 +91,6 @@ impl<'a> Wire<'a> {
                 Sent::default()
             }
         }
-    }
-
-    /// 7.2: looked at before each burst.
-    fn is_current(&self) -> bool {
-        self.page.is_at(self.port.generation())
     }
 
     fn call(&mut self, vring: u16) {

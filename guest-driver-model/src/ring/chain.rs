@@ -52,13 +52,24 @@ impl Descriptor {
     }
 }
 
+/// Where a piece of a buffer is.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Place {
+    /// In the window: bytes from its start.
+    Window(u64),
+    /// With the owner only: the device has to fetch it, or to store it there.
+    Owner,
+}
+
 /// A piece of a buffer.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Segment {
-    /// Where it is, bytes from the start of the window. The `len` bytes from here on
-    /// were in one mapping of the generation in which the chain was popped.
-    pub offset: u64,
-    /// Length, bytes; not 0.
+    /// As the owner's driver names it.
+    pub iova: u64,
+    /// Where it was when the chain was popped. All of a segment in the window was in one
+    /// mapping then.
+    pub place: Place,
+    /// Length, bytes; not 0, and at most `MAX_COPY` with the owner.
     pub len: u32,
     /// The device writes it; otherwise the device reads it.
     pub writable: bool,
@@ -100,12 +111,14 @@ struct Entry {
 pub struct ChainBurst {
     segments: Vec<Segment>,
     chains: Vec<Entry>,
+    /// Whether there may be a segment that is not in the window.
+    outside: bool,
 }
 
 impl ChainBurst {
     /// Room for `chains` chains of one or two segments without an allocation.
     pub fn with_capacity(chains: usize) -> Self {
-        Self { segments: Vec::with_capacity(2 * chains), chains: Vec::with_capacity(chains) }
+        Self { segments: Vec::with_capacity(2 * chains), chains: Vec::with_capacity(chains), outside: false }
     }
 
     /// Forgets all chains, keeps the room.
@@ -113,6 +126,13 @@ impl ChainBurst {
     pub fn clear(&mut self) {
         self.segments.clear();
         self.chains.clear();
+        self.outside = false;
+    }
+
+    /// Whether there may be a segment that is not in the window.
+    #[inline]
+    pub fn is_outside(&self) -> bool {
+        self.outside
     }
 
     /// How many chains there are.
@@ -163,6 +183,12 @@ impl ChainBurst {
         self.segments.push(segment);
     }
 
+    /// A segment that is not in the window.
+    pub(crate) fn push_outside(&mut self, iova: u64, len: u32, writable: bool) {
+        self.segments.push(Segment { iova, place: Place::Owner, len, writable });
+        self.outside = true;
+    }
+
     /// Makes the segments since `mark` a chain.
     #[inline]
     pub(crate) fn finish(&mut self, head: u16, mark: usize, len: u64) {
@@ -189,14 +215,15 @@ mod tests {
             let mark = burst.mark();
             for piece in 0..=head {
                 let offset = u64::from(head) << 8 | u64::from(piece);
-                burst.push_segment(Segment { offset, len: 1, writable: false });
+                let place = Place::Window(offset);
+                burst.push_segment(Segment { iova: 0, place, len: 1, writable: false });
             }
             burst.finish(head, mark, u64::from(head) + 1);
         }
         burst.discard(3);
         let heads: Vec<_> = burst.iter().map(|chain| (chain.head, chain.segments.len())).collect();
         assert_eq!(heads, [(3, 4), (4, 5)]);
-        assert_eq!(burst.chain(1).unwrap().segments[4].offset, 4 << 8 | 4);
+        assert_eq!(burst.chain(1).unwrap().segments[4].place, Place::Window(4 << 8 | 4));
         burst.discard(2);
         assert!(burst.is_empty() && burst.mark() == 0);
     }

@@ -7,22 +7,29 @@
 //!
 //! A ring that breaks the rules yields a [`Fault`] and is dead until it is made anew.
 //! Chains that were popped before the fault was met stay good and can be completed.
+//!
+//! What the mapping table does not show is no fault where the owner has an IOMMU: see
+//! [`OnMiss`].
 
 use std::fmt;
 
-use vhost_pci_device::abi::FaultKind;
+use vhost_pci_device::abi::{FaultKind, MAX_COPY, MAX_MAP, PAGE_SIZE};
 use virtio_bindings::virtio_ring::{VRING_AVAIL_F_NO_INTERRUPT, VRING_USED_F_NO_NOTIFY};
 
-use super::chain::{ChainBurst, Descriptor, Direction, Segment};
+use super::chain::{ChainBurst, Descriptor, Direction, Place, Segment};
 use super::index::{Consumer, Producer, Word};
 use super::layout::{DESC_LEN, FLAGS_AT, INDEX_AT, RingConfig, SLOTS_AT};
+use super::miss::{Finding, Miss, Misses, OnMiss};
 use crate::shm::{SharedMemory, ShmError, Slots, Word16};
-use crate::translate::{Access, Translation};
+use crate::translate::{Access, Part, Translation};
 
 /// The most descriptors of one chain, in the ring and an indirect table together:
 /// what Linux's vhost takes (UIO_MAXIOV). A ring smaller than that sets the limit
 /// itself (virtio 1.3, 2.7.5.3.1).
 pub const MAX_CHAIN: u16 = 1024;
+/// The most segments of one chain: a buffer that runs through several mappings has
+/// several.
+pub const MAX_SEGMENTS: usize = 2 * MAX_CHAIN as usize;
 
 /// What is wrong with a vring: its driver broke the specification.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
@@ -44,6 +51,20 @@ impl fmt::Display for Fault {
 /// A kind of fault with what was seen, before it is known which ring it is about.
 type Broken = (FaultKind, u64);
 
+/// Why a chain was not popped.
+enum Stop {
+    /// It breaks the rules.
+    Broken(Broken),
+    /// Something of it is not in the mapping table; what is missing was noted.
+    Missing,
+}
+
+impl From<Broken> for Stop {
+    fn from(broken: Broken) -> Self {
+        Self::Broken(broken)
+    }
+}
+
 /// The device half of one vring.
 #[derive(Debug)]
 pub struct DeviceRing {
@@ -58,7 +79,9 @@ pub struct DeviceRing {
     available: Consumer<Word16>,
     completed: Producer<Word16>,
     window: SharedMemory,
-    translation: Translation,
+    lookup: Lookup,
+    /// For chains that are only looked at.
+    ahead: ChainBurst,
     /// The used elements as this side last wrote them: a store that would change
     /// nothing would only take the cache line from the driver's CPU.
     used_shadow: Box<[[u32; 2]]>,
@@ -78,11 +101,11 @@ impl DeviceRing {
         vring: u16,
         config: &RingConfig,
         window: &SharedMemory,
-        mut translation: Translation,
+        translation: Translation,
         indirect_allowed: bool,
     ) -> Result<Self, Fault> {
         let geometry = |value| Fault { kind: FaultKind::Geometry, vring, value };
-        let places = config.place(&mut translation).map_err(|_| geometry(u64::from(config.size())))?;
+        let places = config.place(&translation).map_err(|_| geometry(u64::from(config.size())))?;
         let outside = |error: ShmError| match error {
             ShmError::OutOfBounds { offset, .. } | ShmError::Misaligned { offset, .. } => geometry(offset),
         };
@@ -111,12 +134,31 @@ impl DeviceRing {
                 start,
             ),
             window: window.clone(),
-            translation,
+            lookup: Lookup { translation, on_miss: OnMiss::Fault, misses: Misses::default() },
+            ahead: ChainBurst::default(),
             // No element has this id, so each slot's first element is stored.
             used_shadow: vec![[u32::MAX; 2]; usize::from(places.size)].into(),
             table: Vec::new(),
             fault: None,
         })
+    }
+
+    /// The same ring, with another answer to a buffer that is not in the mapping table.
+    pub fn on_miss(mut self, on_miss: OnMiss) -> Self {
+        self.lookup.on_miss = on_miss;
+        self
+    }
+
+    /// What the ring does about a buffer that is not in the mapping table.
+    #[inline]
+    pub fn miss_policy(&self) -> OnMiss {
+        self.lookup.on_miss
+    }
+
+    /// From now on chains are popped by another mapping table. The ring itself stays where
+    /// it is, and what was popped is the caller's to put back.
+    pub fn set_translation(&mut self, translation: Translation) {
+        self.lookup.translation = translation;
     }
 
     /// The owner's vring number.
@@ -156,7 +198,8 @@ impl DeviceRing {
     /// Pops up to `budget` chains and appends them to `burst`. Returns how many.
     ///
     /// A broken chain ends the burst: the chains before it are returned first, and
-    /// the fault by the next call.
+    /// the fault by the next call. So does a chain of which something is missing: what it
+    /// lacks, and what the chains behind it lack, is in [`Self::misses`] afterwards.
     #[inline]
     pub fn pop_burst(
         &mut self,
@@ -167,56 +210,107 @@ impl DeviceRing {
         if let Some(fault) = self.fault {
             return Err(fault);
         }
+        self.lookup.misses.clear();
         let mut ready = usize::from(self.available.known());
         if ready < budget {
             ready = usize::from(self.poll_avail()?);
         }
         let wanted = ready.min(budget);
         for popped in 0..wanted {
-            let head = self.avail.load(self.available.next());
+            let at = self.available.next();
             let mark = burst.mark();
-            if let Err(broken) = self.pop_chain(head, direction, burst, mark) {
-                burst.abandon(mark);
-                let fault = self.broken(broken);
-                return if popped == 0 { Err(fault) } else { Ok(popped) };
+            match self.pop_chain(at, direction, burst, mark) {
+                Ok(()) => self.available.advance(),
+                Err(Stop::Broken(broken)) => {
+                    burst.abandon(mark);
+                    let fault = self.broken(broken);
+                    return if popped == 0 { Err(fault) } else { Ok(popped) };
+                }
+                Err(Stop::Missing) => {
+                    burst.abandon(mark);
+                    self.look_ahead(wanted - popped, direction);
+                    return Ok(popped);
+                }
             }
-            self.available.advance();
         }
         Ok(wanted)
     }
 
-    /// Appends one chain (2.7.5, 2.7.5.3).
+    /// Notes what the chains behind the next one lack, so that it can be asked for in one
+    /// go. They are popped, and checked, later.
+    #[cold]
+    fn look_ahead(&mut self, count: usize, direction: Direction) {
+        let mut ahead = std::mem::take(&mut self.ahead);
+        for step in 1..count {
+            ahead.clear();
+            // `count` is at most the ring's size.
+            let at = self.available.next().wrapping_add(step as u16);
+            let result = self.pop_chain(at, direction, &mut ahead, 0);
+            if self.lookup.misses.is_full() || matches!(result, Err(Stop::Broken(_))) {
+                break;
+            }
+        }
+        self.ahead = ahead;
+    }
+
+    /// What the last burst ended for, if it was not for want of chains.
+    #[inline]
+    pub fn misses(&self) -> &[Miss] {
+        self.lookup.misses.noted()
+    }
+
+    /// What was found out about a miss. The next bursts go by it until it is forgotten,
+    /// except where the mapping table says more.
+    pub fn found(&mut self, miss: Miss, finding: Finding) {
+        self.lookup.misses.found(miss, finding);
+    }
+
+    /// Forgets what was found out.
+    pub fn forget_findings(&mut self) {
+        self.lookup.misses.forget();
+    }
+
+    /// Puts the last `count` popped chains back: the next burst starts with them. They must
+    /// not have been completed.
+    pub fn put_back(&mut self, count: usize) {
+        debug_assert!(count <= usize::from(self.available.next().wrapping_sub(self.completed.next())));
+        self.available.put_back(count as u16);
+    }
+
+    /// Takes all used elements back that were pushed and not flushed.
+    pub fn take_back_used(&mut self) {
+        self.completed.take_back();
+    }
+
+    /// Appends the chain at an index of the available ring (2.7.5, 2.7.5.3).
     #[inline]
     fn pop_chain(
         &mut self,
-        head: u16,
+        at: u16,
         direction: Direction,
         burst: &mut ChainBurst,
         mark: usize,
-    ) -> Result<(), Broken> {
-        let mut walk = Walk { direction, writable_seen: false, len: 0 };
+    ) -> Result<(), Stop> {
+        let head = self.avail.load(at);
+        let mut walk = Walk { at, direction, writable_seen: false, len: 0, mark, missing: false };
         let mut index = head;
         for walked in 0..self.chain_limit {
             if index >= self.size {
-                return Err((FaultKind::DescriptorIndex, u64::from(index)));
+                return Err(Stop::Broken((FaultKind::DescriptorIndex, u64::from(index))));
             }
             // The one fetch of this descriptor.
             let descriptor = Descriptor::from_halves(self.desc.load(index));
             if descriptor.is_indirect() {
                 self.pop_table(&descriptor, self.chain_limit - walked, &mut walk, burst)?;
-                burst.finish(head, mark, walk.len);
-                return Ok(());
+                return walk.finish(head, burst);
             }
-            walk.take(&descriptor, &mut self.translation, burst)?;
+            walk.take(&descriptor, &mut self.lookup, burst)?;
             match descriptor.next() {
                 Some(next) => index = next,
-                None => {
-                    burst.finish(head, mark, walk.len);
-                    return Ok(());
-                }
+                None => return walk.finish(head, burst),
             }
         }
-        Err((FaultKind::ChainTooLong, u64::from(self.chain_limit)))
+        Err(Stop::Broken((FaultKind::ChainTooLong, u64::from(self.chain_limit))))
     }
 
     /// Appends the descriptors of an indirect table (2.7.5.3), which may have `limit`
@@ -227,7 +321,7 @@ impl DeviceRing {
         limit: u16,
         walk: &mut Walk,
         burst: &mut ChainBurst,
-    ) -> Result<(), Broken> {
+    ) -> Result<(), Stop> {
         let wrong = (FaultKind::Indirect, u64::from(descriptor.len));
         let count = descriptor.len / DESC_LEN;
         if !self.indirect_allowed
@@ -236,16 +330,10 @@ impl DeviceRing {
             || count > u32::from(limit)
             || !descriptor.len.is_multiple_of(DESC_LEN)
         {
-            return Err(wrong);
+            return Err(wrong.into());
         }
         // The descriptor's write flag means nothing here (2.7.5.3.2).
-        let offset = self
-            .translation
-            .translate(descriptor.addr, descriptor.len, Access::READ)
-            .map_err(|kind| (kind, descriptor.addr))?;
-        // At most MAX_CHAIN descriptors: a bounded buffer, allocated once.
-        self.table.resize(descriptor.len as usize, 0);
-        self.window.read(offset, &mut self.table).map_err(|_| (FaultKind::Unmapped, descriptor.addr))?;
+        self.copy_table(descriptor, walk)?;
         let (entries, _) = self.table.as_chunks::<{ DESC_LEN as usize }>();
         let mut index = 0_u16;
         for _ in 0..count {
@@ -254,18 +342,47 @@ impl DeviceRing {
             let value = u128::from_le_bytes(*entry);
             let entry = Descriptor::from_halves([value as u64, (value >> 64) as u64]);
             if entry.is_indirect() {
-                return Err(wrong);
+                return Err(wrong.into());
             }
-            walk.take(&entry, &mut self.translation, burst)?;
+            walk.take(&entry, &mut self.lookup, burst)?;
             match entry.next() {
                 Some(next) if u32::from(next) >= count => {
-                    return Err((FaultKind::DescriptorIndex, u64::from(next)));
+                    return Err(Stop::Broken((FaultKind::DescriptorIndex, u64::from(next))));
                 }
                 Some(next) => index = next,
                 None => return Ok(()),
             }
         }
-        Err((FaultKind::ChainTooLong, u64::from(count)))
+        Err(Stop::Broken((FaultKind::ChainTooLong, u64::from(count))))
+    }
+
+    /// Makes `table` the private copy of an indirect table, whose length was checked: at most
+    /// `MAX_CHAIN` descriptors.
+    fn copy_table(&mut self, descriptor: &Descriptor, walk: &Walk) -> Result<(), Stop> {
+        let Descriptor { addr, len, .. } = *descriptor;
+        self.table.resize(len as usize, 0);
+        let outside = |_: ShmError| (FaultKind::Unmapped, addr);
+        if let Ok(offset) = self.lookup.translation.translate(addr, len, Access::READ) {
+            return Ok(self.window.read(offset, &mut self.table).map_err(outside)?);
+        }
+        let mut done = 0_usize;
+        while let Some(rest) = self.table.get_mut(done..)
+            && !rest.is_empty()
+        {
+            let iova = addr.wrapping_add(done as u64);
+            match self.lookup.translation.part(iova, rest.len() as u32, Access::READ) {
+                Part::Mapped { offset, len } => {
+                    let (now, _) = rest.split_at_mut(len as usize);
+                    self.window.read(offset, now).map_err(outside)?;
+                    done += len as usize;
+                }
+                Part::Missing { len: gap, why } => {
+                    let offset = self.lookup.missing_table(walk.at, (addr, len), (iova, gap), why)?;
+                    return Ok(self.window.read(offset, &mut self.table).map_err(outside)?);
+                }
+            }
+        }
+        Ok(())
     }
 
     /// Gives a popped chain back with the number of bytes that were written to it.
@@ -320,11 +437,102 @@ impl DeviceRing {
     }
 }
 
+/// How a ring finds buffers.
+#[derive(Debug)]
+struct Lookup {
+    translation: Translation,
+    on_miss: OnMiss,
+    misses: Misses,
+}
+
+impl Lookup {
+    /// An indirect table has a gap: both are given as address and length. Where the table
+    /// has been put instead, or why it cannot be read.
+    fn missing_table(
+        &mut self,
+        at: u16,
+        (addr, len): (u64, u32),
+        (gap, gap_len): (u64, u32),
+        why: FaultKind,
+    ) -> Result<u64, Stop> {
+        let denied = Stop::Broken((why, addr));
+        if addr.checked_add(u64::from(len) - 1).is_none() {
+            return Err(denied);
+        }
+        let asked = match self.on_miss {
+            OnMiss::Fault => return Err(denied),
+            OnMiss::Copy => Some(Finding::Copy),
+            OnMiss::Map => self.misses.finding_of_page(gap, Access::READ),
+        };
+        match asked {
+            Some(Finding::Denied) => return Err(denied),
+            Some(Finding::Copy) => match self.misses.finding_of_table(at, addr, len) {
+                Some(Finding::Denied) => return Err(denied),
+                Some(Finding::Fetched(offset)) => return Ok(offset),
+                _ => self.misses.note_table(at, addr, len),
+            },
+            _ => self.misses.note_map(gap, gap_len, Access::READ),
+        }
+        Err(Stop::Missing)
+    }
+
+    /// The `len` bytes at `iova` are not in the mapping table. How many of them are dealt
+    /// with: they are the segment pushed, or were noted as missing.
+    fn missing(
+        &mut self,
+        (iova, len): (u64, u32),
+        writable: bool,
+        burst: &mut ChainBurst,
+        walk: &mut Walk,
+    ) -> Option<u32> {
+        let access = access_of(writable);
+        let found = match self.on_miss {
+            OnMiss::Fault => return None,
+            OnMiss::Copy => {
+                let run = len.min(MAX_COPY);
+                burst.push_outside(iova, run, writable);
+                return Some(run);
+            }
+            OnMiss::Map => self.misses.finding_of_page(iova, access),
+        };
+        match found {
+            Some(Finding::Denied) => None,
+            Some(Finding::Copy) => {
+                // As far as that was said.
+                let most = len.min(MAX_COPY);
+                let mut run = ((PAGE_SIZE - iova % PAGE_SIZE) as u32).min(most);
+                while run < most
+                    && self.misses.finding_of_page(iova + u64::from(run), access) == Some(Finding::Copy)
+                {
+                    run = (run + PAGE_SIZE as u32).min(most);
+                }
+                burst.push_outside(iova, run, writable);
+                Some(run)
+            }
+            _ => {
+                walk.missing = true;
+                self.misses.note_map(iova, len, access);
+                Some(len.min((MAX_MAP - iova % PAGE_SIZE) as u32))
+            }
+        }
+    }
+}
+
+fn access_of(writable: bool) -> Access {
+    if writable { Access::WRITE } else { Access::READ }
+}
+
 /// What has been seen of one chain.
 struct Walk {
+    /// The chain's index in the available ring.
+    at: u16,
     direction: Direction,
     writable_seen: bool,
     len: u64,
+    /// Where its segments start in the burst.
+    mark: usize,
+    /// Something of it is missing.
+    missing: bool,
 }
 
 impl Walk {
@@ -332,9 +540,9 @@ impl Walk {
     fn take(
         &mut self,
         descriptor: &Descriptor,
-        translation: &mut Translation,
+        lookup: &mut Lookup,
         burst: &mut ChainBurst,
-    ) -> Result<(), Broken> {
+    ) -> Result<(), Stop> {
         let writable = descriptor.is_writable();
         let fits = match self.direction {
             Direction::DeviceReads => !writable,
@@ -343,15 +551,64 @@ impl Walk {
             Direction::Both => writable || !self.writable_seen,
         };
         if !fits {
-            return Err((FaultKind::Direction, descriptor.addr));
+            return Err(Stop::Broken((FaultKind::Direction, descriptor.addr)));
         }
         self.writable_seen |= writable;
-        let access = if writable { Access::WRITE } else { Access::READ };
-        let offset = translation
-            .translate(descriptor.addr, descriptor.len, access)
-            .map_err(|kind| (kind, descriptor.addr))?;
         self.len += u64::from(descriptor.len);
-        burst.push_segment(Segment { offset, len: descriptor.len, writable });
+        let Descriptor { addr: iova, len, .. } = *descriptor;
+        match lookup.translation.translate(iova, len, access_of(writable)) {
+            Ok(offset) => {
+                burst.push_segment(Segment { iova, place: Place::Window(offset), len, writable });
+                Ok(())
+            }
+            Err(why) => self.take_parts(descriptor, why, lookup, burst),
+        }
+    }
+
+    /// A buffer that is not in one mapping.
+    #[cold]
+    fn take_parts(
+        &mut self,
+        descriptor: &Descriptor,
+        why: FaultKind,
+        lookup: &mut Lookup,
+        burst: &mut ChainBurst,
+    ) -> Result<(), Stop> {
+        let Descriptor { addr, len, .. } = *descriptor;
+        let writable = descriptor.is_writable();
+        let wraps = addr.checked_add(u64::from(len).saturating_sub(1)).is_none();
+        if why == FaultKind::Length || wraps {
+            return Err(Stop::Broken((why, addr)));
+        }
+        let mut done = 0_u32;
+        while done < len {
+            if burst.mark() - self.mark >= MAX_SEGMENTS {
+                return Err(Stop::Broken((FaultKind::ChainTooLong, MAX_SEGMENTS as u64)));
+            }
+            if self.missing && lookup.misses.is_full() {
+                return Err(Stop::Missing);
+            }
+            let (iova, left) = (addr + u64::from(done), len - done);
+            done += match lookup.translation.part(iova, left, access_of(writable)) {
+                Part::Mapped { offset, len } => {
+                    burst.push_segment(Segment { iova, place: Place::Window(offset), len, writable });
+                    len
+                }
+                Part::Missing { len, why } => {
+                    lookup.missing((iova, len), writable, burst, self).ok_or(Stop::Broken((why, addr)))?
+                }
+            };
+        }
+        Ok(())
+    }
+
+    /// The chain is at its end.
+    #[inline]
+    fn finish(&self, head: u16, burst: &mut ChainBurst) -> Result<(), Stop> {
+        if self.missing {
+            return Err(Stop::Missing);
+        }
+        burst.finish(head, self.mark, self.len);
         Ok(())
     }
 }

@@ -109,6 +109,12 @@ impl<W: Word> Producer<W> {
         self.next = self.next.wrapping_add(1);
     }
 
+    /// Slots that were filled and not published are to be filled again.
+    #[inline]
+    pub fn take_back(&mut self) {
+        self.next = self.published;
+    }
+
     /// Shows all filled slots to the other side, by one release store, if there are
     /// new ones.
     #[inline]
@@ -177,6 +183,12 @@ impl<W: Word> Consumer<W> {
     #[inline]
     pub fn advance(&mut self) {
         self.next = self.next.wrapping_add(1);
+    }
+
+    /// The last `count` slots taken are to be taken again.
+    #[inline]
+    pub fn put_back(&mut self, count: u16) {
+        self.next = self.next.wrapping_sub(count);
     }
 
     /// Asks the other side to notify, or not to. After allowing it, the caller must

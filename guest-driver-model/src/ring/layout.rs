@@ -69,11 +69,10 @@ impl RingConfig {
         self.size
     }
 
-    /// Finds the three areas in the window. Each must lie inside one mapping; the
+    /// Finds the three areas in the window. Each must be there in one piece; the
     /// used ring's must be readable too, for its index is where the device starts.
-    pub fn place(&self, translation: &mut Translation) -> Result<RingPlaces, FaultKind> {
-        let mut find =
-            |iova, len, access| translation.translate(iova, len, access).map_err(|_| FaultKind::Geometry);
+    pub fn place(&self, translation: &Translation) -> Result<RingPlaces, FaultKind> {
+        let find = |iova, len, access| translation.contiguous(iova, len, access).ok_or(FaultKind::Geometry);
         Ok(RingPlaces {
             size: self.size,
             desc: find(self.desc, desc_len(self.size), Access::READ)?,
@@ -157,20 +156,28 @@ mod tests {
     }
 
     #[test]
-    fn an_area_outside_one_mapping_or_without_its_access_is_refused() {
+    fn an_area_not_in_one_piece_or_without_its_access_is_refused() {
         let config = RingConfig::try_from(&info()).unwrap();
         let page = |iova: u64, access| Mapping { iova, len: 0x1000, window_offset: iova << 4, access };
-        let mut good = Translation::new(&[
+        let good = Translation::new(&[
             page(0x1000, Access::READ),
             page(0x2000, Access::READ),
             page(0x3000, Access::READ_WRITE),
         ]);
         let places = RingPlaces { size: 256, desc: 0x1_0000, avail: 0x2_0000, used: 0x3_0000 };
-        assert_eq!(config.place(&mut good), Ok(places));
-        let mut read_only = Translation::new(&[Mapping { len: 0x3000, ..page(0x1000, Access::READ) }]);
-        assert_eq!(config.place(&mut read_only), Err(FaultKind::Geometry));
+        assert_eq!(config.place(&good), Ok(places));
+        let read_only = Translation::new(&[Mapping { len: 0x3000, ..page(0x1000, Access::READ) }]);
+        assert_eq!(config.place(&read_only), Err(FaultKind::Geometry));
+        // It runs on into the next mapping, which is elsewhere in the window, or next to it.
         let across = RingConfig::try_from(&VringInfo { desc: 0x1010, ..info() }).unwrap();
-        assert_eq!(across.place(&mut good), Err(FaultKind::Geometry));
+        assert_eq!(across.place(&good), Err(FaultKind::Geometry));
+        let beside = |iova, access| Mapping { window_offset: iova, ..page(iova, access) };
+        let touching = Translation::new(&[
+            beside(0x1000, Access::READ),
+            beside(0x2000, Access::READ),
+            beside(0x3000, Access::READ_WRITE),
+        ]);
+        assert_eq!(across.place(&touching).map(|places| places.desc), Ok(0x1010));
     }
 
     #[test]

@@ -7,6 +7,7 @@
 //! | [`index`] | index publication and notification suppression; nothing else orders memory |
 //! | [`chain`] | what a popped burst of descriptor chains is |
 //! | [`device`] | the device half, which a peer plays through the window |
+//! | [`miss`] | what the device half cannot reach, and what was found out about it |
 //! | [`driver`] | the driver half, which an owner's guest plays in its own memory |
 //!
 //! What a port does with a ring is five operations: pop a burst of chains, push used
@@ -20,11 +21,13 @@ pub mod device;
 pub mod driver;
 pub mod index;
 pub mod layout;
+pub mod miss;
 
-pub use chain::{Chain, ChainBurst, Direction, Segment};
+pub use chain::{Chain, ChainBurst, Direction, Place, Segment};
 pub use device::{DeviceRing, Fault};
 pub use driver::{AddError, Buffer, Completion, DriverFault, DriverFaultKind, DriverRing, IndirectTables};
 pub use layout::{RingConfig, RingPlaces};
+pub use miss::{Finding, Miss, OnMiss, Want};
 
 #[cfg(test)]
 pub(crate) mod fetch_tests;

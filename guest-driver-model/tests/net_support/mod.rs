@@ -61,6 +61,7 @@ pub struct LinkWriter {
     pub version: u16,
     pub header_len: u16,
     pub generation: u64,
+    pub table_generation: u64,
     pub status: u32,
     pub owner_device: u32,
     pub features: u64,
@@ -79,6 +80,7 @@ impl LinkWriter {
             version: abi::ABI_VERSION,
             header_len: 64,
             generation: 2,
+            table_generation: 2,
             status: abi::LINK_S_OWNER | abi::LINK_S_UP,
             owner_device: 1,
             features,
@@ -118,6 +120,7 @@ impl LinkWriter {
             link.store_u64(at + 24, vring.used).unwrap();
             link.store_u32(at + 32, vring.base).unwrap();
         }
+        link.store_u64_release(48, self.table_generation).unwrap();
         link.store_u64_release(8, self.generation).unwrap();
         link.store_u32_release(0, self.magic).unwrap();
     }
@@ -159,8 +162,9 @@ pub fn join(config: OwnerConfig) -> Joined {
     let layout = OwnerLayout::new(config, 0, len).unwrap();
     let owner = OwnerPort::new(&views.owner, &layout, IOVA).unwrap();
     LinkWriter::new(config.features(), vec![views.mapping()], layout.infos(IOVA)).write(&views.window);
-    let snapshot = link_page(&views.window).snapshot().unwrap();
-    let peer = PeerPort::new(&views.window, &snapshot).unwrap();
+    let page = link_page(&views.window);
+    let snapshot = page.snapshot().unwrap();
+    let peer = PeerPort::new(&views.window, &page, &snapshot).unwrap();
     Joined { views, layout, owner, peer, snapshot }
 }
 
