@@ -6,6 +6,7 @@
 use std::fs::File;
 use std::io;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
+use std::sync::Arc;
 use std::sync::atomic::{Ordering, fence};
 
 use nix::fcntl::{FcntlArg, SealFlag, fcntl};
@@ -14,8 +15,27 @@ use vhost_pci_device::abi;
 use vm_memory::{Bytes, FileOffset, GuestAddress, GuestMemoryMmap};
 use zerocopy::IntoBytes;
 
+use crate::link::descriptor::MemoryFile;
 use crate::link::link_page;
 use crate::link::message::{Generations, LinkContents};
+
+/// A file that can be mapped into the window.
+#[derive(Clone, Debug)]
+pub enum Source {
+    /// The owner's.
+    Owner(MemoryFile),
+    /// The broker's own.
+    Own(Arc<OwnedFd>),
+}
+
+impl AsFd for Source {
+    fn as_fd(&self) -> BorrowedFd<'_> {
+        match self {
+            Self::Owner(file) => file.as_fd(),
+            Self::Own(fd) => fd.as_fd(),
+        }
+    }
+}
 
 /// A memfd of `len` bytes that can neither shrink nor grow.
 fn sealed_memfd(name: &std::ffi::CStr, len: u64, seals: SealFlag) -> io::Result<OwnedFd> {

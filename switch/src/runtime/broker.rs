@@ -1,4 +1,4 @@
-//! The broker: makes the sockets, starts a thread a link and the acceptor, and takes
+//! The broker: makes the sockets, starts the links, their clocks and the acceptor, and takes
 //! all of it down again.
 
 use std::io;
@@ -8,7 +8,6 @@ use std::sync::Arc;
 use std::thread::{self, JoinHandle};
 use std::time::Duration;
 
-use crossbeam_channel::unbounded;
 use nix::sys::epoll::{Epoll, EpollCreateFlags, EpollEvent, EpollFlags, EpollTimeout};
 use nix::sys::eventfd::{EfdFlags, EventFd};
 use nix::time::{ClockId, clock_gettime};
@@ -54,7 +53,7 @@ enum Purpose {
 /// A running broker. Dropping it ends every session and removes every socket.
 pub struct Broker {
     ports: Vec<LinkPort>,
-    links: Vec<JoinHandle<()>>,
+    clocks: Vec<JoinHandle<()>>,
     acceptor: Option<JoinHandle<()>>,
     stop: Arc<EventFd>,
 }
@@ -67,14 +66,7 @@ impl Broker {
     pub fn start(config: &Config) -> Result<Self, BrokerError> {
         let group = sockets::group(config.group.as_deref())?;
         let bind = |path: &PathBuf| Listener::bind(path, group.as_ref());
-        let (ports, inputs): (Vec<_>, Vec<_>) = config
-            .links
-            .iter()
-            .map(|_| {
-                let (sender, receiver) = unbounded();
-                (LinkPort::new(sender), receiver)
-            })
-            .unzip();
+        let ports: Vec<_> = config.links.iter().map(|_| LinkPort::default()).collect();
         let mut listeners = vec![(bind(&config.control_socket)?, Purpose::Control)];
         for (link, port) in config.links.iter().zip(&ports) {
             listeners.push((bind(&link.owner_socket)?, Purpose::Link(port.clone(), Side::Owner)));
@@ -82,7 +74,7 @@ impl Broker {
         }
         let mut broker = Self {
             ports: ports.clone(),
-            links: Vec::new(),
+            clocks: Vec::new(),
             acceptor: None,
             stop: Arc::new(
                 EventFd::from_flags(EfdFlags::EFD_NONBLOCK | EfdFlags::EFD_CLOEXEC)
@@ -90,14 +82,16 @@ impl Broker {
             ),
         };
         let generation = first_generation();
-        for (index, (link_config, input)) in config.links.iter().zip(inputs).enumerate() {
+        for (link_config, port) in config.links.iter().zip(&ports) {
             let name = link_config.name.clone();
             let link = Link::new(link_config.clone(), config.confirm_timeout, generation)
                 .map_err(|fault| BrokerError::Link { link: name.clone(), fault })?;
-            let relay = Relay::new(&name, ports[index].clone())?;
-            let driver = LinkDriver::new(&name, link, ports[index].clone(), input, relay)?;
-            let thread = thread::Builder::new().name(format!("link {name}")).spawn(move || driver.run())?;
-            broker.links.push(thread);
+            let relay = Relay::new(&name, port.clone())?;
+            port.start(LinkDriver::new(&name, link, port.clone(), relay)?);
+            let clock = port.clone();
+            let thread =
+                thread::Builder::new().name(format!("link {name}")).spawn(move || clock.run_clock())?;
+            broker.clocks.push(thread);
         }
         let stop = Arc::clone(&broker.stop);
         let acceptor = Acceptor::new(listeners, ports, stop)?;
@@ -122,10 +116,10 @@ impl Drop for Broker {
             drop(acceptor.join());
         }
         for port in &self.ports {
-            port.send(Input::Shutdown);
+            port.end();
         }
-        for link in self.links.drain(..) {
-            drop(link.join());
+        for clock in self.clocks.drain(..) {
+            drop(clock.join());
         }
     }
 }

@@ -1,71 +1,42 @@
-//! The back-end channel to a peer's VMM: one thread asks for changes of its window,
-//! one after the other, and waits for each answer. Only this thread waits: QEMU
-//! answers SHMEM_MAP before it tells its new memory table on the other socket.
+//! The back-end channel to a VMM. The link sends on it and never waits: what a VMM
+//! does not read at once is kept, in order, until it answers something. A thread
+//! reads the answers, which come in the order of the requests.
+//!
+//! A VMM is sent the next request before it has answered the one before, so that a
+//! row of changes costs one round trip.
 
+use std::collections::VecDeque;
+use std::io::{self, IoSlice, Read};
+use std::mem::MaybeUninit;
 use std::net::Shutdown;
-use std::os::fd::{AsRawFd, OwnedFd};
 use std::os::unix::net::UnixStream;
-use std::sync::Arc;
-use std::{io, thread};
+use std::thread;
 
-use crossbeam_channel::{Receiver, Sender, unbounded};
-use vhost::vhost_user::message::{VhostUserMMap, VhostUserMMapFlags};
-use vhost::vhost_user::{Backend, VhostUserFrontendReqHandler};
-use vhost_pci_device::abi;
+use rustix::net::{SendAncillaryBuffer, SendAncillaryMessage, SendFlags, sendmsg};
 
+use super::backend_message::{HEADER_LEN, Message, REPLY_LEN, is_done};
 use super::{Input, LinkPort, SessionId};
-use crate::link::descriptor::MemoryFile;
-use crate::link::message::OpId;
+use crate::link::Side;
+use crate::link::message::{MissId, OpId};
 
-/// A file that can be mapped into the window.
-#[derive(Clone, Debug)]
-pub enum Source {
-    /// The owner's.
-    Owner(MemoryFile),
-    /// The broker's own.
-    Own(Arc<OwnedFd>),
+/// What an answer is the answer to.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Asked {
+    /// A change of the window.
+    Window(OpId),
+    /// A miss.
+    Miss(MissId),
+    /// Something that has no answer.
+    Nothing,
 }
 
-impl AsRawFd for Source {
-    fn as_raw_fd(&self) -> i32 {
-        use std::os::fd::AsFd;
-        match self {
-            Self::Owner(file) => file.as_fd().as_raw_fd(),
-            Self::Own(fd) => fd.as_raw_fd(),
-        }
-    }
-}
-
-/// A change of the window with all that the VMM has to be told.
-#[derive(Debug)]
-pub enum Change {
-    /// Map `len` bytes of the file from `file_offset` on.
-    Map {
-        /// Where in the window.
-        offset: u64,
-        /// Bytes.
-        len: u64,
-        /// The file.
-        source: Source,
-        /// Where in the file.
-        file_offset: u64,
-        /// Whether the guest may store.
-        writable: bool,
-    },
-    /// Unmap exactly what was mapped at `offset`.
-    Unmap {
-        /// Where in the window.
-        offset: u64,
-        /// Bytes.
-        len: u64,
-    },
-}
-
-/// The channel to one peer's VMM. Closes when dropped.
+/// The channel to one VMM. Closes when dropped.
 #[derive(Debug)]
 pub struct Channel {
-    changes: Sender<(OpId, Change)>,
     stream: UnixStream,
+    /// Sent and not answered: what, and in words.
+    open: VecDeque<(Asked, String)>,
+    unsent: VecDeque<(Asked, Message)>,
 }
 
 impl Channel {
@@ -73,19 +44,61 @@ impl Channel {
     ///
     /// # Errors
     /// When the host gives no descriptor or thread.
-    pub fn open(stream: UnixStream, port: LinkPort, session: SessionId, name: &str) -> io::Result<Self> {
-        let (changes, queue) = unbounded();
-        let clone = stream.try_clone()?;
-        thread::Builder::new()
-            .name(format!("{name} window"))
-            .spawn(move || serve(clone, &queue, &port, session))?;
-        Ok(Self { changes, stream })
+    pub fn open(
+        stream: UnixStream,
+        port: LinkPort,
+        side: Side,
+        session: SessionId,
+        name: &str,
+    ) -> io::Result<Self> {
+        let mut clone = stream.try_clone()?;
+        thread::Builder::new().name(format!("{name} {} answers", side.name())).spawn(move || {
+            while let Ok(done) = read_answer(&mut clone) {
+                port.send(Input::ChannelAnswer { side, session, done });
+            }
+            port.send(Input::ChannelEnded { side, session });
+        })?;
+        Ok(Self { stream, open: VecDeque::new(), unsent: VecDeque::new() })
     }
 
-    /// Asks for one change. Its answer comes as [`Input::WindowDone`].
-    pub fn ask(&self, op: OpId, change: Change) {
-        // A thread that is gone left because the VMM is: the link hears of that.
-        drop(self.changes.send((op, change)));
+    /// Asks. The answer comes as [`Input::ChannelAnswer`].
+    ///
+    /// # Errors
+    /// When the VMM is gone.
+    pub fn ask(&mut self, asked: Asked, message: Message) -> io::Result<()> {
+        self.unsent.push_back((asked, message));
+        self.send()
+    }
+
+    /// Sends what was kept, as far as the VMM reads.
+    ///
+    /// # Errors
+    /// When the VMM is gone.
+    pub fn send(&mut self) -> io::Result<()> {
+        while let Some((asked, message)) = self.unsent.front() {
+            match send(&self.stream, message) {
+                Ok(()) if message.has_answer => {
+                    let words = message.what.clone();
+                    self.open.push_back((*asked, words));
+                }
+                Ok(()) => {}
+                Err(error) if error.kind() == io::ErrorKind::WouldBlock => return Ok(()),
+                Err(error) => return Err(error),
+            }
+            self.unsent.pop_front();
+        }
+        Ok(())
+    }
+
+    /// An answer came: to what, in words too. `None`: to nothing that was asked.
+    pub fn answered(&mut self) -> Option<(Asked, String)> {
+        self.open.pop_front()
+    }
+
+    /// The VMM closed the channel: everything that it will not answer.
+    pub fn give_up(&mut self) -> Vec<(Asked, String)> {
+        let unsent = self.unsent.drain(..).map(|(asked, message)| (asked, message.what));
+        self.open.drain(..).chain(unsent).collect()
     }
 }
 
@@ -96,35 +109,31 @@ impl Drop for Channel {
     }
 }
 
-fn serve(stream: UnixStream, queue: &Receiver<(OpId, Change)>, port: &LinkPort, session: SessionId) {
-    let backend = Backend::from_stream(stream);
-    backend.set_reply_ack_flag(true);
-    backend.set_shmem_flag(true);
-    for (op, change) in queue {
-        let result = carry_out(&backend, &change);
-        port.send(Input::WindowDone { session, op, result });
+/// Sends a message at once or not at all. (The kernel takes so short a one whole.)
+fn send(stream: &UnixStream, message: &Message) -> io::Result<()> {
+    let flags = SendFlags::DONTWAIT | SendFlags::NOSIGNAL;
+    let fds: Vec<_> = message.descriptor().into_iter().collect();
+    let mut space = [MaybeUninit::uninit(); rustix::cmsg_space!(ScmRights(1))];
+    let mut ancillary = SendAncillaryBuffer::new(&mut space);
+    if !fds.is_empty() {
+        ancillary.push(SendAncillaryMessage::ScmRights(&fds));
+    }
+    match sendmsg(stream, &[IoSlice::new(&message.bytes)], &mut ancillary, flags) {
+        Ok(sent) if sent == message.bytes.len() => Ok(()),
+        Ok(_) => Err(io::ErrorKind::WriteZero.into()),
+        Err(rustix::io::Errno::INTR) => send(stream, message),
+        Err(error) => Err(error.into()),
     }
 }
 
-fn carry_out(backend: &Backend, change: &Change) -> Result<(), String> {
-    let request = |offset, len, file_offset, flags| VhostUserMMap {
-        shmid: abi::SHMID_WINDOW,
-        padding: [0; 7],
-        fd_offset: file_offset,
-        shm_offset: offset,
-        len,
-        flags,
-    };
-    let (what, answer) = match change {
-        Change::Map { offset, len, source, file_offset, writable } => {
-            let flags = if *writable { VhostUserMMapFlags::WRITABLE.bits() } else { 0 };
-            let answer = backend.shmem_map(&request(*offset, *len, *file_offset, flags), source);
-            (format!("map {len:#x} bytes at window offset {offset:#x}"), answer)
-        }
-        Change::Unmap { offset, len } => {
-            let answer = backend.shmem_unmap(&request(*offset, *len, 0, 0));
-            (format!("unmap {len:#x} bytes at window offset {offset:#x}"), answer)
-        }
-    };
-    answer.map(|_| ()).map_err(|error| format!("{what}: {error}"))
+/// Sends an acknowledgement to a front-end at once; says whether the front-end took it.
+pub fn send_now(stream: &UnixStream, bytes: &[u8]) -> bool {
+    let flags = SendFlags::DONTWAIT | SendFlags::NOSIGNAL;
+    rustix::net::send(stream, bytes, flags).is_ok_and(|sent| sent == bytes.len())
+}
+
+fn read_answer(stream: &mut UnixStream) -> io::Result<bool> {
+    let mut bytes = [0; HEADER_LEN + REPLY_LEN];
+    stream.read_exact(&mut bytes)?;
+    is_done(&bytes).ok_or_else(|| io::ErrorKind::InvalidData.into())
 }

@@ -1,5 +1,5 @@
-//! A link's thread: it alone has the link's state. It takes input, applies it, and
-//! runs the effects. Nothing that it does blocks: sessions, the back-end channel
+//! What is around one link: it takes input, applies it to the link's state, and runs
+//! the effects. Nothing that it does waits: sessions, the readers of back-end channels
 //! and the relay have their own threads.
 
 use std::collections::VecDeque;
@@ -12,17 +12,16 @@ use std::sync::atomic::Ordering;
 use std::thread;
 use std::time::{Duration, Instant};
 
-use crossbeam_channel::{Receiver, RecvTimeoutError, Sender};
 use tracing::{info, warn};
 use vhost_pci_device::abi;
 
-use super::areas::{ControlArea, LinkArea, Witness};
-use super::channel::{Change, Channel, Source};
+use super::areas::{ControlArea, LinkArea, Source, Witness};
+use super::backend_message::{self, Message};
+use super::channel::{Asked, Channel, send_now};
 use super::control_ring::ControlRing;
 use super::copy::copy;
-use super::miss_channel::{MissChannel, Word};
 use super::relay::Relay;
-use super::{Input, LinkPort, SessionId};
+use super::{Answer, Answered, Input, LinkPort, SessionId};
 use crate::link::descriptor::Eventfd;
 use crate::link::iommu::demand::Task;
 use crate::link::iommu::iotlb::Piece;
@@ -42,7 +41,9 @@ struct Session {
     id: SessionId,
     stream: UnixStream,
     /// Where the answer to its open question goes.
-    answer: Option<Sender<Reply>>,
+    answer: Option<Answer>,
+    /// Its back-end channel.
+    channel: Option<Channel>,
 }
 
 impl Drop for Session {
@@ -63,13 +64,10 @@ pub struct LinkDriver {
     name: String,
     link: Link,
     port: LinkPort,
-    input: Receiver<Input>,
     relay: Relay,
     owner: Option<Session>,
     peer: Option<Session>,
     next_session: u64,
-    channel: Option<Channel>,
-    misses: Option<MissChannel>,
     link_area: LinkArea,
     control_area: ControlArea,
     control_ring: ControlRing,
@@ -78,6 +76,9 @@ pub struct LinkDriver {
     watch: Option<Watch>,
     wires: Vec<Wire>,
     doorbell: Option<Eventfd>,
+    /// What VMMs did not take, or will not answer: applied when the effects that led to it
+    /// are run.
+    failed: VecDeque<Event>,
 }
 
 impl LinkDriver {
@@ -85,24 +86,15 @@ impl LinkDriver {
     ///
     /// # Errors
     /// When the host gives no memory.
-    pub fn new(
-        name: &str,
-        link: Link,
-        port: LinkPort,
-        input: Receiver<Input>,
-        relay: Relay,
-    ) -> io::Result<Self> {
+    pub fn new(name: &str, link: Link, port: LinkPort, relay: Relay) -> io::Result<Self> {
         let mut driver = Self {
             name: name.into(),
             link,
             port,
-            input,
             relay,
             owner: None,
             peer: None,
             next_session: 0,
-            channel: None,
-            misses: None,
             link_area: LinkArea::new()?,
             control_area: ControlArea::new()?,
             control_ring: ControlRing::new().map_err(io::Error::other)?,
@@ -110,33 +102,21 @@ impl LinkDriver {
             watch: None,
             wires: Vec::new(),
             doorbell: None,
+            failed: VecDeque::new(),
         };
         let first = driver.link.first_publication();
         driver.run_effects(vec![first]);
         Ok(driver)
     }
 
-    /// Serves the link until the broker ends.
-    pub fn run(mut self) {
-        loop {
-            let input = match self.next_wake() {
-                None => self.input.recv().map_err(|_| RecvTimeoutError::Disconnected),
-                Some(wake) => self.input.recv_deadline(wake),
-            };
-            match input {
-                Ok(Input::Shutdown) | Err(RecvTimeoutError::Disconnected) => return,
-                Ok(input) => self.take(input),
-                Err(RecvTimeoutError::Timeout) => self.time_passed(),
-            }
-        }
-    }
-
-    fn next_wake(&self) -> Option<Instant> {
+    /// When [`Self::time_passed`] has something to do.
+    pub fn next_wake(&self) -> Option<Instant> {
         let watch = self.watch.as_ref().map(|watch| watch.next);
         self.link.deadline().into_iter().chain(watch).min()
     }
 
-    fn take(&mut self, input: Input) {
+    /// Takes an input.
+    pub fn take(&mut self, input: Input) {
         match input {
             Input::Connected { side, stream } => self.connected(side, stream),
             Input::Request { side, session, request, answer } => {
@@ -151,22 +131,16 @@ impl LinkDriver {
                     self.apply(Event::Disconnected(side, fault));
                 }
             }
-            Input::WindowDone { session, op, result } => {
-                if self.peer.as_ref().is_some_and(|peer| peer.id == session) {
-                    self.apply(Event::WindowDone(op, result));
+            Input::ChannelAnswer { side, session, done } => self.channel_answered(side, session, done),
+            Input::ChannelEnded { side, session } => {
+                if let Some(channel) = self.channel(side, session) {
+                    let lost = channel.give_up();
+                    self.give_up(lost);
+                    self.run_effects(Vec::new());
                 }
             }
-            Input::MissDone { session, id, told } => {
-                if self.owner.as_ref().is_some_and(|owner| owner.id == session) {
-                    self.apply(Event::MissDone(id, told));
-                }
-            }
-            Input::ControlDoorbell => {
-                self.port.doorbell_taken();
-                self.serve_control_ring();
-            }
+            Input::ControlDoorbell => self.serve_control_ring(),
             Input::Report(answer) => drop(answer.send(self.report())),
-            Input::Shutdown => {}
         }
     }
 
@@ -188,7 +162,7 @@ impl LinkDriver {
             warn!(link = %self.name, side = side.name(), %error, "a connection cannot be served");
             return;
         }
-        let session = Some(Session { id, stream, answer: None });
+        let session = Some(Session { id, stream, answer: None, channel: None });
         match side {
             Side::Owner => self.owner = session,
             Side::Peer => self.peer = session,
@@ -196,8 +170,8 @@ impl LinkDriver {
         self.apply(Event::Connected(side));
     }
 
-    fn time_passed(&mut self) {
-        let now = Instant::now();
+    /// A time may have come.
+    pub fn time_passed(&mut self, now: Instant) {
         let longest = if self.link.deadline().is_some() { LOOK_WAITED_FOR } else { LOOK };
         if let Some(watch) = self.watch.as_mut().filter(|watch| now >= watch.next) {
             watch.pause = (watch.pause * 2).min(longest);
@@ -255,6 +229,11 @@ impl LinkDriver {
         for effect in effects {
             self.run_effect(effect);
         }
+        while let Some(event) = self.failed.pop_front() {
+            for effect in self.link.apply(event, Instant::now()) {
+                self.run_effect(effect);
+            }
+        }
         if self.control_ring.take_notification(self.control_area.memory())
             && let Some(call) = self.link.control_call()
         {
@@ -268,15 +247,15 @@ impl LinkDriver {
 
     fn run_effect(&mut self, effect: Effect) {
         match effect {
-            Effect::Reply(side, reply) => {
-                if let Some(answer) = self.session(side).and_then(|session| session.answer.take()) {
-                    drop(answer.send(reply));
-                }
-            }
+            Effect::Reply(side, reply) => self.reply(side, reply),
             Effect::Disconnect(side) => self.close(side),
             Effect::OpenChannel(side, stream) => self.open_channel(side, stream),
-            Effect::Miss(id, page, access) => self.tell_owner(Word::Miss(id, page, access)),
-            Effect::AccessFail(page, access) => self.tell_owner(Word::AccessFail(page, access)),
+            Effect::Miss(id, page, access) => {
+                self.ask(Side::Owner, Asked::Miss(id), backend_message::miss(page, access));
+            }
+            Effect::AccessFail(page, access) => {
+                self.ask(Side::Owner, Asked::Nothing, backend_message::access_fail(page, access));
+            }
             Effect::Answer(command, status, table_changed) => {
                 let flags = if table_changed { abi::RESPONSE_F_TABLE } else { 0 };
                 self.control_ring.answer(self.control_area.memory(), command, status, flags, 0);
@@ -310,24 +289,67 @@ impl LinkDriver {
         }
     }
 
-    fn open_channel(&mut self, side: Side, stream: UnixStream) {
-        let Some(session) = self.session(side).map(|session| session.id) else { return };
-        let port = self.port.clone();
-        let opened = match side {
-            Side::Owner => {
-                MissChannel::open(stream, port, session, &self.name).map(|new| self.misses = Some(new))
-            }
-            Side::Peer => {
-                Channel::open(stream, port, session, &self.name).map(|new| self.channel = Some(new))
-            }
+    fn reply(&mut self, side: Side, reply: Reply) {
+        let Some(session) = self.session(side) else { return };
+        let Some(answer) = session.answer.take() else { return };
+        let done = match reply {
+            Reply::Done => Some(true),
+            Reply::Declined => Some(false),
+            _ => None,
         };
-        self.warn_of(opened, "the back-end channel cannot be served");
+        let acknowledged = answer.acknowledge.zip(done).is_some_and(|(request, done)| {
+            send_now(&session.stream, &backend_message::acknowledgement(request, done))
+        });
+        drop(answer.sender.send(Answered { reply, acknowledged }));
     }
 
-    fn tell_owner(&self, word: Word) {
-        // Without a channel nothing answers: the commands' own deadlines deal with it.
-        if let Some(misses) = &self.misses {
-            misses.tell(word);
+    fn open_channel(&mut self, side: Side, stream: UnixStream) {
+        let (port, name) = (self.port.clone(), self.name.clone());
+        let Some(session) = self.session(side) else { return };
+        match Channel::open(stream, port, side, session.id, &name) {
+            Ok(channel) => session.channel = Some(channel),
+            Err(error) => warn!(link = %name, %error, "the back-end channel cannot be served"),
+        }
+    }
+
+    /// The channel of a side, if it is that of this session.
+    fn channel(&mut self, side: Side, session: SessionId) -> Option<&mut Channel> {
+        self.session(side).filter(|open| open.id == session)?.channel.as_mut()
+    }
+
+    /// Asks a VMM. Without a channel nothing answers: the link's deadlines deal with it.
+    fn ask(&mut self, side: Side, asked: Asked, message: Message) {
+        let Some(channel) = self.session(side).and_then(|session| session.channel.as_mut()) else { return };
+        if channel.ask(asked, message).is_err() {
+            let lost = channel.give_up();
+            self.give_up(lost);
+        }
+    }
+
+    fn channel_answered(&mut self, side: Side, session: SessionId, done: bool) {
+        let Some(channel) = self.channel(side, session) else { return };
+        let answered = channel.answered();
+        if channel.send().is_err() {
+            let lost = channel.give_up();
+            self.give_up(lost);
+        }
+        match answered {
+            Some((Asked::Window(op), what)) => {
+                let result = if done { Ok(()) } else { Err(format!("{what}: its answer was no")) };
+                self.apply(Event::WindowDone(op, result));
+            }
+            Some((Asked::Miss(id), _)) => self.apply(Event::MissDone(id, done)),
+            Some((Asked::Nothing, _)) | None => {}
+        }
+    }
+
+    fn give_up(&mut self, lost: Vec<(Asked, String)>) {
+        for (asked, what) in lost {
+            self.failed.push_back(match asked {
+                Asked::Window(op) => Event::WindowDone(op, Err(format!("{what}: its channel is closed"))),
+                Asked::Miss(id) => Event::MissDone(id, false),
+                Asked::Nothing => continue,
+            });
         }
     }
 
@@ -349,21 +371,18 @@ impl LinkDriver {
     }
 
     fn change_window(&mut self, op: OpId, change: WindowOp) {
-        let prepared = self.prepare(change);
-        match (&self.channel, prepared) {
-            (Some(channel), Ok(change)) => channel.ask(op, change),
-            // Never confirmed: the link's own deadline deals with it.
-            (None, _) => {}
-            (_, Err(error)) => warn!(link = %self.name, %error, "a change of the window cannot be made"),
+        match self.prepare(change) {
+            Ok(message) => self.ask(Side::Peer, Asked::Window(op), message),
+            Err(error) => warn!(link = %self.name, %error, "a change of the window cannot be made"),
         }
     }
 
     /// Fills in what the VMM has to be told.
-    fn prepare(&mut self, change: WindowOp) -> io::Result<Change> {
+    fn prepare(&mut self, change: WindowOp) -> io::Result<Message> {
         let content = match change {
             WindowOp::Unmap(content) => {
                 let (offset, len) = content.place();
-                return Ok(Change::Unmap { offset: offset.raw(), len });
+                return Ok(backend_message::unmap(offset.raw(), len));
             }
             WindowOp::Map(content) => content,
         };
@@ -387,7 +406,7 @@ impl LinkDriver {
                 (Source::Owner(backing.handle.clone()), backing.offset, writable)
             }
         };
-        Ok(Change::Map { offset: offset.raw(), len, source, file_offset, writable })
+        Ok(backend_message::map(offset.raw(), len, source, file_offset, writable))
     }
 
     fn reset_control_ring(&mut self) {
@@ -407,14 +426,8 @@ impl LinkDriver {
 
     fn close(&mut self, side: Side) {
         match side {
-            Side::Owner => {
-                self.owner = None;
-                self.misses = None;
-            }
-            Side::Peer => {
-                self.peer = None;
-                self.channel = None;
-            }
+            Side::Owner => self.owner = None,
+            Side::Peer => self.peer = None,
         }
     }
 }

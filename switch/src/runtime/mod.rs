@@ -2,9 +2,10 @@
 //!
 //! | file | what it holds |
 //! |---|---|
-//! | [`driver`] | a link's thread: events in, effects run |
-//! | [`channel`] | the thread that asks a peer's VMM for changes of its window |
-//! | [`miss_channel`] | the thread that tells an owner's VMM of IOTLB misses |
+//! | [`port`] | how threads reach a link: its lock, and its clock |
+//! | [`driver`] | what is around one link: events in, effects run |
+//! | [`channel`] | the back-end channel to a VMM |
+//! | [`backend_message`] | its messages as bytes |
 //! | [`copy`] | copies between an owner's files and the control area |
 //! | [`areas`] | the broker's own memory in the window: link area, control area, witness |
 //! | [`control_ring`] | serves the control ring |
@@ -13,22 +14,23 @@
 //! | [`broker`] | puts it all together and takes it down again |
 
 pub mod areas;
+pub mod backend_message;
 pub mod broker;
 pub mod channel;
 pub mod control_ring;
 pub mod copy;
 pub mod driver;
-pub mod miss_channel;
+pub mod port;
 pub mod relay;
 pub mod sockets;
 
 use std::os::unix::net::UnixStream;
-use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, Ordering};
 
 use crossbeam_channel::Sender;
 
-use crate::link::message::{MissId, OpId, Reply, Request};
+pub use port::LinkPort;
+
+use crate::link::message::{Reply, Request};
 use crate::link::report::LinkReport;
 use crate::link::{Fault, Side};
 
@@ -55,8 +57,8 @@ pub enum Input {
         session: SessionId,
         /// What it asks.
         request: Request,
-        /// Where the answer goes. Dropped unanswered when the session is over.
-        answer: Sender<Reply>,
+        /// Where the answer goes.
+        answer: Answer,
     },
     /// A session ended.
     Ended {
@@ -67,65 +69,44 @@ pub enum Input {
         /// The fault that ended it.
         fault: Option<Fault>,
     },
-    /// The peer's VMM answered a change of its window.
-    WindowDone {
-        /// The session whose VMM it is.
+    /// A VMM answered what it was asked on its back-end channel, the oldest first.
+    ChannelAnswer {
+        /// Which VMM.
+        side: Side,
+        /// The session that the channel belongs to.
         session: SessionId,
-        /// The change.
-        op: OpId,
-        /// Its answer.
-        result: Result<(), String>,
+        /// Whether it says that it has done it.
+        done: bool,
     },
-    /// The owner's VMM answered a miss.
-    MissDone {
-        /// The session whose VMM it is.
+    /// A VMM closed its back-end channel, or sent something else than an answer.
+    ChannelEnded {
+        /// Which VMM.
+        side: Side,
+        /// The session that the channel belongs to.
         session: SessionId,
-        /// The miss.
-        id: MissId,
-        /// Whether it says that it told the translation.
-        told: bool,
     },
     /// The control ring's doorbell rang.
     ControlDoorbell,
     /// Somebody wants the link's report.
     Report(Sender<LinkReport>),
-    /// The broker ends.
-    Shutdown,
 }
 
-/// Where a link's thread takes its input.
-#[derive(Clone, Debug)]
-pub struct LinkPort {
-    input: Sender<Input>,
-    /// Set while a doorbell is in the channel: a guest that rings in a loop puts
-    /// one there, not thousands.
-    doorbell_pending: Arc<AtomicBool>,
+/// How a session's question is answered.
+#[derive(Debug)]
+pub struct Answer {
+    /// To the session's thread. Dropped unanswered when the session is over.
+    pub sender: Sender<Answered>,
+    /// The request's number, if the front-end wants an acknowledgement and nothing more: it
+    /// is sent from where the answer becomes known, as that saves the front-end a
+    /// change of threads.
+    pub acknowledge: Option<u32>,
 }
 
-impl LinkPort {
-    /// A port that sends to `input`.
-    pub fn new(input: Sender<Input>) -> Self {
-        Self { input, doorbell_pending: Arc::new(AtomicBool::new(false)) }
-    }
-
-    /// Sends to the link's thread. What is sent to a link that has ended is dropped,
-    /// and with it any question in it.
-    pub fn send(&self, input: Input) {
-        drop(self.input.send(input));
-    }
-
-    /// Tells that the control ring's doorbell rang.
-    pub fn ring_doorbell(&self) {
-        // AcqRel: pairs with the swap in `doorbell_taken`, so that what the guest wrote
-        // before it rang is seen by the link that takes the ring.
-        if !self.doorbell_pending.swap(true, Ordering::AcqRel) {
-            self.send(Input::ControlDoorbell);
-        }
-    }
-
-    /// The link takes the doorbell; the next ring is sent again.
-    pub fn doorbell_taken(&self) {
-        // AcqRel: pairs with the swap in `ring_doorbell`.
-        self.doorbell_pending.swap(false, Ordering::AcqRel);
-    }
+/// A session's answer.
+#[derive(Debug)]
+pub struct Answered {
+    /// The answer.
+    pub reply: Reply,
+    /// Whether the front-end has its acknowledgement already.
+    pub acknowledged: bool,
 }

@@ -20,7 +20,7 @@ use nix::sys::eventfd::{EfdFlags, EventFd};
 use nix::unistd::write;
 use tracing::warn;
 
-use super::LinkPort;
+use super::{Input, LinkPort};
 use crate::link::Side;
 use crate::link::descriptor::Eventfd;
 use crate::link::message::Wire;
@@ -240,7 +240,7 @@ impl Worker {
 
     fn pass_on(&self, route: &Route) {
         match &route.action {
-            Action::Control => self.port.ring_doorbell(),
+            Action::Control => self.port.send(Input::ControlDoorbell),
             Action::Signal { target, from } => {
                 signal(target);
                 let counter = match from {
@@ -266,8 +266,6 @@ mod tests {
     use super::*;
     use std::time::{Duration, Instant};
 
-    use crossbeam_channel::unbounded;
-
     fn pair() -> (EventFd, Eventfd) {
         let mine = EventFd::from_flags(EfdFlags::EFD_NONBLOCK).unwrap();
         let theirs = mine.as_fd().try_clone_to_owned().unwrap();
@@ -275,8 +273,7 @@ mod tests {
     }
 
     fn relay() -> Relay {
-        let (input, _output) = unbounded();
-        Relay::new("test", LinkPort::new(input)).unwrap()
+        Relay::new("test", LinkPort::default()).unwrap()
     }
 
     /// Waits until the thread has ended.

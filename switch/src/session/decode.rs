@@ -20,7 +20,7 @@ use vhost::vhost_user::{Error, GpuBackend, Result, VhostUserBackendReqHandler};
 use super::inspect;
 use crate::link::message::{RegionRequest, Reply, Request, VringBase};
 use crate::link::{Fault, Side};
-use crate::runtime::{Input, LinkPort, SessionId};
+use crate::runtime::{Answer, Answered, Input, LinkPort, SessionId};
 
 /// The handler of one session.
 #[derive(Debug)]
@@ -70,17 +70,27 @@ impl Decoder {
     /// # Errors
     /// When the link refuses, or has ended this session.
     pub fn ask(&self, request: Request) -> Result<Reply> {
-        let (answer, answered) = bounded(1);
-        let input = Input::Request { side: self.side, session: self.session, request, answer };
-        self.port.send(input);
+        self.ask_for(request, None).map(|answered| answered.reply)
+    }
+
+    /// As [`Self::ask`]; the request with number `acknowledge` is acknowledged to the
+    /// front-end where possible.
+    ///
+    /// # Errors
+    /// As [`Self::ask`].
+    pub fn ask_for(&self, request: Request, acknowledge: Option<u32>) -> Result<Answered> {
+        let (sender, answered) = bounded(1);
+        let answer = Answer { sender, acknowledge };
+        self.port.send(Input::Request { side: self.side, session: self.session, request, answer });
+        let refused = |reason: &str| Err(Error::ReqHandlerError(std::io::Error::other(reason.to_owned())));
         match answered.recv() {
-            Ok(Reply::Refused(reason)) => Err(Error::ReqHandlerError(std::io::Error::other(reason))),
-            Ok(Reply::Declined) => {
+            Ok(Answered { reply: Reply::Refused(reason), .. }) => refused(&reason),
+            Ok(Answered { reply: Reply::Declined, .. }) if acknowledge.is_none() => {
                 // Pairs with the swap in `take_declined`, on the same thread.
                 self.declined.store(true, Ordering::Relaxed);
-                Err(Error::ReqHandlerError(std::io::Error::other("declined")))
+                refused("declined")
             }
-            Ok(reply) => Ok(reply),
+            Ok(answered) => Ok(answered),
             // The link dropped the question: the session is over.
             Err(_) => Err(Error::Disconnected),
         }

@@ -5,7 +5,7 @@
 //! takes after it only; and IOMMU_PUSH, which is this project's own
 //! (`docs/vhost-user-extensions.md`).
 
-use std::io::{self, IoSliceMut, Read, Write};
+use std::io::{self, IoSliceMut, Read};
 use std::mem::MaybeUninit;
 use std::os::fd::{AsFd, AsRawFd, OwnedFd};
 use std::os::unix::net::UnixStream;
@@ -23,9 +23,8 @@ use crate::session::inspect;
 /// Length of a vhost-user header: request, flags, size of the payload, each 32
 /// bits in native order (vhost-user: Header).
 const HEADER_LEN: usize = 12;
-/// Header flags: protocol version 1, a reply, a reply is wanted.
+/// Header flags: protocol version 1, a reply is wanted.
 const FLAG_VERSION: u32 = 0x1;
-const FLAG_REPLY: u32 = 0x4;
 const FLAG_NEED_REPLY: u32 = 0x8;
 /// `struct vhost_iotlb_msg`: three 64-bit fields, two bytes and padding, bytes.
 const IOTLB_LEN: usize = 32;
@@ -226,20 +225,8 @@ impl Intercepted {
         Ok(Request::IommuPush { reset: flags & PUSH_RESET != 0, entries: entries.collect() })
     }
 
-    /// Sends the answer, if the front-end wants one: 0 for done, 1 for refused
-    /// (vhost-user: REPLY_ACK).
-    ///
-    /// # Errors
-    /// When the socket fails.
-    pub fn answer(&self, stream: &mut UnixStream, reply_ack: bool, done: bool) -> io::Result<()> {
-        if !reply_ack || self.flags & FLAG_NEED_REPLY == 0 {
-            return Ok(());
-        }
-        let mut message = Vec::with_capacity(HEADER_LEN + 8);
-        for field in [self.code.number(), FLAG_VERSION | FLAG_REPLY, 8] {
-            message.extend(field.to_ne_bytes());
-        }
-        message.extend(u64::from(!done).to_ne_bytes());
-        stream.write_all(&message)
+    /// The message's number, if the front-end wants to hear that it was done.
+    pub fn wants_answer(&self, reply_ack: bool) -> Option<u32> {
+        (reply_ack && self.flags & FLAG_NEED_REPLY != 0).then(|| self.code.number())
     }
 }

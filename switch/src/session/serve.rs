@@ -2,6 +2,7 @@
 //! answered, until the front-end leaves, errs, or the link ends the session. A
 //! front-end that stalls in mid-message stalls this thread and nothing else.
 
+use std::io::Write;
 use std::os::unix::net::UnixStream;
 use std::sync::Arc;
 
@@ -9,8 +10,10 @@ use tracing::debug;
 use vhost::vhost_user::{BackendReqHandler, Error};
 
 use super::decode::Decoder;
-use super::intercept::{self, Next};
+use super::intercept::{self, Intercepted, Next};
+use crate::link::message::{Reply, Request};
 use crate::link::{Fault, Side};
+use crate::runtime::backend_message::acknowledgement;
 use crate::runtime::{Input, LinkPort, SessionId};
 
 /// Serves one front-end's connection until it ends; tells the link.
@@ -45,9 +48,7 @@ fn messages(
                     Ok(request) => request,
                     Err(fault) => return Some(fault),
                 };
-                let done = decoder.ask(request).is_ok();
-                let goes_on = done || decoder.take_declined();
-                if message.answer(stream, decoder.reply_ack(), done).is_err() || !goes_on {
+                if !acknowledge(stream, &message, decoder, request) {
                     return None;
                 }
             }
@@ -61,6 +62,24 @@ fn messages(
             }
         }
     }
+}
+
+/// Has an intercepted message answered, by the link or here. Says whether the session goes
+/// on.
+fn acknowledge(stream: &mut UnixStream, message: &Intercepted, decoder: &Decoder, request: Request) -> bool {
+    let wanted = message.wants_answer(decoder.reply_ack());
+    let answered = decoder.ask_for(request, wanted);
+    let declined = answered
+        .as_ref()
+        .map_or_else(|_| decoder.take_declined(), |answered| matches!(answered.reply, Reply::Declined));
+    let acknowledged = answered.as_ref().is_ok_and(|answered| answered.acknowledged);
+    let done = answered.is_ok() && !declined;
+    if let Some(request) = wanted.filter(|_| !acknowledged)
+        && stream.write_all(&acknowledgement(request, done)).is_err()
+    {
+        return false;
+    }
+    done || declined
 }
 
 /// What an error of the vhost crate says of the front-end. A connection that

@@ -1,0 +1,160 @@
+//! The messages of a back-end channel, as bytes (vhost-user: Back-end message types):
+//! SHMEM_MAP and SHMEM_UNMAP for a peer's VMM, IOTLB_MSG for an owner's. The vhost
+//! crate's `Backend` waits for the answer to each before it sends the next, and has
+//! no IOTLB_MSG.
+
+use std::os::fd::AsFd;
+
+use iommu::{Access, Iova, PAGE_SIZE};
+use vhost::vhost_user::message::{BackendReq, VhostUserMMap, VhostUserMMapFlags};
+use vhost_pci_device::abi;
+use vm_memory::ByteValued;
+
+use super::areas::Source;
+use crate::link::message::IotlbMessage;
+
+/// Length of a header, bytes.
+pub const HEADER_LEN: usize = 12;
+/// Length of a reply's payload, bytes.
+pub const REPLY_LEN: usize = 8;
+/// Header flags: protocol version 1, a reply, a reply is wanted.
+const FLAG_VERSION: u32 = 0x1;
+const FLAG_REPLY: u32 = 0x4;
+const FLAG_NEED_REPLY: u32 = 0x8;
+/// VHOST_USER_BACKEND_IOTLB_MSG.
+const IOTLB_MSG: u32 = 1;
+/// Length of `struct vhost_iotlb_msg`, bytes.
+const IOTLB_LEN: usize = 32;
+
+/// A message with the descriptor that goes with it.
+#[derive(Debug)]
+pub struct Message {
+    /// Header and payload.
+    pub bytes: Vec<u8>,
+    /// For SHMEM_MAP.
+    pub file: Option<Source>,
+    /// What it asks for, for errors.
+    pub what: String,
+    /// Whether the VMM answers it.
+    pub has_answer: bool,
+}
+
+fn header(request: u32, flags: u32, len: usize) -> Vec<u8> {
+    let mut bytes = Vec::with_capacity(HEADER_LEN + len);
+    for field in [request, FLAG_VERSION | flags, len as u32] {
+        bytes.extend(field.to_ne_bytes());
+    }
+    bytes
+}
+
+/// Asks for `len` bytes of the file, from `file_offset` on, at `offset` of the window.
+pub fn map(offset: u64, len: u64, file: Source, file_offset: u64, writable: bool) -> Message {
+    let flags = if writable { VhostUserMMapFlags::WRITABLE.bits() } else { 0 };
+    let what = format!("map {len:#x} bytes at window offset {offset:#x}");
+    shmem(BackendReq::SHMEM_MAP, request(offset, len, file_offset, flags), Some(file), what)
+}
+
+/// Asks to unmap exactly what was mapped at `offset`.
+pub fn unmap(offset: u64, len: u64) -> Message {
+    let what = format!("unmap {len:#x} bytes at window offset {offset:#x}");
+    shmem(BackendReq::SHMEM_UNMAP, request(offset, len, 0, 0), None, what)
+}
+
+fn request(offset: u64, len: u64, file_offset: u64, flags: u64) -> VhostUserMMap {
+    VhostUserMMap {
+        shmid: abi::SHMID_WINDOW,
+        padding: [0; 7],
+        fd_offset: file_offset,
+        shm_offset: offset,
+        len,
+        flags,
+    }
+}
+
+fn shmem(code: BackendReq, request: VhostUserMMap, file: Option<Source>, what: String) -> Message {
+    let payload = request.as_slice();
+    let mut bytes = header(code as u32, FLAG_NEED_REPLY, payload.len());
+    bytes.extend(payload);
+    Message { bytes, file, what, has_answer: true }
+}
+
+/// Tells of a translation that is missing.
+pub fn miss(page: Iova, access: Access) -> Message {
+    iotlb(IotlbMessage::MISS, page, access, true)
+}
+
+/// Tells of a translation that does not allow an access.
+pub fn access_fail(page: Iova, access: Access) -> Message {
+    iotlb(IotlbMessage::ACCESS_FAIL, page, access, false)
+}
+
+fn iotlb(kind: u8, page: Iova, access: Access, has_answer: bool) -> Message {
+    let mut bytes = header(IOTLB_MSG, if has_answer { FLAG_NEED_REPLY } else { 0 }, IOTLB_LEN);
+    for field in [page.raw(), PAGE_SIZE, 0] {
+        bytes.extend(field.to_ne_bytes());
+    }
+    bytes.extend([access.bits() as u8, kind, 0, 0, 0, 0, 0, 0]);
+    Message { bytes, file: None, what: format!("translate {page}"), has_answer }
+}
+
+/// Whether a reply says that it was done; `None` if it is no reply.
+pub fn is_done(bytes: &[u8; HEADER_LEN + REPLY_LEN]) -> Option<bool> {
+    let word = |at: usize| u32::from_ne_bytes([bytes[at], bytes[at + 1], bytes[at + 2], bytes[at + 3]]);
+    let is_reply = word(4) & FLAG_REPLY != 0 && word(8) as usize == REPLY_LEN;
+    is_reply.then(|| bytes[HEADER_LEN..].iter().all(|byte| *byte == 0))
+}
+
+/// The bytes by which the broker says that a request of a front-end is done, or not
+/// (vhost-user: REPLY_ACK).
+pub fn acknowledgement(request: u32, done: bool) -> [u8; HEADER_LEN + REPLY_LEN] {
+    let mut bytes = [0; HEADER_LEN + REPLY_LEN];
+    bytes[0..4].copy_from_slice(&request.to_ne_bytes());
+    bytes[4..8].copy_from_slice(&(FLAG_VERSION | FLAG_REPLY).to_ne_bytes());
+    bytes[8..12].copy_from_slice(&(REPLY_LEN as u32).to_ne_bytes());
+    bytes[12..20].copy_from_slice(&u64::from(!done).to_ne_bytes());
+    bytes
+}
+
+impl Message {
+    /// The descriptor that goes with it.
+    pub fn descriptor(&self) -> Option<std::os::fd::BorrowedFd<'_>> {
+        self.file.as_ref().map(AsFd::as_fd)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_miss_has_the_layout_of_vhost_iotlb_msg() {
+        let message = miss(Iova::new(0x1234_5000), Access::Write);
+        let mut expected = vec![1, 0, 0, 0, 9, 0, 0, 0, 32, 0, 0, 0, 0x00, 0x50, 0x34, 0x12, 0, 0, 0, 0];
+        expected.extend([0, 0x10, 0, 0, 0, 0, 0, 0]);
+        expected.extend([0; 8]);
+        expected.extend([2, 1, 0, 0, 0, 0, 0, 0]);
+        assert_eq!(message.bytes, expected);
+    }
+
+    #[test]
+    fn an_unmap_has_the_layout_of_the_specification() {
+        let message = unmap(0x20_0000, 0x1000);
+        // shmid and padding, fd offset, shm offset, len, flags: 64 bits each.
+        let expected: Vec<u8> =
+            [0, 0, 0x20_0000, 0x1000, 0].into_iter().flat_map(|field: u64| field.to_ne_bytes()).collect();
+        assert_eq!(message.bytes[HEADER_LEN..], expected);
+        assert_eq!(
+            message.bytes[..HEADER_LEN],
+            [BackendReq::SHMEM_UNMAP as u8, 0, 0, 0, 9, 0, 0, 0, 40, 0, 0, 0]
+        );
+    }
+
+    #[test]
+    fn a_reply_is_told_from_other_messages() {
+        let done = acknowledgement(1, true);
+        assert_eq!((is_done(&done), is_done(&acknowledgement(1, false))), (Some(true), Some(false)));
+        let mut request = done;
+        request[4] = 1;
+        assert_eq!(is_done(&request), None);
+    }
+}
