@@ -12,28 +12,73 @@ use super::{Counters, receive_vring, transmit_vring};
 use crate::ring::{AddError, Buffer, Completion, DriverFault, DriverRing};
 use crate::shm::{SharedMemory, ShmError};
 
+/// How the buffers of one vring become reachable for the device: what a kernel's DMA
+/// API does for a driver.
+pub trait BufferMapping {
+    /// Whether it does anything.
+    const ACTIVE: bool;
+
+    /// A buffer is about to be made available. Returns it as the ring's descriptor
+    /// names it (the ring adds its `iova_base`), or `None` if the device cannot reach
+    /// it: then it is not made available.
+    fn map(&mut self, buffer: u16, piece: Buffer) -> Option<Buffer>;
+
+    /// The device has given the buffer back. It is looked at, and used again, only
+    /// when this has returned.
+    fn unmap(&mut self, buffer: u16);
+}
+
+/// Buffers that the device always reaches, where the ring expects them.
+#[derive(Clone, Copy, Debug, Default)]
+pub struct Fixed;
+
+impl BufferMapping for Fixed {
+    const ACTIVE: bool = false;
+
+    #[inline]
+    fn map(&mut self, _: u16, piece: Buffer) -> Option<Buffer> {
+        Some(piece)
+    }
+
+    #[inline]
+    fn unmap(&mut self, _: u16) {}
+}
+
 /// The owner's port on its network card.
 #[derive(Debug)]
-pub struct OwnerPort {
-    pairs: Vec<Pair>,
+pub struct OwnerPort<M = Fixed> {
+    pairs: Vec<Pair<M>>,
     counters: Counters,
 }
 
 #[derive(Debug)]
-struct Pair {
-    receive: Receiver,
-    transmit: Transmitter,
+struct Pair<M> {
+    receive: Receiver<M>,
+    transmit: Transmitter<M>,
 }
 
 impl OwnerPort {
     /// Makes fresh rings in `memory` and posts all receive buffers. Addresses given to
     /// the device are `iova_base` + offset in the memory.
     pub fn new(memory: &SharedMemory, layout: &OwnerLayout, iova_base: u64) -> Result<Self, ShmError> {
+        Self::with_mapping(memory, layout, |_| (iova_base, Fixed))
+    }
+}
+
+impl<M: BufferMapping> OwnerPort<M> {
+    /// As [`OwnerPort::new`], with an `iova_base` and a way to map buffers for each
+    /// vring.
+    pub fn with_mapping(
+        memory: &SharedMemory,
+        layout: &OwnerLayout,
+        mut vring_mapping: impl FnMut(u16) -> (u64, M),
+    ) -> Result<Self, ShmError> {
         let config = layout.config();
-        let pair = |(pair, both): (usize, &[VringLayout])| {
+        let mut pair = |(pair, both): (usize, &[VringLayout])| {
             let [receive, transmit] = both else { return None };
-            let ring = |vring: u16, at: &VringLayout| {
-                DriverRing::new(vring, &at.places, memory, iova_base, at.tables)
+            let mut ring = |vring: u16, at: &VringLayout| {
+                let (iova_base, mapping) = vring_mapping(vring);
+                DriverRing::new(vring, &at.places, memory, iova_base, at.tables).map(|ring| (ring, mapping))
             };
             // A layout has at most 2^14 pairs.
             let pair = pair as u16;
@@ -50,7 +95,7 @@ impl OwnerPort {
                 })
             }))
         };
-        let pairs = layout.vrings().chunks(2).enumerate().filter_map(pair).collect::<Result<_, _>>()?;
+        let pairs = layout.vrings().chunks(2).enumerate().filter_map(&mut pair).collect::<Result<_, _>>()?;
         Ok(Self { pairs, counters: Counters::default() })
     }
 
@@ -132,8 +177,9 @@ impl OwnerPort {
 
 /// The receive queue: each buffer is posted by itself and its number is its token.
 #[derive(Debug)]
-struct Receiver {
+struct Receiver<M> {
     ring: DriverRing,
+    mapping: M,
     memory: SharedMemory,
     buffers: u64,
     buffer_len: u32,
@@ -141,9 +187,9 @@ struct Receiver {
     completions: Vec<Completion>,
 }
 
-impl Receiver {
+impl<M: BufferMapping> Receiver<M> {
     fn new(
-        ring: DriverRing,
+        (ring, mapping): (DriverRing, M),
         memory: &SharedMemory,
         buffers: u64,
         config: &OwnerConfig,
@@ -151,6 +197,7 @@ impl Receiver {
         let size = ring.size();
         let mut receiver = Self {
             ring,
+            mapping,
             memory: memory.part(0, memory.len())?,
             buffers,
             buffer_len: config.buffer_len,
@@ -172,8 +219,24 @@ impl Receiver {
     #[inline]
     fn post(&mut self, buffer: u64) {
         let piece = Buffer::writable(self.place(buffer), self.buffer_len);
+        // A buffer's number is below the ring's size. One that cannot be mapped is not
+        // posted again: the device has one buffer less.
+        let Some(piece) = self.mapping.map(buffer as u16, piece) else { return };
         let added = self.ring.add(&[piece], buffer);
         debug_assert!(added.is_ok(), "there are as many buffers as descriptors");
+    }
+
+    /// Takes back buffers, which the device then does not reach any more.
+    #[inline]
+    fn reap(&mut self, budget: usize) -> Result<(), DriverFault> {
+        let before = self.completions.len();
+        self.ring.reap(budget, &mut self.completions)?;
+        if M::ACTIVE {
+            for completion in self.completions.iter().skip(before) {
+                self.mapping.unmap(completion.token as u16);
+            }
+        }
+        Ok(())
     }
 
     #[inline]
@@ -184,7 +247,7 @@ impl Receiver {
         counters: &mut Counters,
     ) -> Result<usize, DriverFault> {
         self.completions.clear();
-        self.ring.reap(budget, &mut self.completions)?;
+        self.reap(budget)?;
         let mut received = 0;
         let mut at = 0;
         while at < self.completions.len() {
@@ -225,7 +288,7 @@ impl Receiver {
         if count > have {
             // 5.1.6.4: all buffers of a packet are in the used ring together, so what
             // the budget cut off is there. A fault is found again by the next call.
-            let _ = self.ring.reap(count - have, &mut self.completions);
+            let _ = self.reap(count - have);
         }
         if count == 0 || count > self.completions.len() - at {
             return (count.clamp(1, self.completions.len() - at), None);
@@ -252,8 +315,9 @@ impl Receiver {
 
 /// The transmit queue and its free buffers, first in first out.
 #[derive(Debug)]
-struct Transmitter {
+struct Transmitter<M> {
     ring: DriverRing,
+    mapping: M,
     memory: SharedMemory,
     buffers: u64,
     max_frame: usize,
@@ -273,9 +337,9 @@ fn token(first: u16, last: u16, count: u16) -> u64 {
     u64::from(first) | u64::from(last) << 16 | u64::from(count) << 32
 }
 
-impl Transmitter {
+impl<M: BufferMapping> Transmitter<M> {
     fn new(
-        ring: DriverRing,
+        (ring, mapping): (DriverRing, M),
         memory: &SharedMemory,
         buffers: u64,
         max_frame: usize,
@@ -284,6 +348,7 @@ impl Transmitter {
         let size = ring.size();
         Ok(Self {
             ring,
+            mapping,
             memory: memory.part(0, memory.len())?,
             buffers,
             max_frame,
@@ -367,10 +432,50 @@ impl Transmitter {
             self.pieces.push(Buffer::readable(at, now.len() as u32));
         }
         let count = count as u16;
-        self.ring.add(&self.pieces, token(self.first, last, count))?;
+        self.map(count)?;
+        let added = self.ring.add(&self.pieces, token(self.first, last, count));
+        if added.is_err() {
+            self.unmap(self.first, count);
+        }
+        added?;
         self.first = self.after(last);
         self.free -= count;
         Ok(())
+    }
+
+    /// Makes the pieces, which are in the first `count` free buffers, reachable.
+    #[inline]
+    fn map(&mut self, count: u16) -> Result<(), AddError> {
+        if !M::ACTIVE {
+            return Ok(());
+        }
+        let mut buffer = self.first;
+        for done in 0..count {
+            let piece = self.pieces.get_mut(usize::from(done));
+            let mapped = piece.and_then(|piece| {
+                *piece = self.mapping.map(buffer, *piece)?;
+                Some(())
+            });
+            if mapped.is_none() {
+                self.unmap(self.first, done);
+                return Err(AddError::Full);
+            }
+            buffer = self.after(buffer);
+        }
+        Ok(())
+    }
+
+    /// Makes `count` buffers from `first` on unreachable.
+    #[inline]
+    fn unmap(&mut self, first: u16, count: u16) {
+        if !M::ACTIVE {
+            return;
+        }
+        let mut buffer = first;
+        for _ in 0..count {
+            self.mapping.unmap(buffer);
+            buffer = self.after(buffer);
+        }
     }
 
     #[inline]
@@ -387,8 +492,11 @@ impl Transmitter {
     fn reap(&mut self) -> Result<(), DriverFault> {
         self.completions.clear();
         self.ring.reap(usize::from(self.ring.size()), &mut self.completions)?;
-        for completion in &self.completions {
+        for at in 0..self.completions.len() {
+            let Some(completion) = self.completions.get(at) else { break };
             let [first, last, count] = [0, 16, 32].map(|shift| (completion.token >> shift) as u16);
+            // Along the links that they had when they were taken, before they change.
+            self.unmap(first, count);
             if self.free == 0 {
                 self.first = first;
             } else if let Some(link) = self.next.get_mut(usize::from(self.last)) {

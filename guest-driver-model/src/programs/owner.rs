@@ -12,7 +12,10 @@ use super::traffic::{ReportArgs, Reporter, Traffic};
 use super::waiting::{Mode, Pause, WaitArgs, sleep};
 use super::wire::{BURST, Sent};
 use crate::net::{OwnerConfig, OwnerLayout, OwnerPort, PacketBurst, receive_vring, transmit_vring};
-use crate::owner::{Kicks, OwnerMemory, OwnerVmm};
+use crate::owner::{
+    Addressing, DmaError, IommuCounts, IommuDriver, IommuLink, IommuProtocol, Kicks, OwnerIommu, OwnerMemory,
+    OwnerVmm, PacketMappings, StaticMappings, Untranslated,
+};
 use crate::ring::{DriverFault, RingPlaces};
 
 /// What the owner does.
@@ -27,6 +30,18 @@ pub enum Work {
     Both,
     /// Send, and check that each packet comes back
     EchoCheck,
+}
+
+/// What the owner's IOMMU is for.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, clap::ValueEnum)]
+pub enum IommuUse {
+    /// There is none: the device reaches all memory
+    #[default]
+    Off,
+    /// Rings and buffers are mapped once, and nothing else
+    Static,
+    /// Each buffer is mapped while it is with the device
+    PerPacket,
 }
 
 /// What `owner` can be told.
@@ -71,6 +86,20 @@ pub struct OwnerArgs {
     /// Guest-physical address of the memory
     #[arg(long, default_value = "0x100000000", value_parser = address)]
     pub guest_start: u64,
+    /// Have an IOMMU
+    #[arg(long, value_enum, default_value_t)]
+    pub iommu: IommuUse,
+    /// With --iommu static: transmit buffers only for reading, receive buffers only for
+    /// writing
+    #[arg(long, requires = "iommu")]
+    pub iommu_directed: bool,
+    /// Tell the broker of the IOMMU by pushes (VHOST_USER_PROTOCOL_F_IOMMU_PUSH), not by
+    /// IOTLB messages
+    #[arg(long, requires = "iommu", conflicts_with = "iommu_like_qemu")]
+    pub iommu_push: bool,
+    /// Tell the broker of the IOMMU as QEMU does: read-write, whatever is mapped
+    #[arg(long, requires = "iommu")]
+    pub iommu_like_qemu: bool,
     /// Stop and restart the device this often
     #[arg(long, value_name = "MILLISECONDS")]
     pub restart_every_ms: Option<u64>,
@@ -120,36 +149,35 @@ pub fn run(args: &OwnerArgs) -> Result<(), ProgramError> {
 /// # Errors
 /// As [`run`].
 pub fn run_until(args: &OwnerArgs, stop: &Stop) -> Result<(), ProgramError> {
-    let mut owner = Owner::new(args)?;
-    let mut reporter = Reporter::new(&args.report, "owner");
-    let mut said = false;
-    let result = loop {
-        let gone =
-            match owner.connect().map(|()| said = false).and_then(|()| owner.serve(&mut reporter, stop)) {
-                Err(error @ (ProgramError::Owner(_) | ProgramError::BrokerGone { .. })) if args.reconnect => {
-                    error
-                }
-                result => break result,
-            };
-        owner.vmm = None;
-        if stop.is_requested() {
-            break Ok(());
-        }
-        if !std::mem::replace(&mut said, true) {
-            tracing::warn!("{gone}; waiting for it to come back");
-        }
-        std::thread::sleep(RECONNECT_PAUSE);
+    let driver = |memory: &OwnerMemory| {
+        let failed = |source| ProgramError::System { what: "the owner's IOMMU", source };
+        let iommu = OwnerIommu::new(memory).map_err(failed)?;
+        IommuDriver::attach(iommu).map_err(refused)
     };
-    reporter.end(&owner.traffic());
-    result
+    match args.iommu {
+        IommuUse::Off => Owner::new(args, |_, _| Ok(Untranslated))?.run(stop),
+        IommuUse::Static => Owner::new(args, |memory, layout| {
+            StaticMappings::new(driver(memory)?, memory, layout, args.iommu_directed).map_err(refused)
+        })?
+        .run(stop),
+        IommuUse::PerPacket => Owner::new(args, |memory, layout| {
+            PacketMappings::new(driver(memory)?, memory, layout).map_err(refused)
+        })?
+        .run(stop),
+    }
 }
 
-struct Owner<'a> {
+fn refused(error: DmaError) -> ProgramError {
+    ProgramError::System { what: "the owner's mappings", source: std::io::Error::other(error) }
+}
+
+struct Owner<'a, A: Addressing> {
     args: &'a OwnerArgs,
     memory: OwnerMemory,
     layout: OwnerLayout,
     places: Vec<RingPlaces>,
-    port: OwnerPort,
+    addressing: A,
+    port: OwnerPort<A::Buffers>,
     vmm: Option<OwnerVmm>,
     /// One a pair.
     sources: Vec<Source>,
@@ -158,8 +186,11 @@ struct Owner<'a> {
     traffic: Traffic,
 }
 
-impl<'a> Owner<'a> {
-    fn new(args: &'a OwnerArgs) -> Result<Self, ProgramError> {
+impl<'a, A: Addressing> Owner<'a, A> {
+    fn new(
+        args: &'a OwnerArgs,
+        addressing: impl FnOnce(&OwnerMemory, &OwnerLayout) -> Result<A, ProgramError>,
+    ) -> Result<Self, ProgramError> {
         let config = OwnerConfig {
             pairs: args.pairs,
             ring_size: args.ring_size,
@@ -175,8 +206,10 @@ impl<'a> Owner<'a> {
             Work::EchoCheck => Checker::of_stream(source.stream()),
             _ => Checker::new(),
         };
+        let addressing = addressing(&memory, &layout)?;
         Ok(Self {
-            port: OwnerPort::new(memory.shared(), &layout, args.guest_start)?,
+            port: addressing.port(&memory, &layout)?,
+            addressing,
             places: layout.vrings().iter().map(|vring| vring.places).collect(),
             checkers: sources.iter().map(checker).collect(),
             vmm: None,
@@ -189,12 +222,54 @@ impl<'a> Owner<'a> {
         })
     }
 
+    /// Until `stop` is requested, or its work is done.
+    fn run(mut self, stop: &Stop) -> Result<(), ProgramError> {
+        let mut reporter = Reporter::new(&self.args.report, "owner");
+        let mut said = false;
+        let result = loop {
+            let gone =
+                match self.connect().map(|()| said = false).and_then(|()| self.serve(&mut reporter, stop)) {
+                    Err(error @ (ProgramError::Owner(_) | ProgramError::BrokerGone { .. }))
+                        if self.args.reconnect =>
+                    {
+                        error
+                    }
+                    result => break result,
+                };
+            self.vmm = None;
+            if stop.is_requested() {
+                break Ok(());
+            }
+            if !std::mem::replace(&mut said, true) {
+                tracing::warn!("{gone}; waiting for it to come back");
+            }
+            std::thread::sleep(RECONNECT_PAUSE);
+        };
+        reporter.end(&self.traffic());
+        self.report_iommu();
+        result
+    }
+
+    fn report_iommu(&self) {
+        if let Some(counts) = self.addressing.iommu().map(OwnerIommu::counts) {
+            let IommuCounts { misses, faults, invalidations, pushed, failures } = counts;
+            tracing::info!(misses, faults, invalidations, pushed, failures, "the owner's IOMMU");
+        }
+    }
+
     fn traffic(&self) -> Traffic {
         self.traffic.judged_by(&self.checkers)
     }
 
     fn connect(&mut self) -> Result<(), ProgramError> {
-        let vmm = OwnerVmm::connect(&self.args.socket, self.layout.vrings().len() as u16)?;
+        let protocol = match (self.args.iommu_push, self.args.iommu_like_qemu) {
+            (true, _) => IommuProtocol::Push,
+            (false, true) => IommuProtocol::IotlbLikeQemu,
+            (false, false) => IommuProtocol::Iotlb,
+        };
+        let link = self.addressing.iommu().map(|iommu| IommuLink { iommu: iommu.clone(), protocol });
+        let vrings = self.layout.vrings().len() as u16;
+        let vmm = OwnerVmm::connect_with(&self.args.socket, vrings, link)?;
         let missing = self.layout.config().features() & !vmm.offered();
         if missing != 0 {
             let socket = self.args.socket.display().to_string();
@@ -212,7 +287,9 @@ impl<'a> Owner<'a> {
             let used = self.places.get(usize::from(vring)).map(|places| places.used + 2);
             used.and_then(|used| self.memory.shared().load_u16(used).ok()).unwrap_or(0)
         };
-        vmm.start(self.layout.config().features(), &self.memory, &self.places, base)?;
+        let features = self.layout.config().features();
+        let ring_base = |vring| self.addressing.ring_base(&self.memory, vring);
+        vmm.start_at(features, &self.memory, &self.places, ring_base, base)?;
         self.traffic.links += 1;
         tracing::info!(socket = %self.args.socket.display(), vrings = self.places.len(), "the owner's device is started");
         for vring in 0..self.places.len() as u16 {
@@ -357,7 +434,7 @@ impl<'a> Owner<'a> {
         if let Some(vmm) = &mut self.vmm {
             vmm.stop()?;
         }
-        self.port = OwnerPort::new(self.memory.shared(), &self.layout, self.args.guest_start)?;
+        self.port = self.addressing.port(&self.memory, &self.layout)?;
         self.start()
     }
 
