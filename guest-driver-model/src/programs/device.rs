@@ -4,7 +4,7 @@ use std::path::PathBuf;
 
 use super::ProgramError;
 use crate::transport::Transport;
-use crate::transport::model::ModelTransport;
+use crate::transport::model::{ModelTransport, Vmm};
 use crate::transport::sysfs::SysfsTransport;
 use crate::transport::vfio::VfioTransport;
 
@@ -22,6 +22,9 @@ pub struct DeviceArgs {
     /// No VM: be the peer's VMM too, at this peer socket of a broker
     #[arg(long, value_name = "PATH")]
     pub socket: Option<PathBuf>,
+    /// Be a VMM like QEMU: all of the window can be written, whatever the broker asks for
+    #[arg(long, requires = "socket")]
+    pub vmm_like_qemu: bool,
 }
 
 impl DeviceArgs {
@@ -31,7 +34,8 @@ impl DeviceArgs {
     /// If none was chosen, or it does not start.
     pub fn open(&self) -> Result<Box<dyn Transport>, ProgramError> {
         if let Some(socket) = &self.socket {
-            return Ok(Box::new(ModelTransport::connect(socket)?));
+            let vmm = if self.vmm_like_qemu { Vmm::LikeQemu } else { Vmm::Strict };
+            return Ok(Box::new(ModelTransport::connect_as(socket, vmm)?));
         }
         let address = match self.device.as_deref().ok_or(ProgramError::NoDevice)? {
             "auto" => None,

@@ -12,6 +12,7 @@ use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 use vhost::vhost_user::message::{VhostUserMMap, VhostUserMMapFlags};
 use vhost::vhost_user::{Error, FrontendReqHandler, HandlerResult, VhostUserFrontendReqHandler};
 
+use super::Vmm;
 use super::window::{Refusal, Request, Shown};
 use crate::transport::sys::event::Event;
 use crate::transport::sys::fd::borrow_channel;
@@ -22,12 +23,14 @@ use crate::transport::{ANSWER_TIME, BrokerError};
 pub struct Window {
     reservation: Arc<Reservation>,
     shown: Mutex<Shown>,
+    vmm: Vmm,
 }
 
 impl Window {
     /// An empty window of `len` bytes.
-    pub fn new(len: u64) -> io::Result<Self> {
-        Ok(Self { reservation: Arc::new(Reservation::new(len)?), shown: Mutex::new(Shown::new(len)) })
+    pub fn new(len: u64, vmm: Vmm) -> io::Result<Self> {
+        let shown = Mutex::new(Shown::new(len));
+        Ok(Self { reservation: Arc::new(Reservation::new(len)?), shown, vmm })
     }
 
     /// The address range.
@@ -86,7 +89,10 @@ fn request(message: &VhostUserMMap) -> Request {
 
 impl VhostUserFrontendReqHandler for Window {
     fn shmem_map(&self, message: &VhostUserMMap, fd: &dyn AsRawFd) -> HandlerResult<u64> {
-        let writable = message.flags & VhostUserMMapFlags::WRITABLE.bits() != 0;
+        let asked = message.flags & VhostUserMMapFlags::WRITABLE.bits() != 0;
+        let writable = asked || self.vmm == Vmm::LikeQemu;
+        // In effect when this returns, and thus before the answer is sent: the window's
+        // users are threads of this process, and mmap replaces pages for all of them.
         self.map(request(message), fd, writable).map(|()| 0)
     }
 

@@ -1,5 +1,6 @@
 //! The vhost-user exchange of the model VMM with the broker, in QEMU's order.
 
+use std::io::{self, Read, Write};
 use std::os::fd::{AsRawFd, OwnedFd};
 use std::os::unix::net::UnixStream;
 use std::sync::Arc;
@@ -14,6 +15,7 @@ use vhost::{VhostBackend, VhostUserMemoryRegionInfo, VringConfigData};
 use vhost_pci_device::abi::{CONFIG_LEN, DeviceConfig};
 use virtio_bindings::virtio_config::VIRTIO_F_VERSION_1;
 
+use super::Vmm;
 use super::channel::Window;
 use crate::transport::sys::event::Event;
 use crate::transport::sys::mapping::MappedRange;
@@ -64,12 +66,35 @@ const REQUIRED: VhostUserProtocolFeatures = VhostUserProtocolFeatures::CONFIG
     .union(VhostUserProtocolFeatures::SHMEM)
     .union(VhostUserProtocolFeatures::MQ);
 
+/// VHOST_USER_PROTOCOL_F_SHMEM_STRICT (`docs/vhost-user-extensions.md`).
+pub(super) const SHMEM_STRICT: u64 = 1 << 61;
+/// Number of GET_PROTOCOL_FEATURES.
+const GET_PROTOCOL_FEATURES: u32 = 15;
+/// Flags of a message's header: the version, and that it is a reply.
+const VERSION: u32 = 1;
+const REPLY: u32 = 1 << 2;
+
+/// GET_PROTOCOL_FEATURES with the bits that the vhost crate does not know, which it leaves
+/// out.
+fn all_protocol_features(mut stream: &UnixStream) -> io::Result<u64> {
+    let words = |words: [u32; 3]| words.map(u32::to_ne_bytes);
+    stream.write_all(words([GET_PROTOCOL_FEATURES, VERSION, 0]).as_flattened())?;
+    let (mut header, mut features) = ([0; 12], [0; 8]);
+    stream.read_exact(&mut header)?;
+    if header != words([GET_PROTOCOL_FEATURES, VERSION | REPLY, 8]).as_flattened() {
+        return Err(io::ErrorKind::InvalidData.into());
+    }
+    stream.read_exact(&mut features)?;
+    Ok(u64::from_ne_bytes(features))
+}
+
 fn step<T, E: Into<BrokerError>>(name: &'static str, result: Result<T, E>) -> Result<T, Failed> {
     result.map_err(|error| (name, error.into()))
 }
 
 /// Negotiates features and reads what the device is like.
-pub(super) fn negotiate(stream: UnixStream) -> Result<(Session, Offer), Failed> {
+pub(super) fn negotiate(stream: UnixStream, vmm: Vmm) -> Result<(Session, Offer), Failed> {
+    let beside = step("duplicating the socket", stream.try_clone())?;
     // The number of queues is known when GET_QUEUE_NUM is answered.
     let mut front_end = Frontend::from_stream(stream, 1);
     let offered = step("GET_FEATURES", front_end.get_features())?;
@@ -92,7 +117,11 @@ pub(super) fn negotiate(stream: UnixStream) -> Result<(Session, Offer), Failed> 
             return Err(("GET_PROTOCOL_FEATURES", BrokerError::Missing { what }));
         }
     }
-    let accepted = REQUIRED | protocol_offered & VhostUserProtocolFeatures::CONFIGURE_MEM_SLOTS;
+    let mut accepted = REQUIRED | protocol_offered & VhostUserProtocolFeatures::CONFIGURE_MEM_SLOTS;
+    if vmm == Vmm::Strict {
+        let offered = step("GET_PROTOCOL_FEATURES", all_protocol_features(&beside))?;
+        accepted |= VhostUserProtocolFeatures::from_bits_retain(offered & SHMEM_STRICT);
+    }
     step("SET_PROTOCOL_FEATURES", front_end.set_protocol_features(accepted))?;
     // From here on each request without an answer of its own asks for one.
     front_end.set_hdr_flags(VhostUserHeaderFlag::NEED_REPLY);

@@ -6,6 +6,10 @@
 //! window is an address range of this process in which SHMEM_MAP and SHMEM_UNMAP come
 //! and go; a part with nothing in it reads as zero.
 //!
+//! It enforces a mapping's access and answers when a change has taken effect, and says so
+//! (`docs/vhost-user-extensions.md`, SHMEM_STRICT); or it does neither, as QEMU
+//! ([`Vmm::LikeQemu`]).
+//!
 //! Two things a VM's driver is spared: if the owner shortens its memory file, a load
 //! beyond its end is SIGBUS, and a store to a mapping that is read-only is SIGSEGV.
 //! Both end this process, as they would stop a VM; neither goes unnoticed.
@@ -25,6 +29,17 @@ use self::channel::{Channel, Window};
 use super::sys::event::Event;
 use super::{BrokerError, Transport, TransportError};
 use crate::shm::SharedMemory;
+
+/// What the model is a model of.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum Vmm {
+    /// A VMM that enforces what a mapping allows, and accepts SHMEM_STRICT when it is
+    /// offered: its answers are sent after the change.
+    #[default]
+    Strict,
+    /// QEMU 11.1: all mappings are writable, and SHMEM_STRICT is not known.
+    LikeQemu,
+}
 
 /// The two directions of a virtqueue's notifications.
 struct Queue {
@@ -49,28 +64,37 @@ impl ModelTransport {
     /// # Errors
     /// If there is no broker, or it is not one.
     pub fn connect(socket: &Path) -> Result<Self, TransportError> {
+        Self::connect_as(socket, Vmm::default())
+    }
+
+    /// As [`connect`](Self::connect), as this VMM.
+    ///
+    /// # Errors
+    /// As there.
+    pub fn connect_as(socket: &Path, vmm: Vmm) -> Result<Self, TransportError> {
         let name = socket.display().to_string();
         let failed = |step, source| TransportError::Broker { socket: name.clone(), step, source };
         let stream = UnixStream::connect(socket).map_err(|error| {
             failed("connecting (is the broker running, and may you use its socket?)", error.into())
         })?;
-        Self::start(name.clone(), stream)
+        Self::start(name.clone(), stream, vmm)
     }
 
     /// Starts the device over a connection.
     ///
     /// # Errors
     /// As [`connect`](Self::connect).
-    pub fn start(name: String, stream: UnixStream) -> Result<Self, TransportError> {
+    pub fn start(name: String, stream: UnixStream, vmm: Vmm) -> Result<Self, TransportError> {
         let at = |step| {
             let name = &name;
             move |source: BrokerError| TransportError::Broker { socket: name.clone(), step, source }
         };
         let main = channel::watch(&stream).map_err(|error| at("setting up the socket")(error.into()))?;
-        let (mut session, offer) = handshake::negotiate(stream).map_err(|(step, error)| at(step)(error))?;
+        let (mut session, offer) =
+            handshake::negotiate(stream, vmm).map_err(|(step, error)| at(step)(error))?;
         super::check_config(&offer.config, offer.window_len)
             .map_err(|source| TransportError::Config { device: name.clone(), source })?;
-        let window = Window::new(offer.config.window_len.value())
+        let window = Window::new(offer.config.window_len.value(), vmm)
             .map_err(|error| at("reserving the window's address range")(error.into()))?;
         let window = Arc::new(window);
         let queues = (0..=offer.config.max_vrings.value())

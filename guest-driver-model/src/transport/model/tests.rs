@@ -34,6 +34,8 @@ struct Broker {
     kicks: Vec<File>,
     calls: Vec<File>,
     enabled: usize,
+    /// SET_PROTOCOL_FEATURES.
+    accepted: u64,
 }
 
 struct VhostUserProtocolFeaturesOffered(VhostUserProtocolFeatures);
@@ -109,7 +111,8 @@ impl VhostUserBackendReqHandlerMut for Broker {
     fn get_protocol_features(&mut self) -> Result<VhostUserProtocolFeatures> {
         Ok(self.protocol.0)
     }
-    fn set_protocol_features(&mut self, _: u64) -> Result<()> {
+    fn set_protocol_features(&mut self, features: u64) -> Result<()> {
+        self.accepted = features;
         Ok(())
     }
     fn get_queue_num(&mut self) -> Result<u64> {
@@ -187,13 +190,18 @@ struct Link {
 }
 
 fn connect() -> Link {
+    connect_as(Vmm::Strict, VhostUserProtocolFeatures::all())
+}
+
+fn connect_as(vmm: Vmm, offered: VhostUserProtocolFeatures) -> Link {
     let (here, there) = UnixStream::pair().unwrap();
     let main = there.try_clone().unwrap();
     let (send, receive) = mpsc::channel();
-    let broker = Arc::new(Mutex::new(Broker { channel: Some(send), ..Broker::default() }));
+    let protocol = VhostUserProtocolFeaturesOffered(offered);
+    let broker = Arc::new(Mutex::new(Broker { protocol, channel: Some(send), ..Broker::default() }));
     let mut handler = BackendReqHandler::from_stream(there, broker.clone());
     std::thread::spawn(move || while handler.handle_request().is_ok() {});
-    let transport = ModelTransport::start("test".into(), here).unwrap();
+    let transport = ModelTransport::start("test".into(), here, vmm).unwrap();
     Link { transport, channel: receive.recv().unwrap(), broker, main }
 }
 
@@ -264,17 +272,44 @@ fn what_is_impossible_is_refused_and_changes_nothing() {
     assert!(link.transport.check().is_ok(), "refusals do not end the link");
 }
 
-#[test]
-fn a_read_only_mapping_is_read_only() {
-    let link = connect();
-    let (fd, _memory) = file(PAGE);
-    link.channel.shmem_map(&message(0, PAGE, 0, VhostUserMMapFlags::default()), &fd).unwrap();
-    // What the kernel says of the page, rather than dying of a store to it.
+/// What the kernel says of the window's first page, rather than dying of a store to it.
+fn first_page(link: &Link) -> String {
     let window = format!("{:?}", link.transport.window());
     let base = window.split_once("0x").unwrap().1.split_once(',').unwrap().0.to_owned();
     let maps = std::fs::read_to_string("/proc/self/maps").unwrap();
-    let line = maps.lines().find(|line| line.starts_with(&format!("{base}-"))).unwrap();
-    assert!(line.contains("r--s"), "{line}");
+    maps.lines().find(|line| line.starts_with(&format!("{base}-"))).unwrap().to_owned()
+}
+
+#[test]
+fn a_read_only_mapping_is_read_only_unless_the_vmm_is_like_qemu() {
+    let read_only = message(0, PAGE, 0, VhostUserMMapFlags::default());
+    for (vmm, protection) in [(Vmm::Strict, "r--s"), (Vmm::LikeQemu, "rw-s")] {
+        let link = connect_as(vmm, VhostUserProtocolFeatures::all());
+        let (fd, _memory) = file(PAGE);
+        link.channel.shmem_map(&read_only, &fd).unwrap();
+        let line = first_page(&link);
+        assert!(line.contains(protection), "{vmm:?}: {line}");
+        // It is gone before the answer, and what is there instead can be touched.
+        link.channel.shmem_unmap(&message(0, PAGE, 0, VhostUserMMapFlags::default())).unwrap();
+        assert!(first_page(&link).contains("rw-p"));
+        link.transport.window().store_u64(0, 1).unwrap();
+    }
+}
+
+#[test]
+fn strictness_is_accepted_if_it_is_offered_and_true() {
+    let strict = VhostUserProtocolFeatures::from_bits_retain(1 << 61);
+    let all = VhostUserProtocolFeatures::all();
+    for (vmm, offered, accepted) in [
+        (Vmm::Strict, all | strict, true),
+        (Vmm::Strict, all - strict, false),
+        (Vmm::LikeQemu, all | strict, false),
+    ] {
+        let link = connect_as(vmm, offered);
+        let bits = link.broker.lock().unwrap().accepted;
+        assert_eq!(bits & strict.bits() != 0, accepted, "{vmm:?} {offered:?}");
+        assert_eq!(bits & 1 << 62, 0, "nothing else that is not known");
+    }
 }
 
 #[test]
@@ -320,6 +355,6 @@ fn a_back_end_without_shared_memory_is_no_broker() {
     let broker = Broker { protocol: VhostUserProtocolFeaturesOffered(offered), ..Broker::default() };
     let mut handler = BackendReqHandler::from_stream(there, Arc::new(Mutex::new(broker)));
     std::thread::spawn(move || while handler.handle_request().is_ok() {});
-    let error = ModelTransport::start("test".into(), here).err().unwrap();
+    let error = ModelTransport::start("test".into(), here, Vmm::Strict).err().unwrap();
     assert!(error.to_string().contains("SHMEM"), "{error}");
 }
