@@ -113,8 +113,12 @@ impl Broker {
 
     /// Asks the front-end for a translation and waits for the answer.
     fn miss(&self, iova: u64, perm: u8) -> u64 {
+        self.ask(1, iova, perm)
+    }
+
+    fn ask(&self, kind: u8, iova: u64, perm: u8) -> u64 {
         let channel = self.seen.0.lock().unwrap().channel.as_ref().unwrap().try_clone().unwrap();
-        let miss = IotlbMessage { iova, size: 0, user_addr: 0, perm, kind: 1, reserved: [0; 6] };
+        let miss = IotlbMessage { iova, size: 0, user_addr: 0, perm, kind, reserved: [0; 6] };
         let header = [1_u32, 1 | 8, 32];
         (&channel).write_all(&[header.as_bytes(), miss.as_bytes()].concat()).unwrap();
         let mut reply = [0; 20];
@@ -308,6 +312,15 @@ fn a_miss_of_what_is_not_mapped_or_not_allowed_is_refused_without_an_update() {
     }
     assert_eq!(owner.broker.iotlb(), []);
     assert_eq!(owner.driver.iommu().counts().faults, 6);
+}
+
+#[test]
+fn a_report_of_a_denied_access_is_counted_and_an_unknown_request_refused() {
+    let owner = Owner::with_page(IommuProtocol::Iotlb, 0x5000, Access::Read);
+    assert_eq!(owner.broker.ask(4, 0x5000, 2), 0);
+    assert_eq!(owner.driver.iommu().counts().denied, 1);
+    assert_eq!(owner.broker.ask(5, 0x5000, 2), 1);
+    assert_eq!(owner.broker.miss(0x5000, 1), 0);
 }
 
 #[test]

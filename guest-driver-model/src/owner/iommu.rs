@@ -59,6 +59,8 @@ pub struct IommuCounts {
     pub misses: u64,
     /// Misses of what is not mapped, or not for that access.
     pub faults: u64,
+    /// Accesses that the broker reported for not being allowed.
+    pub denied: u64,
     /// Invalidations that were answered.
     pub invalidations: u64,
     /// Entries pushed.
@@ -136,6 +138,12 @@ impl OwnerIommu {
     pub(super) fn lock(&self) -> MutexGuard<'_, State> {
         // Each method leaves it whole even if it panicked.
         self.state.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Takes a report of an access that was not allowed.
+    pub(super) fn note_denied(&self, iova: u64, perm: u8) {
+        self.lock().counts.denied += 1;
+        tracing::debug!(iova, perm, "the device did what is not allowed");
     }
 
     /// Answers a miss: with an update, which the broker has taken before this returns,

@@ -47,6 +47,8 @@ pub const VHOST_IOTLB_MISS: u8 = 1;
 pub const VHOST_IOTLB_UPDATE: u8 = 2;
 /// It is no longer valid.
 pub const VHOST_IOTLB_INVALIDATE: u8 = 3;
+/// The translation did not allow what the device wanted to do.
+pub const VHOST_IOTLB_ACCESS_FAIL: u8 = 4;
 
 /// `struct vhost_iotlb_msg`.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, FromBytes, IntoBytes, Immutable, KnownLayout)]

@@ -11,7 +11,7 @@ use nix::errno::Errno;
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 
 use super::OwnerIommu;
-use super::iotlb::{VHOST_IOTLB_MISS, answer, receive};
+use super::iotlb::{VHOST_IOTLB_ACCESS_FAIL, VHOST_IOTLB_MISS, answer, receive};
 use crate::transport::ANSWER_TIME;
 use crate::transport::sys::event::Event;
 
@@ -70,6 +70,10 @@ fn serve(channel: &UnixStream, iommu: &OwnerIommu, stop: &Event) -> io::Result<(
             let message = receive(channel)?;
             let value = match message.iotlb {
                 Some(miss) if miss.kind == VHOST_IOTLB_MISS => iommu.answer_miss(miss.iova, miss.perm),
+                Some(report) if report.kind == VHOST_IOTLB_ACCESS_FAIL => {
+                    iommu.note_denied(report.iova, report.perm);
+                    0
+                }
                 _ => {
                     tracing::warn!(request = message.header.request, "the broker asks for the unknown");
                     1

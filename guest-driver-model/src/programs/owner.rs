@@ -252,8 +252,8 @@ impl<'a, A: Addressing> Owner<'a, A> {
 
     fn report_iommu(&self) {
         if let Some(counts) = self.addressing.iommu().map(OwnerIommu::counts) {
-            let IommuCounts { misses, faults, invalidations, pushed, failures } = counts;
-            tracing::info!(misses, faults, invalidations, pushed, failures, "the owner's IOMMU");
+            let IommuCounts { misses, faults, denied, invalidations, pushed, failures } = counts;
+            tracing::info!(misses, faults, denied, invalidations, pushed, failures, "the owner's IOMMU");
         }
     }
 
