@@ -3,46 +3,14 @@
 
 mod net_support;
 
-use std::collections::VecDeque;
-
 use guest_driver_model::link::VringInfo;
 use guest_driver_model::net::peer::PortError;
 use guest_driver_model::net::{MAX_FRAME, OwnerConfig, OwnerPort, PacketBurst, PeerPort};
 use guest_driver_model::ring::{Buffer, DriverRing};
-use net_support::{HandRing, IOVA, Joined, LinkWriter, WRITE, frame, join, link_page};
+use net_support::{HandRing, IOVA, Joined, LinkWriter, WRITE, frame, join, link_page, pass};
 use proptest::collection::vec;
 use proptest::prelude::{ProptestConfig, any, prop_oneof, proptest};
 use vhost_pci_device::abi::{self, FaultKind};
-
-/// Passes all frames through, in bursts, and compares what comes out.
-fn pass(
-    frames: &[Vec<u8>],
-    bursts: &[(usize, usize)],
-    mut send: impl FnMut(&[&[u8]]) -> usize,
-    mut receive: impl FnMut(&mut PacketBurst, usize) -> usize,
-) {
-    let mut expected = VecDeque::new();
-    let mut burst = PacketBurst::default();
-    let (mut sent, mut idle) = (0, 0);
-    for &(out, back) in bursts.iter().cycle() {
-        let next: Vec<_> = frames[sent..].iter().take(out).map(Vec::as_slice).collect();
-        let taken = send(&next);
-        expected.extend(&frames[sent..sent + taken]);
-        sent += taken;
-        burst.clear();
-        let received = receive(&mut burst, back);
-        assert_eq!(received, burst.len());
-        for packet in burst.iter() {
-            assert_eq!(Some(packet.frame), expected.pop_front().map(Vec::as_slice));
-            assert_eq!((packet.header.flags, packet.header.gso_type), (0, 0));
-        }
-        if sent == frames.len() && expected.is_empty() {
-            return;
-        }
-        idle = if taken + received == 0 { idle + 1 } else { 0 };
-        assert!(idle < 100, "no packet moves any more");
-    }
-}
 
 proptest! {
     #![proptest_config(ProptestConfig::with_cases(48))]

@@ -3,11 +3,14 @@
 //! hand.
 #![allow(dead_code, clippy::unwrap_used, missing_docs)]
 
+pub mod device;
+
+use std::collections::VecDeque;
 use std::os::fd::{AsFd, OwnedFd};
 use std::sync::atomic::{AtomicBool, Ordering};
 
 use guest_driver_model::link::{Access, LinkPage, LinkSnapshot, Mapping, VringInfo};
-use guest_driver_model::net::{OwnerConfig, OwnerLayout, OwnerPort, PeerPort};
+use guest_driver_model::net::{OwnerConfig, OwnerLayout, OwnerPort, PacketBurst, PeerPort};
 use guest_driver_model::ring::{DeviceRing, Fault, RingConfig, RingPlaces};
 use guest_driver_model::shm::SharedMemory;
 use guest_driver_model::translate::Translation;
@@ -266,4 +269,34 @@ pub fn frame(seed: u64, len: usize) -> Vec<u8> {
         (state >> 32) as u8
     };
     std::iter::repeat_with(next).take(len).collect()
+}
+
+/// Passes all frames through, in bursts, and compares what comes out.
+pub fn pass(
+    frames: &[Vec<u8>],
+    bursts: &[(usize, usize)],
+    mut send: impl FnMut(&[&[u8]]) -> usize,
+    mut receive: impl FnMut(&mut PacketBurst, usize) -> usize,
+) {
+    let mut expected = VecDeque::new();
+    let mut burst = PacketBurst::default();
+    let (mut sent, mut idle) = (0, 0);
+    for &(out, back) in bursts.iter().cycle() {
+        let next: Vec<_> = frames[sent..].iter().take(out).map(Vec::as_slice).collect();
+        let taken = send(&next);
+        expected.extend(&frames[sent..sent + taken]);
+        sent += taken;
+        burst.clear();
+        let received = receive(&mut burst, back);
+        assert_eq!(received, burst.len());
+        for packet in burst.iter() {
+            assert_eq!(Some(packet.frame), expected.pop_front().map(Vec::as_slice));
+            assert_eq!((packet.header.flags, packet.header.gso_type), (0, 0));
+        }
+        if sent == frames.len() && expected.is_empty() {
+            return;
+        }
+        idle = if taken + received == 0 { idle + 1 } else { 0 };
+        assert!(idle < 100, "no packet moves any more");
+    }
 }
