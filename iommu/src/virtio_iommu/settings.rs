@@ -24,7 +24,7 @@ pub struct Settings {
     pub domain_range: RangeInclusive<u32>,
     /// At first, endpoints that are in no domain reach all memory.
     pub bypass: bool,
-    /// Mappings of devices' registers are taken ([`VIRTIO_IOMMU_F_MMIO`]).
+    /// Mappings of devices' registers are taken (`VIRTIO_IOMMU_F_MMIO`).
     pub mmio: bool,
     /// Length of a PROBE request's properties, bytes; 0 to do without PROBE.
     pub probe_size: u32,
