@@ -72,7 +72,8 @@ fn write_link(text: &mut String, link: &LinkReport) {
         counters.peer_messages,
         counters.control_commands,
     );
-    if link.owner.features.iter().any(|name| name == "VIRTIO_F_ACCESS_PLATFORM") {
+    let has_iommu = link.owner.features.iter().any(|name| name == "VIRTIO_F_ACCESS_PLATFORM");
+    if has_iommu || counters.iotlb_misses + counters.iommu_pushes > 0 {
         let _ = writeln!(
             text,
             "  iommu    one-way memory: {}{}; most of the owner at once {} KiB; misses {}, updates {}, invalidations {}, pushes {}; \

@@ -112,11 +112,15 @@ impl OwnerSession {
                     vring.stop();
                 }
                 self.halted = true;
+                self.iotlb = Iotlb::default();
             }
             Request::GetFeatures => return Ok(Reply::Number(self.offered)),
             Request::SetFeatures(acked) => {
                 features::check(acked, self.offered)?;
                 self.features = acked;
+                if !self.has_iommu() {
+                    self.iotlb = Iotlb::default();
+                }
                 if acked & features::PROTOCOL_FEATURES == 0 {
                     // vhost-user, Ring states: without the feature rings start enabled.
                     self.vrings.iter_mut().for_each(|vring| vring.enabled = true);
@@ -192,6 +196,11 @@ impl OwnerSession {
         let stopped = vring.stop();
         self.halted = true;
         let used_index = stopped.and_then(|config| self.used_index(&config));
+        // While its device is stopped QEMU does not tell what is unmapped, and a front-end
+        // that pushes tells all of it at the next start.
+        if self.vrings.iter().all(|vring| vring.started().is_none()) {
+            self.iotlb = Iotlb::default();
+        }
         Ok(Reply::VringBase(VringBase { index, used_index, fallback }))
     }
 

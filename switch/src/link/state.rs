@@ -462,9 +462,16 @@ impl Link {
     fn is_usable(&self) -> bool {
         match &self.owner {
             Some(owner) if owner.has_iommu() => {
+                // Those that the owner's IOMMU keeps from its device are not waited for.
+                let refused = &self.demand.refused_vrings;
+                let awaited = (0..)
+                    .zip(owner.vrings())
+                    .filter(|(index, vring)| vring.is_live() && !refused.contains(index));
+                let mut awaited = awaited.peekable();
                 self.window.is_open()
                     && self.window.is_ready()
-                    && owner.vrings().iter().any(|vring| self.is_reachable(vring))
+                    && awaited.peek().is_some()
+                    && awaited.all(|(_, vring)| self.is_reachable(vring))
             }
             _ => !self.layout.is_empty() && self.window.shows_exactly(&self.layout),
         }

@@ -213,10 +213,14 @@ impl Intercepted {
         if count > MAX_PUSH_ENTRIES || entries.len() != count * PUSH_ENTRY_LEN {
             return Err(format!("with {count} entries in {} bytes", entries.len()));
         }
-        if flags & !PUSH_RESET != 0 {
-            return Err(format!("with unknown flags {flags:#x}"));
+        if flags & !PUSH_RESET != 0 || (count == 0 && flags == 0) {
+            return Err(format!("with {count} entries and flags {flags:#x}"));
         }
-        let entries = entries.chunks_exact(PUSH_ENTRY_LEN).map(|entry| PushEntry {
+        let entries = entries.chunks_exact(PUSH_ENTRY_LEN);
+        if entries.clone().any(|entry| entry[25..].iter().any(|byte| *byte != 0)) {
+            return Err("with padding that is not 0".into());
+        }
+        let entries = entries.map(|entry| PushEntry {
             iova: long(entry, 0),
             size: long(entry, 2),
             frontend: long(entry, 4),

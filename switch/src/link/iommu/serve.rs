@@ -32,10 +32,13 @@ impl Link {
     /// ends.
     pub(in crate::link) fn take_iotlb(&mut self, message: IotlbMessage) -> Result<(), Refusal> {
         let owner = self.owner.as_mut().ok_or(Refusal::End(Fault::Unsupported("IOTLB_MSG")))?;
-        if !owner.has_iommu() || owner.pushes() {
+        if !owner.has_iommu() {
             return Err(Refusal::End(Fault::Unsupported("IOTLB_MSG")));
         }
         let fault = |reason: String| Refusal::Decline(Fault::Iommu(reason));
+        if owner.pushes() {
+            return Err(fault("IOTLB_MSG of a front-end that pushes".into()));
+        }
         let span = Span::new(Iova::new(message.iova), message.size);
         let gone = match message.kind {
             IotlbMessage::UPDATE => {
@@ -244,14 +247,10 @@ impl Link {
         });
     }
 
-    /// The owner's device stopped or its VMM left: nothing of it is known any more.
+    /// The owner's device stopped or its VMM left: commands are over, and nothing is shown.
     pub(in crate::link) fn stop_demand(&mut self, effects: &mut Vec<Effect>) {
         for want in self.demand.forget_owner() {
             effects.push(Effect::Answer(want.command, abi::CTRL_FAILED, false));
-        }
-        // While its device is stopped QEMU does not tell what is unmapped.
-        if let Some(owner) = self.owner.as_mut().filter(|owner| !owner.is_running()) {
-            owner.iotlb = Default::default();
         }
         self.shown.clear();
         self.plan();
