@@ -4,16 +4,18 @@
 
 mod net_support;
 
-use std::time::Duration;
+use std::cell::Cell;
+use std::rc::Rc;
+use std::time::{Duration, Instant};
 
-use guest_driver_model::control::{Outcome, Request};
-use guest_driver_model::link::Access;
+use guest_driver_model::control::{Exchange, Job, Outcome, Request};
+use guest_driver_model::link::{Access, Mapping};
 use guest_driver_model::net::{OwnerConfig, PacketBurst};
-use net_support::device::{Apart, Mode, PAGE, apart, willing};
-use net_support::{IOVA, frame, pass};
+use net_support::device::{Apart, Device, Mode, PAGE, apart, willing};
+use net_support::{Done, IOVA, LinkWriter, frame, pass};
 use proptest::collection::vec;
 use proptest::prelude::{Just, ProptestConfig, any, prop_oneof, proptest};
-use vhost_pci_device::abi::FaultKind;
+use vhost_pci_device::abi::{self, FaultKind};
 
 const DEFAULT: OwnerConfig =
     OwnerConfig { pairs: 1, ring_size: 64, buffer_len: 2048, mergeable: true, indirect: false };
@@ -211,5 +213,229 @@ fn what_the_owner_denies_is_a_fault_of_its_vring_after_what_came_before() {
             assert_eq!((fault.vring, fault.kind), (vring as u16, FaultKind::Unmapped), "{mode:?}");
             assert!(faults.len() <= 1 && peer.faults().count() == 1);
         }
+    }
+}
+
+/// What the device puts off is neither lost nor completed; and it is not asked all the time.
+#[test]
+fn what_the_device_cannot_do_now_stays_with_the_owner() {
+    for mode in [Mode::Copy, Mode::Map] {
+        let mut left = 10;
+        // Ten requests are good, and then none until the test says so.
+        let good = Rc::new(Cell::new(false));
+        let rule = {
+            let good = good.clone();
+            Box::new(move |_: &Request| {
+                left -= 1;
+                if left >= 0 || good.get() { Outcome::Done } else { Outcome::Later }
+            })
+        };
+        let Apart { mut owner, mut peer, mut device, .. } =
+            apart(OwnerConfig { buffer_len: 4096, ..DEFAULT }, mode, rule);
+        let list = frames(30, 1000);
+        owner.tx_burst(0, slices(&list)).unwrap();
+        let mut burst = PacketBurst::default();
+        assert_eq!(peer.rx_burst_by(&mut device, 0, &mut burst, 64), Ok(10), "{mode:?}");
+        assert_eq!(owner.reap_transmitted(0), Ok(20));
+        let batches = device.log.len();
+        let until = Instant::now() + Duration::from_millis(30);
+        while Instant::now() < until {
+            assert_eq!(peer.rx_burst_by(&mut device, 0, &mut burst, 64), Ok(0));
+            assert_eq!(peer.tx_burst_by(&mut device, 0, slices(&list)), Ok(0));
+        }
+        // 1, 2, 4, 8, 16 ms, each way.
+        let asked = device.log.len() - batches;
+        assert!((2..=14).contains(&asked), "asked {asked} times in 30 ms");
+        assert!(peer.pause().is_some());
+        good.set(true);
+        let (mut received, mut sent) = (10, 0);
+        let until = Instant::now() + Duration::from_secs(5);
+        while (received < 30 || sent < 30) && Instant::now() < until {
+            received += peer.rx_burst_by(&mut device, 0, &mut burst, 64).unwrap();
+            sent += peer.tx_burst_by(&mut device, 0, slices(&list).skip(sent)).unwrap();
+        }
+        assert!(burst.frames().eq(slices(&list)));
+        burst.clear();
+        assert_eq!(owner.rx_burst(0, &mut burst, 64), Ok(30));
+        assert!(burst.frames().eq(slices(&list)));
+        assert!(peer.pause().is_none() && peer.demand().put_off > 0);
+        assert_eq!(peer.faults().count(), 0);
+    }
+}
+
+#[test]
+fn where_nobody_can_be_asked_packets_wait() {
+    for mode in [Mode::Copy, Mode::Map] {
+        let Apart { mut owner, mut peer, mut device, .. } = apart(DEFAULT, mode, willing());
+        let list = frames(5, 100);
+        owner.tx_burst(0, slices(&list)).unwrap();
+        let mut burst = PacketBurst::default();
+        assert_eq!(peer.rx_burst(0, &mut burst, 64), Ok(0));
+        assert_eq!(peer.tx_burst(0, slices(&list)), Ok(0));
+        std::thread::sleep(peer.pause().unwrap());
+        assert_eq!(peer.rx_burst_by(&mut device, 0, &mut burst, 64), Ok(5));
+        assert!(burst.frames().eq(slices(&list)));
+    }
+}
+
+#[test]
+fn chains_that_were_popped_ahead_go_by_the_table_of_now() {
+    let Apart { mut owner, mut peer, mut device, layout, views, .. } = apart(DEFAULT, Mode::Copy, willing());
+    let buffers = layout.vrings()[0].buffers;
+    device.show(buffers, views.owner.len() / 4, Access::READ_WRITE);
+    let list = frames(8, 500);
+    assert_eq!(peer.tx_burst_by(&mut device, 0, slices(&list).take(1)), Ok(1));
+    assert_eq!(peer.demand().stored, 0);
+    // The next seven were popped by a table that showed them.
+    device.hide_all_but(|page| page < buffers / PAGE);
+    assert_eq!(peer.tx_burst_by(&mut device, 0, slices(&list).skip(1)), Ok(7));
+    assert_eq!(peer.demand().stored, 7);
+    let mut burst = PacketBurst::default();
+    assert_eq!(owner.rx_burst(0, &mut burst, 64), Ok(8));
+    assert!(burst.frames().eq(slices(&list)));
+}
+
+/// The table changes while a burst is written: only frames whose buffers are where they were
+/// are completed, and the others are offered again.
+#[test]
+fn a_buffer_whose_mapping_went_while_it_was_written_is_not_completed() {
+    let Apart { mut owner, mut peer, device, layout, views, .. } = apart(DEFAULT, Mode::Copy, willing());
+    let mut device = device;
+    let buffers = layout.vrings()[0].buffers;
+    device.show(buffers, views.owner.len() / 4, Access::READ_WRITE);
+    let mut other = apart(DEFAULT, Mode::Copy, willing()).device;
+    let list = frames(8, 500);
+    // Two buffers a page: the third page goes while the seventh frame is made.
+    let vanish = |at: usize| {
+        if at == 6 {
+            let mut writer = device.writer.clone();
+            writer.mappings.retain(|mapping| mapping.iova != IOVA + buffers + 2 * PAGE);
+            writer.table_generation += 2;
+            writer.write(&views.window);
+        }
+    };
+    let sent = peer.tx_burst_by(
+        &mut other,
+        0,
+        slices(&list).enumerate().map(|(at, frame)| {
+            vanish(at);
+            frame
+        }),
+    );
+    assert_eq!(sent, Ok(4));
+    let mut burst = PacketBurst::default();
+    assert_eq!(owner.rx_burst(0, &mut burst, 64), Ok(4));
+    assert!(other.log.is_empty());
+    // The next ones are stored where the table does not show them.
+    assert_eq!(peer.tx_burst_by(&mut device, 0, slices(&list).skip(4)), Ok(4));
+    assert_eq!(peer.demand().stored, 2);
+    assert_eq!(owner.rx_burst(0, &mut burst, 64), Ok(4));
+    assert!(burst.frames().eq(slices(&list)));
+}
+
+/// Says that it mapped what somebody else maps.
+struct Pretender(Device);
+
+impl Exchange for Pretender {
+    fn clear(&mut self) {
+        self.0.clear();
+    }
+
+    fn reserve(&mut self, len: u32) -> Option<u64> {
+        self.0.reserve(len)
+    }
+
+    fn carry_out(&mut self, jobs: &mut [Job]) {
+        jobs.iter_mut().for_each(|job| job.outcome = Outcome::Done);
+    }
+}
+
+/// The owner's buffers come and go in the window all the time; where they are not, it reads
+/// as zero. No packet is delivered that is not what the owner sent.
+#[test]
+fn a_packet_whose_mapping_went_while_it_was_copied_is_not_delivered() {
+    let config = OwnerConfig { ring_size: 256, ..DEFAULT };
+    let Apart { mut owner, mut peer, device, layout, views, .. } = apart(config, Mode::Map, willing());
+    let writer = device.writer.clone();
+    let mut pretender = Pretender(device);
+    // All packets are the same, so that it does not matter when they were copied.
+    let packet = frame(7, 2000);
+    let buffers = layout.vrings()[1].buffers;
+    let len = views.owner.len() - buffers;
+    // In the receive queue's buffers, which this test has no use for.
+    let shown_at = layout.vrings()[0].buffers;
+    let mut good = vec![0; len as usize];
+    for buffer in good.chunks_mut(2048) {
+        buffer[12..2012].copy_from_slice(&packet);
+    }
+    let entry = Mapping {
+        iova: IOVA + buffers,
+        len,
+        window_offset: abi::DATA_OFFSET + shown_at,
+        access: Access::READ,
+    };
+    let done = Done::default();
+    let mut received = 0;
+    std::thread::scope(|scope| {
+        let _at_end = done.at_end();
+        scope.spawn(|| {
+            let mut generation = writer.table_generation;
+            let mut change = |shown: bool| {
+                views.window.store_u64(48, generation + 1).unwrap();
+                std::sync::atomic::fence(std::sync::atomic::Ordering::Release);
+                generation += 2;
+                let mut writer = LinkWriter { table_generation: generation, ..writer.clone() };
+                writer.mappings.extend(shown.then_some(entry));
+                writer.mappings.sort_by_key(|mapping| mapping.iova);
+                writer.write(&views.window);
+            };
+            while !done.is_raised() {
+                views.owner.write(shown_at, &good).unwrap();
+                change(true);
+                std::thread::sleep(Duration::from_micros(100));
+                change(false);
+                views.owner.zero(shown_at, len).unwrap();
+            }
+        });
+        let start = Instant::now();
+        let mut burst = PacketBurst::default();
+        while received < 2000 || peer.demand().table_reads < 50 {
+            owner.tx_burst(0, std::iter::repeat_n(packet.as_slice(), 64)).unwrap();
+            burst.clear();
+            received += peer.rx_burst_by(&mut pretender, 0, &mut burst, 64).unwrap();
+            assert!(burst.frames().all(|frame| frame == packet));
+            assert!(start.elapsed() < Duration::from_secs(20), "{received} packets");
+        }
+    });
+}
+
+/// What was fetched, or stored, when the link had changed is another link's.
+#[test]
+fn a_link_that_changes_while_the_device_is_asked_completes_nothing() {
+    for mode in [Mode::Copy, Mode::Map] {
+        let Apart { mut owner, mut peer, mut device, layout, views, .. } = apart(DEFAULT, mode, willing());
+        let list = frames(5, 100);
+        owner.tx_burst(0, slices(&list)).unwrap();
+        device.before = Box::new(|writer, window| {
+            writer.generation += 2;
+            writer.table_generation += 2;
+            writer.write(window);
+        });
+        let mut burst = PacketBurst::default();
+        assert_eq!(peer.rx_burst_by(&mut device, 0, &mut burst, 64), Ok(0));
+        assert!(burst.is_empty());
+        device.before = Box::new(|_, _| {});
+        assert_eq!(peer.rx_burst_by(&mut device, 0, &mut burst, 64), Ok(0), "it is not this port's link");
+        assert_eq!(peer.tx_burst_by(&mut device, 0, slices(&list)), Ok(0));
+        assert_eq!(views.owner.load_u16(layout.vrings()[1].places.used + 2), Ok(0), "{mode:?}");
+
+        let Apart { mut peer, mut device, views, .. } = apart(DEFAULT, mode, willing());
+        device.before = Box::new(|writer, window| {
+            writer.generation += 2;
+            writer.table_generation += 2;
+            writer.write(window);
+        });
+        assert_eq!(peer.tx_burst_by(&mut device, 0, slices(&list)), Ok(0));
+        assert_eq!(views.owner.load_u16(layout.vrings()[0].places.used + 2), Ok(0), "{mode:?}");
     }
 }

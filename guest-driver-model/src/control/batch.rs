@@ -191,3 +191,7 @@ impl Exchange for ControlExchange<'_> {
         }
     }
 }
+
+#[cfg(test)]
+#[path = "batch_tests.rs"]
+mod tests;
