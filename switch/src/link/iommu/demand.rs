@@ -46,6 +46,8 @@ pub struct Asked {
     pub page: Iova,
     /// Reading, or writing: never both.
     pub access: Access,
+    /// Whether an update for the page came meanwhile, and allowed the access.
+    pub outcome: Option<bool>,
 }
 
 impl Asked {
@@ -108,7 +110,7 @@ impl Demand {
     /// A new open question.
     pub fn ask(&mut self, page: Iova, access: Access) -> Asked {
         self.next_miss += 1;
-        let asked = Asked { id: MissId(self.next_miss), page, access };
+        let asked = Asked { id: MissId(self.next_miss), page, access, outcome: None };
         self.asked = Some(asked);
         asked
     }

@@ -7,7 +7,7 @@ use std::time::{Duration, Instant};
 use iommu::{Access, FrontendVa, Iova, IovaMap, LayoutError, MappedRange, Span, WindowLayout};
 use vhost_pci_device::abi;
 
-use super::demand::{Task, Want, want};
+use super::demand::{Asked, Task, Want, want};
 use super::iotlb::PushedChange;
 use crate::config::OneWay;
 use crate::link::descriptor::MemoryFile;
@@ -46,7 +46,8 @@ impl Link {
                 let shown = &self.shown;
                 let range = mapped_range(owner, message.iova, message.size, message.frontend, message.perm)
                     .map_err(fault)?;
-                match proven(&range, self.demand.asked.as_ref().map(|asked| (asked.page, asked.access))) {
+                let proven = proven(&range, self.demand.asked.as_mut());
+                match proven {
                     Some(range) => owner.iotlb.learn(range, |span| shown.covers(span)),
                     None => forget_changed(owner, &range),
                 }
@@ -113,7 +114,7 @@ impl Link {
     pub(in crate::link) fn miss_done(
         &mut self,
         id: MissId,
-        told: bool,
+        _told: bool,
         now: Instant,
         effects: &mut Vec<Effect>,
     ) {
@@ -121,13 +122,11 @@ impl Link {
             return;
         };
         let Some(owner) = self.owner.as_ref() else { return };
-        let known = owner.iotlb.range_at(asked.page);
-        if known.is_some_and(|range| range.access().allows(asked.access)) {
-            return;
-        }
-        if told {
-            // It told a translation that does not allow what was asked for.
-            effects.push(Effect::AccessFail(asked.page, asked.access));
+        match asked.outcome {
+            // Known; or unmapped since, and asked for again if that is still wanted.
+            Some(true) => return,
+            Some(false) => effects.push(Effect::AccessFail(asked.page, asked.access)),
+            None => {}
         }
         let Some(page) = asked.span() else { return };
         let owner_vrings = owner.vrings().iter().zip(0_u32..);
@@ -382,6 +381,7 @@ impl Link {
             }
             match plan {
                 Ok(()) => return Ok(()),
+                Err(_) if self.shown.join() => {}
                 Err(_) if self.shown.evict(keep) => self.demand_counters.evictions += 1,
                 Err(error) => {
                     for range in ranges {
@@ -547,10 +547,11 @@ fn mapped_range(
 }
 
 /// What an update proves: no more than what was asked for.
-fn proven(range: &MappedRange<MemoryFile>, asked: Option<(Iova, Access)>) -> Option<MappedRange<MemoryFile>> {
-    let (_, access) = asked.filter(|(page, _)| range.iova().contains(*page))?;
-    let access = Access::from_bits(range.access().bits() & access.bits())?;
-    MappedRange::new(range.iova(), access, range.backing().clone()).ok()
+fn proven(range: &MappedRange<MemoryFile>, asked: Option<&mut Asked>) -> Option<MappedRange<MemoryFile>> {
+    let asked = asked.filter(|asked| range.iova().contains(asked.page))?;
+    let access = Access::from_bits(range.access().bits() & asked.access.bits());
+    asked.outcome = Some(access.is_some());
+    MappedRange::new(range.iova(), access?, range.backing().clone()).ok()
 }
 
 /// An update that nobody asked for proves nothing, but what it contradicts is not so.

@@ -99,6 +99,41 @@ impl Shown {
         span.is_some_and(|span| self.remove(span))
     }
 
+    /// Joins ranges that are neighbours, except pinned ones, if that makes much room. Says
+    /// whether it did. (Joining takes a range out of the window and brings it back.)
+    pub fn join(&mut self) -> bool {
+        let mut loose = IovaMap::new();
+        for range in self.map.iter() {
+            let allowed = self.facts.get(&range.iova().start()).filter(|facts| !facts.pinned);
+            // By what the owner allows: that is what the link page says of the whole.
+            let again = allowed.and_then(|facts| {
+                MappedRange::new(range.iova(), facts.allowed, range.backing().clone()).ok()
+            });
+            if let Some(again) = again {
+                // They came from one map: none overlaps another.
+                let _ = loose.insert(again);
+            }
+        }
+        let joined = loose.merged();
+        if 4 * joined.len() > 3 * loose.len() {
+            return false;
+        }
+        for range in joined.iter() {
+            let before = self.map.overlapping(range.iova()).next();
+            let asked = before.map_or(range.access(), MappedRange::access);
+            let used =
+                self.map.overlapping(range.iova()).filter_map(|part| self.facts.get(&part.iova().start()));
+            let used = used.map(|facts| facts.used).max().unwrap_or(self.clock);
+            let Ok(whole) = MappedRange::new(range.iova(), asked, range.backing().clone()) else { continue };
+            self.remove(range.iova());
+            if self.map.insert(whole).is_ok() {
+                let facts = Facts { used, pinned: false, allowed: range.access() };
+                self.facts.insert(range.iova().start(), facts);
+            }
+        }
+        true
+    }
+
     /// Takes out the range that was asked for last, pinned or not. Says whether there was
     /// one.
     pub fn drop_newest(&mut self) -> bool {
