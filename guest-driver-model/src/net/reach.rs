@@ -108,6 +108,15 @@ impl Tables {
         self.page.table_is_at(self.table_generation)
     }
 
+    /// After a change: brings the table up to date. Whether there was one change only, so that
+    /// what is in the table now, and was before, has been there all along. (A mapping that
+    /// went and came back was nowhere meanwhile.)
+    #[cold]
+    pub(super) fn is_one_change_later(&mut self) -> bool {
+        let before = self.table_generation;
+        self.is_current() && self.table_generation == before.wrapping_add(2)
+    }
+
     /// Whether the link is still the port's, whatever became of the table.
     pub(super) fn is_same_link(&self) -> bool {
         self.page.generation() == self.generation

@@ -39,6 +39,8 @@ struct Frame {
 #[derive(Default)]
 struct Lap {
     frames: Vec<Frame>,
+    /// So many of them were written before the mapping table changed.
+    sure: usize,
     /// By chain: bytes written to it.
     written: Vec<u32>,
     jobs: Vec<Job>,
@@ -51,6 +53,7 @@ impl Lap {
 
     fn clear(&mut self) {
         self.frames.clear();
+        self.sure = 0;
         self.written.clear();
         self.jobs.clear();
     }
@@ -105,7 +108,11 @@ impl Transmitter {
                 }
             }
             match placed {
-                Ok(Placed::Taken) => {}
+                Ok(Placed::Taken) if reach.tables.is_unchanged() => lap.sure = lap.frames.len(),
+                Ok(Placed::Taken) => match self.settle(live, reach, counters, lap)? {
+                    Settled::All => {}
+                    Settled::Some => return Ok(()),
+                },
                 Ok(Placed::AfterOthers | Placed::NotYet) => break,
                 Err(fault) => {
                     self.settle(live, reach, counters, lap)?;
@@ -241,11 +248,11 @@ impl Transmitter {
         if lap.frames.is_empty() {
             return Ok(Settled::All);
         }
-        let mut good = lap.frames.len();
         // What was written to a mapping that was going may be nowhere. Before the device is
         // asked, since that may take mappings away, too.
-        if !reach.tables.is_unchanged() {
-            good = if reach.tables.is_current() { self.held(reach, lap) } else { 0 };
+        let mut good = lap.frames.len();
+        if lap.sure < good && !(reach.tables.is_one_change_later() && self.hold(reach, lap)) {
+            good = lap.sure;
         }
         let jobs = good.checked_sub(1).and_then(|last| lap.frames.get(last)).map_or(0, |frame| frame.jobs);
         lap.jobs.truncate(jobs);
@@ -296,14 +303,10 @@ impl Transmitter {
         }
     }
 
-    /// How many frames were written to where their buffers still are.
-    fn held(&self, reach: &mut Reach<'_>, lap: &Lap) -> usize {
-        let mut at = self.cursor;
-        let holds = |frame: &&Frame| {
-            let chains = at..at + frame.chains;
-            at = chains.end;
-            chains.into_iter().all(|at| self.posted.chain(at).is_some_and(|chain| reach.tables.hold(&chain)))
-        };
-        lap.frames.iter().take_while(holds).count()
+    /// Whether the frames that are not sure were written to where their buffers still are.
+    fn hold(&self, reach: &mut Reach<'_>, lap: &Lap) -> bool {
+        let sure: usize = lap.frames.iter().take(lap.sure).map(|frame| frame.chains).sum();
+        (self.cursor + sure..self.cursor + lap.chains())
+            .all(|at| self.posted.chain(at).is_some_and(|chain| reach.tables.hold(&chain)))
     }
 }
