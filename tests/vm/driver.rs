@@ -5,7 +5,8 @@ use serde_json::json;
 use vhost_pci_tests::Sandbox;
 
 use crate::Scenario;
-use crate::testbed::{COMMAND, Mode, Testbed};
+use crate::setup::Mode;
+use crate::testbed::{COMMAND, Testbed};
 
 pub const SCENARIO: Scenario = Scenario {
     name: "driver",

@@ -2,9 +2,16 @@
 //! file of its own beside this one. `tests/vm/run` builds what they need and starts this.
 
 mod boot;
+mod confine;
 mod driver;
+mod figures;
+mod iommu;
+mod iommu_static;
 mod ping;
+mod programs;
+mod readonly;
 mod restart;
+mod setup;
 mod tcp;
 mod testbed;
 
@@ -23,8 +30,17 @@ struct Scenario {
     run: fn(&Sandbox) -> Result<()>,
 }
 
-const SCENARIOS: &[Scenario] =
-    &[boot::SCENARIO, ping::SCENARIO, tcp::SCENARIO, restart::SCENARIO, driver::SCENARIO];
+const SCENARIOS: &[Scenario] = &[
+    boot::SCENARIO,
+    ping::SCENARIO,
+    tcp::SCENARIO,
+    restart::SCENARIO,
+    driver::SCENARIO,
+    iommu::SCENARIO,
+    iommu_static::SCENARIO,
+    confine::SCENARIO,
+    readonly::SCENARIO,
+];
 
 fn main() -> ExitCode {
     let arguments: Vec<_> = std::env::args().skip(1).collect();

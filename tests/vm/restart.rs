@@ -4,7 +4,8 @@ use anyhow::{Result, ensure};
 use vhost_pci_tests::Sandbox;
 
 use crate::Scenario;
-use crate::testbed::{BOOT, COMMAND, Mode, Testbed};
+use crate::setup::Mode;
+use crate::testbed::{BOOT, COMMAND, Testbed};
 
 pub const SCENARIO: Scenario = Scenario {
     name: "restart",

@@ -6,7 +6,8 @@ use anyhow::{Context, Result, ensure};
 use vhost_pci_tests::{Guest, Sandbox};
 
 use crate::Scenario;
-use crate::testbed::{COMMAND, Mode, OWNER, PEER, Testbed};
+use crate::setup::Mode;
+use crate::testbed::{COMMAND, OWNER, PEER, Testbed};
 
 pub const SCENARIO: Scenario = Scenario {
     name: "tcp",
@@ -14,24 +15,24 @@ pub const SCENARIO: Scenario = Scenario {
     run,
 };
 
-const MIB: u64 = 64;
-const TRANSFER: Duration = Duration::from_secs(300);
+const BYTES: u64 = 64 << 20;
+const TRANSFER: Duration = Duration::from_secs(120);
 
 fn run(sandbox: &Sandbox) -> Result<()> {
     for mode in Mode::ALL {
         let mut testbed = Testbed::start(sandbox, mode)?;
         testbed.wait_for_traffic()?;
         let Testbed { owner, peer, .. } = &mut testbed;
-        transfer(mode, "owner to peer", owner, peer, PEER)?;
-        transfer(mode, "peer to owner", peer, owner, OWNER)?;
+        transfer(&format!("{}: owner to peer", mode.name()), owner, peer, PEER, BYTES)?;
+        transfer(&format!("{}: peer to owner", mode.name()), peer, owner, OWNER, BYTES)?;
         testbed.check_broker()?;
     }
     Ok(())
 }
 
 /// Sends a file of random bytes; both ends work out its SHA-256.
-fn transfer(mode: Mode, way: &str, from: &mut Guest, to: &mut Guest, address: &str) -> Result<()> {
-    let make = format!("head -c {} /dev/urandom >/tmp/out && sha256sum </tmp/out", MIB << 20);
+pub fn transfer(what: &str, from: &mut Guest, to: &mut Guest, address: &str, bytes: u64) -> Result<()> {
+    let make = format!("head -c {bytes} /dev/urandom >/tmp/out && sha256sum </tmp/out");
     let sent = from.sh_ok(&make, TRANSFER)?;
     // The receiver's input must not end before the sender's, or busybox's nc hangs up at once.
     let listen = "rm -f /tmp/fifo /tmp/sum; mkfifo /tmp/fifo\n\
@@ -39,14 +40,14 @@ fn transfer(mode: Mode, way: &str, from: &mut Guest, to: &mut Guest, address: &s
         for i in $(seq 100); do netstat -ltn | grep -q :5001 && exit 0; sleep 0.1; done; exit 1";
     to.sh_ok(listen, COMMAND)?;
     let started = Instant::now();
-    from.sh_ok(&format!("nc {address} 5001 </tmp/out"), TRANSFER)?;
+    from.sh_ok(&format!("timeout {} nc {address} 5001 </tmp/out", TRANSFER.as_secs()), TRANSFER + COMMAND)?;
     let took = started.elapsed().as_secs_f64();
     let wait = "for i in $(seq 300); do [ -e /tmp/sum ] && break; sleep 0.1; done; cat /tmp/sum";
     let received = to.sh_ok(wait, TRANSFER)?;
     from.sh_ok("rm /tmp/out", COMMAND)?;
     let sum = |text: &str| text.split_whitespace().next().map(str::to_owned);
     let (sent, received) = (sum(&sent).context("no sum")?, sum(&received).context("no sum")?);
-    ensure!(sent == received, "{way}: SHA-256 sent {sent}, received {received}");
-    println!("{}: {way}: {MIB} MiB in {took:.1} s, SHA-256 equal: {}…", mode.name(), &sent[..16]);
+    ensure!(sent == received, "{what}: SHA-256 sent {sent}, received {received}");
+    println!("{what}: {} KiB in {took:.1} s, SHA-256 equal: {}…", bytes >> 10, &sent[..16]);
     Ok(())
 }

@@ -2,7 +2,9 @@
 //! printed by itself, without the chain of sources behind it.
 
 use std::io;
+use std::time::Duration;
 
+use super::confine::mailbox::Turn;
 use crate::control::ControlError;
 use crate::link::LinkError;
 use crate::net::LayoutError;
@@ -73,6 +75,30 @@ pub enum ProgramError {
         source: io::Error,
         /// What to do, or nothing.
         advice: &'static str,
+    },
+    /// There is no link to look at.
+    #[error("{device}: no link within {waited:?}: is the owner there, and its driver?")]
+    NoLink {
+        /// The device's name.
+        device: String,
+        /// How long was waited.
+        waited: Duration,
+    },
+    /// The device does not map what it should.
+    #[error("the device does not map IOVA {iova:#x}: its answer is \"{answer}\"")]
+    NotMapped {
+        /// What was asked for.
+        iova: u64,
+        /// The answer.
+        answer: &'static str,
+    },
+    /// The program in the other guest does not go on.
+    #[error("the other side did not get to {turn:?} within {waited:?}")]
+    NoTurn {
+        /// What was waited for.
+        turn: Turn,
+        /// How long.
+        waited: Duration,
     },
     /// The system refused something else.
     #[error("{what}: {source}")]

@@ -71,6 +71,16 @@ pub enum Program {
     Owner(owner::OwnerArgs),
     /// Be the driver of an owner's network card, through VFIO in its guest
     VfioOwner(vfio_owner::VfioOwnerArgs),
+    /// Test: keep a secret in the owner's memory
+    Hold(confine::hold::HoldArgs),
+    /// Test: map a page for the owner's card and take it back, over and over
+    Revoke(confine::revoke::RevokeArgs),
+    /// Test: look for a secret in every page of the window
+    Scan(confine::scan::ScanArgs),
+    /// Test: read and write the page that `revoke` maps, also when it is gone
+    Hammer(confine::hammer::HammerArgs),
+    /// Test: try what may not be done to a page
+    Probe(confine::probe::ProbeArgs),
 }
 
 impl Program {
@@ -87,6 +97,11 @@ impl Program {
             Self::Show(args) => show::run(args),
             Self::Owner(args) => owner::run(args),
             Self::VfioOwner(args) => vfio_owner::run(args),
+            Self::Hold(args) => confine::hold::run(args),
+            Self::Revoke(args) => confine::revoke::run(args),
+            Self::Scan(args) => confine::scan::run(args),
+            Self::Hammer(args) => confine::hammer::run(args),
+            Self::Probe(args) => confine::probe::run(args),
         }
     }
 }

@@ -26,9 +26,10 @@ impl Secret {
         Self { seed }
     }
 
-    /// One of its words: the finisher of SplitMix64, so that no seed gives zeros.
-    #[inline]
-    const fn word(self, index: u64) -> u64 {
+    /// One of its words: the finisher of SplitMix64. A function of its own, so that never
+    /// two of them are at hand in the owner.
+    #[inline(never)]
+    fn word(self, index: u64) -> u64 {
         let mut word = self.seed.wrapping_mul(WORDS).wrapping_add(index % WORDS + 1);
         word = word.wrapping_mul(0x9e37_79b9_7f4a_7c15);
         word = (word ^ word >> 30).wrapping_mul(0xbf58_476d_1ce4_e5b9);
@@ -57,17 +58,16 @@ impl Secret {
         Ok(true)
     }
 
-    /// Whether any word of it is among these.
-    #[inline]
-    pub fn shows_in(self, word: u64) -> bool {
-        (0..WORDS).any(|index| self.word(index) == word)
+    /// For the peer: all words.
+    pub fn words(self) -> [u64; WORDS as usize] {
+        std::array::from_fn(|index| self.word(index as u64))
     }
 
-    /// For searching: all of it.
+    /// For the peer: all bytes.
     pub fn bytes(self) -> [u8; 8 * WORDS as usize] {
         let mut bytes = [0; 8 * WORDS as usize];
-        for (index, word) in (0..).zip(bytes.chunks_exact_mut(8)) {
-            word.copy_from_slice(&self.word(index).to_le_bytes());
+        for (bytes, word) in bytes.chunks_exact_mut(8).zip(self.words()) {
+            bytes.copy_from_slice(&word.to_le_bytes());
         }
         bytes
     }

@@ -1,0 +1,160 @@
+//! What a testbed is like: how the peer's driver waits, what stands between the owner's card and its
+//! memory, and which QEMU that makes.
+
+use anyhow::Result;
+use vhost_pci_tests::{Guest, GuestConfig, Sandbox};
+
+/// How the peer's driver learns of packets.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Mode {
+    /// It polls, through sysfs.
+    Poll,
+    /// It waits for MSI-X interrupts, through VFIO behind a virtual IOMMU.
+    Interrupt,
+}
+
+impl Mode {
+    pub const ALL: [Self; 2] = [Self::Poll, Self::Interrupt];
+
+    /// Pairs of queues of the link; an owner with one CPU sets up all and enables the first.
+    const fn pairs(self) -> u16 {
+        match self {
+            Self::Poll => 1,
+            Self::Interrupt => 2,
+        }
+    }
+
+    pub const fn name(self) -> &'static str {
+        match self {
+            Self::Poll => "poll",
+            Self::Interrupt => "interrupt",
+        }
+    }
+}
+
+/// What stands between the owner's card and the owner's memory.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Iommu {
+    /// Nothing: the card reaches all of it.
+    None,
+    /// virtio-iommu. The kernel maps each packet, and unmaps it at once (strict mode).
+    Virtio,
+    /// intel-iommu, the same way.
+    Intel,
+}
+
+impl Iommu {
+    pub const fn name(self) -> &'static str {
+        match self {
+            Self::None => "no IOMMU",
+            Self::Virtio => "virtio-iommu",
+            Self::Intel => "intel-iommu",
+        }
+    }
+}
+
+/// What works the owner's card.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum OwnerDriver {
+    /// The kernel.
+    Kernel,
+    /// A program, through VFIO.
+    Vfio,
+}
+
+/// What a testbed is like.
+#[derive(Clone, Copy, Debug)]
+pub struct Setup {
+    pub mode: Mode,
+    pub iommu: Iommu,
+    pub driver: OwnerDriver,
+    /// More of the link's section in the broker's configuration.
+    pub config: &'static str,
+    /// The owner's memory, MiB.
+    pub owner_mib: u32,
+}
+
+impl From<Mode> for Setup {
+    /// An owner without an IOMMU.
+    fn from(mode: Mode) -> Self {
+        Self { mode, iommu: Iommu::None, driver: OwnerDriver::Kernel, config: "", owner_mib: 512 }
+    }
+}
+
+impl Setup {
+    /// A polling peer, and an owner whose card a program works behind intel-iommu.
+    pub const fn vfio(config: &'static str) -> Self {
+        let driver = OwnerDriver::Vfio;
+        Self { mode: Mode::Poll, iommu: Iommu::Intel, driver, config, owner_mib: 512 }
+    }
+
+    /// The broker's configuration.
+    pub fn broker_config(&self, sandbox: &Sandbox) -> String {
+        let socket = |name: &str| sandbox.dir().join(name).display().to_string();
+        format!(
+            "control_socket = {:?}\n[[link]]\nname = \"vm\"\nowner_socket = {:?}\npeer_socket = {:?}\n\
+             queue_pairs = {}\n{}\n",
+            socket("control.sock"),
+            socket("owner.sock"),
+            socket("peer.sock"),
+            self.mode.pairs(),
+            self.config,
+        )
+    }
+
+    /// Starts the owner's VM.
+    pub fn spawn_owner(&self, sandbox: &Sandbox) -> Result<Guest> {
+        let chardev = format!("socket,id=vp,path={}", sandbox.dir().join("owner.sock").display());
+        let netdev = format!("vhost-user,id=net,chardev=vp,queues={}", self.mode.pairs());
+        let mut card = "virtio-net-pci,netdev=net,disable-legacy=on".to_owned();
+        if let pairs @ 2.. = self.mode.pairs() {
+            // Two vectors a pair, and two more.
+            card += &format!(",mq=on,vectors={}", 2 * pairs + 2);
+        }
+        if self.iommu != Iommu::None {
+            card += ",iommu_platform=on,ats=on";
+        }
+        let guest = with_iommu(sandbox.guest("owner"), self.iommu)
+            .memory_mib(self.owner_mib)
+            .args(["-chardev", &chardev, "-netdev", &netdev, "-device", &card])
+            .file("/bin/vhost-pci-guest", sandbox.guest_program("vhost-pci-guest")?);
+        match self.driver {
+            OwnerDriver::Kernel => guest.modules(["virtio_net"]),
+            OwnerDriver::Vfio => guest.modules(["vfio-pci"]),
+        }
+        .spawn()
+    }
+
+    /// Starts the peer's VM.
+    pub fn spawn_peer(&self, sandbox: &Sandbox) -> Result<Guest> {
+        let chardev = format!("socket,id=vp,path={}", sandbox.dir().join("peer.sock").display());
+        let queues = 1 + 2 * self.mode.pairs();
+        let device =
+            format!("vhost-user-test-device-pci,chardev=vp,virtio-id=38,num_vqs={queues},config_size=64");
+        let guest = sandbox
+            .guest("peer")
+            .args(["-chardev", &chardev])
+            .file("/bin/vhost-pci-guest", sandbox.guest_program("vhost-pci-guest")?);
+        match self.mode {
+            Mode::Poll => guest.args(["-device", &device]).modules(["tun"]).spawn(),
+            Mode::Interrupt => with_iommu(guest, Iommu::Intel)
+                .args(["-device", &format!("{device},iommu_platform=on,ats=on")])
+                .modules(["tun", "vfio-pci"])
+                .spawn(),
+        }
+    }
+}
+
+/// The guest with an IOMMU. It has to come before the devices behind it.
+fn with_iommu(guest: GuestConfig<'_>, iommu: Iommu) -> GuestConfig<'_> {
+    match iommu {
+        Iommu::None => guest,
+        Iommu::Virtio => {
+            guest.args(["-device", "virtio-iommu-pci"]).kernel_arg("iommu.strict=1").modules(["virtio-iommu"])
+        }
+        Iommu::Intel => guest
+            .args(["-device", "intel-iommu,intremap=on,device-iotlb=on,caching-mode=on"])
+            .kernel_arg("intel_iommu=on")
+            .kernel_arg("iommu.strict=1"),
+    }
+}
