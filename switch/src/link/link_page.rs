@@ -1,6 +1,7 @@
 //! What the guest reads, as bytes: the config space and the tables of the link
 //! area (`docs/vhost-pci-device.md`, 5 and 7).
 
+use iommu::{Access, Iova, Span};
 use vhost_pci_device::abi;
 use zerocopy::IntoBytes;
 
@@ -24,6 +25,25 @@ pub fn config_space(config: &LinkConfig) -> Vec<u8> {
     }
     .as_bytes()
     .to_vec()
+}
+
+/// Whether entries of a mapping table, sorted as it is, together cover `span` and each
+/// allows `access`.
+pub fn allows(mappings: &[abi::Mapping], span: Span<Iova>, access: Access) -> bool {
+    let (mut at, last) = (span.start().raw(), span.last().raw());
+    loop {
+        let after = mappings.partition_point(|entry| entry.iova.value() <= at);
+        let Some(entry) = after.checked_sub(1).and_then(|index| mappings.get(index)) else { return false };
+        let end = entry.iova.value() + (entry.len.value() - 1);
+        let allowed = Access::from_bits(entry.access.value()).is_some_and(|allowed| allowed.allows(access));
+        if end < at || !allowed {
+            return false;
+        }
+        if end >= last {
+            return true;
+        }
+        at = end + 1;
+    }
 }
 
 /// The header for these contents, at these generations.

@@ -8,7 +8,7 @@
 use std::collections::BTreeMap;
 use std::time::{Duration, Instant};
 
-use iommu::{Iova, Placement, Span, WindowGeometry, WindowLayout, WindowOffset};
+use iommu::{Access, Placement, Span, WindowGeometry, WindowLayout, WindowOffset};
 use vhost_pci_device::abi;
 
 use super::descriptor::{Eventfd, MemoryFile};
@@ -16,6 +16,7 @@ use super::fault::Fault;
 use super::iommu::demand::{Demand, DemandCounters};
 use super::iommu::serve::Refusal;
 use super::iommu::shown::Shown;
+use super::link_page;
 use super::message::{CommandId, Effect, Event, Generations, LinkContents, Log, Reply, Request, Side, Wire};
 use super::owner::OwnerSession;
 use super::peer::{AttachedDriver, PeerChange, PeerSession};
@@ -65,7 +66,9 @@ pub struct Link {
     pub(super) shown: Shown,
     pending: Option<Pending>,
     pub(super) failure: Option<String>,
-    published: LinkContents,
+    pub(super) published: LinkContents,
+    /// Something happened that what the peer should see may follow from.
+    pub(super) unsettled: bool,
     pub(super) generations: Generations,
     pub(super) wires: Vec<Wire>,
     doorbell: Option<Eventfd>,
@@ -100,6 +103,7 @@ impl Link {
             pending: None,
             failure: None,
             published: LinkContents::default(),
+            unsettled: false,
             generations: Generations { link: generation, table: generation },
             wires: Vec::new(),
             doorbell: None,
@@ -115,6 +119,13 @@ impl Link {
     /// Applies one event and gives what the runtime has to do, in this order.
     pub fn apply(&mut self, event: Event, now: Instant) -> Vec<Effect> {
         let mut effects = Vec::new();
+        // Commands, and words on the owner's IOMMU, change nothing by themselves.
+        self.unsettled |= !matches!(
+            event,
+            Event::Command(..)
+                | Event::MissDone(..)
+                | Event::Request(Side::Owner, Request::Iotlb(_) | Request::IommuPush { .. })
+        );
         match event {
             Event::Connected(Side::Owner) => {
                 self.counters.owner_connections += 1;
@@ -386,9 +397,14 @@ impl Link {
     /// turns the differences into effects.
     fn settle(&mut self, now: Instant, effects: &mut Vec<Effect>) {
         self.serve_demand(now, effects);
+        if !std::mem::take(&mut self.unsettled) {
+            self.answer_mapped(effects);
+            return;
+        }
         let mut changes = Vec::new();
         self.window.reconcile(&self.layout, now, &mut changes);
-        let up = self.is_usable();
+        let mappings = self.mappings();
+        let up = self.is_usable(&mappings);
         if up && self.failure.take().is_some() {
             effects.push(Effect::Log(Log::Info("the link works again".into())));
         }
@@ -406,7 +422,7 @@ impl Link {
         }
 
         // What is taken away leaves the link page before it leaves the window.
-        let contents = self.contents(up);
+        let contents = self.contents(up, mappings);
         if contents != self.published {
             let Generations { link, table } = self.generations;
             if contents.is_but_for_mappings(&self.published) {
@@ -429,7 +445,7 @@ impl Link {
         }
     }
 
-    fn contents(&self, up: bool) -> LinkContents {
+    fn contents(&self, up: bool, mappings: Vec<abi::Mapping>) -> LinkContents {
         let Some(owner) = &self.owner else {
             return LinkContents::default();
         };
@@ -441,58 +457,45 @@ impl Link {
         if up {
             contents.status |= abi::LINK_S_UP;
             contents.features = owner.features();
-            contents.vrings =
-                owner.vrings().iter().map(|vring| vring.entry(self.is_reachable(vring))).collect();
+            let vrings = owner.vrings().iter();
+            contents.vrings = vrings.map(|vring| vring.entry(is_reachable(vring, &mappings))).collect();
             if owner.has_iommu() {
                 contents.status |= abi::LINK_S_IOMMU;
                 if self.config.one_way == OneWay::Refuse {
                     contents.status |= abi::LINK_S_COPY;
                 }
             }
-            // Of an owner without an IOMMU the peer has all of it, or the link is not up.
-            let there =
-                self.layout.iter().filter(|placement| !owner.has_iommu() || self.window.has(placement));
-            contents.mappings = there.map(|placement| self.mapping_entry(placement)).collect();
+            contents.mappings = mappings;
         }
         contents
     }
 
+    /// The ranges that the peer should have and has, for certain, as the link page names
+    /// them.
+    fn mappings(&self) -> Vec<abi::Mapping> {
+        let granted = self.window.granted_ranges().filter(|placement| self.layout.has(placement));
+        let mut mappings: Vec<_> = granted.map(|placement| self.mapping_entry(placement)).collect();
+        mappings.sort_by_key(|entry| entry.iova.value());
+        mappings
+    }
+
     /// Whether the peer's driver may use the vrings: of an owner without an IOMMU when all
-    /// of its memory is in the window, else when a vring is.
-    fn is_usable(&self) -> bool {
+    /// of its memory is in the window, else when its vrings are.
+    fn is_usable(&self, mappings: &[abi::Mapping]) -> bool {
         match &self.owner {
             Some(owner) if owner.has_iommu() => {
                 // Those that the owner's IOMMU keeps from its device are not waited for.
                 let refused = &self.demand.refused_vrings;
-                let awaited = (0..)
-                    .zip(owner.vrings())
-                    .filter(|(index, vring)| vring.is_live() && !refused.contains(index));
-                let mut awaited = awaited.peekable();
+                let awaited = (0..).zip(owner.vrings());
+                let mut awaited =
+                    awaited.filter(|(index, vring)| vring.is_live() && !refused.contains(index)).peekable();
                 self.window.is_open()
                     && self.window.is_ready()
                     && awaited.peek().is_some()
-                    && awaited.all(|(_, vring)| self.is_reachable(vring))
+                    && awaited.all(|(_, vring)| is_reachable(vring, mappings))
             }
             _ => !self.layout.is_empty() && self.window.shows_exactly(&self.layout),
         }
-    }
-
-    /// Whether a vring runs and its memory is in the window.
-    fn is_reachable(&self, vring: &Vring) -> bool {
-        let shown = |part: Span<Iova>| {
-            let mut at = part.start();
-            loop {
-                let placement = self.layout.placement_at(at).filter(|placement| self.window.has(placement));
-                let Some(last) = placement.map(|placement| placement.range().iova().last()) else {
-                    return false;
-                };
-                if last >= part.last() {
-                    return true;
-                }
-                at = Iova::new(last.raw() + 1);
-            }
-        };
-        vring.is_live() && vring.started().is_some_and(|config| config.parts().all(shown))
     }
 
     /// The entry of the link page (`docs/vhost-pci-device.md`, 7.3).
@@ -546,4 +549,10 @@ impl Link {
             effects.push(Effect::Log(Log::Fault(format!("{side}: {fault}{times}"))));
         }
     }
+}
+
+/// Whether a vring runs and its memory is in the window.
+fn is_reachable(vring: &Vring, mappings: &[abi::Mapping]) -> bool {
+    let reachable = |part| link_page::allows(mappings, part, Access::ReadWrite);
+    vring.is_live() && vring.started().is_some_and(|config| config.parts().all(reachable))
 }

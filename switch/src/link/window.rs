@@ -207,7 +207,7 @@ impl Window {
                 (HeldState::Revoking(_), true)
                     if self.strict && self.phase == Phase::Open && self.held[index].is_owners() =>
                 {
-                    self.held.swap_remove(index);
+                    self.held.remove(index);
                     self.counters.revoked += 1;
                 }
                 (HeldState::Revoking(op), true) => self.held[index].state = HeldState::Unmapped(op),
@@ -369,12 +369,9 @@ impl Window {
             && self.held.iter().filter(|held| held.is_owners()).all(|held| held.state == HeldState::Granted)
     }
 
-    /// Whether the VMM has this range, for certain.
-    pub fn has(&self, placement: &Placement<MemoryFile>) -> bool {
-        self.held.iter().any(|held| match &held.content {
-            Content::Owner(other) => held.state == HeldState::Granted && other == placement,
-            _ => false,
-        })
+    /// The owner's ranges that the VMM has, for certain.
+    pub fn granted_ranges(&self) -> impl Iterator<Item = &Placement<MemoryFile>> {
+        self.owner_ranges().filter(|(_, granted)| *granted).map(|(placement, _)| placement)
     }
 
     /// Whether the VMM may be asked for changes, now or when a revocation is done.

@@ -12,6 +12,7 @@ use super::iotlb::PushedChange;
 use crate::config::OneWay;
 use crate::link::descriptor::MemoryFile;
 use crate::link::fault::Fault;
+use crate::link::link_page;
 use crate::link::message::{CommandId, Effect, IotlbMessage, MissId, PushEntry};
 use crate::link::owner::OwnerSession;
 use crate::link::state::Link;
@@ -215,30 +216,12 @@ impl Link {
 
     /// Answers MAP commands whose ranges the peer has now, when the link page says so.
     pub(in crate::link) fn answer_mapped(&mut self, effects: &mut Vec<Effect>) {
-        let (layout, window) = (&self.layout, &self.window);
-        let shown = |span: Span<Iova>| {
-            let mut at = span.start();
-            loop {
-                let Some(placement) = layout.placement_at(at).filter(|placement| window.has(placement))
-                else {
-                    return false;
-                };
-                let last = placement.range().iova().last();
-                if last >= span.last() {
-                    return true;
-                }
-                at = Iova::new(last.raw() + 1);
-            }
-        };
-        let shown_map = &self.shown;
+        if self.demand.wants.is_empty() {
+            return;
+        }
+        let there = &self.published.mappings;
         self.demand.wants.retain(|want| {
-            let allowed = || {
-                let mut ranges = shown_map.map().overlapping(want.span);
-                ranges.all(|range| {
-                    shown_map.allowed(range.iova().start()).is_some_and(|allowed| allowed.allows(want.access))
-                })
-            };
-            let done = want.task == Task::Map && shown(want.span) && allowed();
+            let done = want.task == Task::Map && link_page::allows(there, want.span, want.access);
             if done {
                 effects.push(Effect::Answer(want.command, abi::CTRL_OK, true));
             }
@@ -265,6 +248,10 @@ impl Link {
             live.filter_map(|(vring, index)| Some((index, vring.started()?.parts().collect()))).collect();
         let mut missing = None;
         for (index, parts) in live {
+            if parts.iter().all(|part| self.shown.covers(*part)) {
+                parts.iter().for_each(|part| self.shown.touch(*part, true));
+                continue;
+            }
             let owner = self.owner.as_ref()?;
             let known: Result<Vec<_>, _> =
                 parts.iter().map(|part| owner.iotlb.covering(*part, Access::ReadWrite)).collect();
@@ -496,6 +483,7 @@ impl Link {
 
     fn try_plan(&mut self) -> Result<(), LayoutError> {
         self.layout = WindowLayout::plan(&self.geometry, self.shown.map(), &self.layout)?;
+        self.unsettled = true;
         Ok(())
     }
 }
