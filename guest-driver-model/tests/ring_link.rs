@@ -38,6 +38,35 @@ fn a_snapshot_holds_what_the_device_wrote() {
     assert!(snapshot.has_feature(32) && !snapshot.has_feature(31) && !snapshot.has_feature(64));
     assert_eq!(snapshot.mappings, writer.mappings);
     assert_eq!(snapshot.vrings, writer.vrings);
+    assert_eq!((snapshot.table_generation, page.table_generation()), (2, 2));
+    let bits = (abi::LINK_S_IOMMU, abi::LINK_S_COPY);
+    for (status, iommu, copy) in [(0, false, false), (bits.0, true, false), (bits.0 | bits.1, true, true)] {
+        LinkWriter { status, ..writer.clone() }.write(&views.window);
+        let snapshot = page.snapshot().unwrap();
+        assert_eq!((snapshot.up, snapshot.iommu, snapshot.copy), (false, iommu, copy));
+    }
+}
+
+#[test]
+fn the_table_alone_is_read_and_checked_as_in_a_snapshot() {
+    let views = views();
+    let good = LinkWriter::new(0, vec![mapping(0, 2), mapping(2 * PAGE, 1)], vec![]);
+    let table = |writer: &LinkWriter| {
+        writer.write(&views.window);
+        link_page(&views.window).table()
+    };
+    let read = table(&LinkWriter { generation: 6, table_generation: 10, ..good.clone() }).unwrap();
+    assert_eq!((read.generation, read.table_generation, read.mappings), (6, 10, good.mappings.clone()));
+    for bad in [vec![mapping(1, 1)], vec![mapping(PAGE, 1), mapping(0, 1)]] {
+        assert!(table(&LinkWriter { mappings: bad, ..good.clone() }).is_err());
+    }
+    let long = LinkWriter { mapping_count: Some(abi::MAX_MAPPINGS + 1), ..good.clone() };
+    assert!(matches!(table(&long), Err(LinkError::Table { .. })));
+    for (generation, table_generation) in [(2, 3), (3, 2)] {
+        let changing = LinkWriter { generation, table_generation, ..good.clone() };
+        assert_eq!(table(&changing), Err(LinkError::Changing));
+        assert_eq!(link_page(&views.window).snapshot(), Err(LinkError::Changing));
+    }
 }
 
 #[test]
@@ -150,35 +179,57 @@ fn a_page_that_always_changes_ends_the_attempts() {
     assert_eq!(read(&views, &odd), Err(LinkError::Changing));
 }
 
-/// The device writes one of two pages under an odd generation; a reader must never
-/// see a mixture, nor an error that only a mixture explains.
+/// The device writes one of two pages under odd generations, or one of two tables under an odd
+/// table generation; a reader must never see a mixture, nor an error that only a mixture
+/// explains.
 #[test]
-fn a_snapshot_is_never_a_mixture_of_two_generations() {
+fn what_is_read_is_never_a_mixture_of_two_generations() {
     let views = views();
-    let pages = [1_u64, 2].map(|n| LinkWriter::new(n, vec![mapping(n * PAGE, n)], vec![]));
-    pages[0].write(&views.window);
+    // Pages that differ in the features, of two tables each.
+    let table = |n: u64| vec![mapping(n * PAGE, n), mapping((n + 8) * PAGE, 3 - n)];
     let done = Done::default();
+    let write = |generation: u64, table_generation: u64| {
+        let features = generation / 2 % 2;
+        let mappings = table(1 + table_generation / 2 % 2);
+        LinkWriter { generation, table_generation, ..LinkWriter::new(features, mappings, vec![]) }
+            .write(&views.window);
+    };
+    write(2, 2);
     std::thread::scope(|scope| {
         let _at_end = done.at_end();
         scope.spawn(|| {
             let mut generation = 2;
-            while !done.is_raised() {
-                views.window.store_u64(8, generation + 1).unwrap();
+            for table_generation in (2..).step_by(2) {
+                if done.is_raised() {
+                    return;
+                }
+                let all = table_generation % 6 == 0;
+                if all {
+                    views.window.store_u64(8, generation + 1).unwrap();
+                    generation += 2;
+                }
+                views.window.store_u64(48, table_generation + 1).unwrap();
                 std::sync::atomic::fence(std::sync::atomic::Ordering::Release);
-                generation += 2;
-                let page = &pages[(generation / 2 % 2) as usize];
-                LinkWriter { generation, ..page.clone() }.write(&views.window);
+                write(generation, table_generation + 2);
             }
         });
         let page = link_page(&views.window);
-        let mut good = 0;
+        let mut good = [0, 0];
         let start = Instant::now();
-        while good < 100 || start.elapsed() < Duration::from_millis(300) {
+        while good.iter().any(|count| *count < 100) || start.elapsed() < Duration::from_millis(300) {
             match page.snapshot() {
                 Ok(snapshot) => {
-                    let n = snapshot.features;
-                    assert_eq!(snapshot.mappings, [mapping(n * PAGE, n)]);
-                    good += 1;
+                    assert_eq!(snapshot.features, snapshot.generation / 2 % 2);
+                    assert_eq!(snapshot.mappings, table(1 + snapshot.table_generation / 2 % 2));
+                    good[0] += 1;
+                }
+                Err(LinkError::Changing) => {}
+                Err(error) => unreachable!("{error}"),
+            }
+            match page.table() {
+                Ok(read) => {
+                    assert_eq!(read.mappings, table(1 + read.table_generation / 2 % 2));
+                    good[1] += 1;
                 }
                 Err(LinkError::Changing) => {}
                 Err(error) => unreachable!("{error}"),

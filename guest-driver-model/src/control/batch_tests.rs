@@ -231,7 +231,7 @@ fn a_batch_larger_than_the_ring_is_carried_out_in_any_order() {
         // 32 commands of two descriptors fit the ring.
         assert_eq!(state.doorbells, 20 * 4);
         assert_eq!(state.seen.iter().filter(|seen| seen.0 == abi::CTRL_MAP).count(), 20 * 33);
-        assert!(state.seen.iter().any(|seen| *seen == (abi::CTRL_MAP, abi::ACCESS_WRITE, 2 << 12, 4096)));
+        assert!(state.seen.contains(&(abi::CTRL_MAP, abi::ACCESS_WRITE, 2 << 12, 4096)));
         assert!(ring.is_current(), "jobs do not touch the mark");
     }
 }

@@ -19,6 +19,8 @@ const PLATFORM: u64 = 1 << 33;
 
 /// What the device does with a request.
 pub type Rule = Box<dyn FnMut(&Request) -> Outcome>;
+/// What happens while a batch is carried out.
+pub type Hook = Box<dyn FnMut(&mut LinkWriter, &SharedMemory)>;
 
 pub struct Device {
     pub owner: SharedMemory,
@@ -30,7 +32,7 @@ pub struct Device {
     /// Batches of requests.
     pub log: Vec<Vec<Request>>,
     /// Called with each batch before it is carried out.
-    pub before: Box<dyn FnMut(&mut LinkWriter, &SharedMemory)>,
+    pub before: Hook,
     next: u64,
 }
 
