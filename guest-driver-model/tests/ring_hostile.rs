@@ -5,7 +5,8 @@
 mod net_support;
 
 use guest_driver_model::link::{Access, Mapping};
-use guest_driver_model::ring::device::{MAX_CHAIN, MAX_SEGMENTS};
+use guest_driver_model::ring::device::MAX_CHAIN;
+use guest_driver_model::ring::walk::MAX_SEGMENTS;
 use guest_driver_model::ring::{
     AddError, Buffer, ChainBurst, Completion, DeviceRing, Direction, DriverFaultKind, DriverRing, Place,
     RingPlaces,

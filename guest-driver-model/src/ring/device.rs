@@ -13,13 +13,14 @@
 
 use std::fmt;
 
-use vhost_pci_device::abi::{FaultKind, MAX_COPY, MAX_MAP, PAGE_SIZE};
+use vhost_pci_device::abi::FaultKind;
 use virtio_bindings::virtio_ring::{VRING_AVAIL_F_NO_INTERRUPT, VRING_USED_F_NO_NOTIFY};
 
-use super::chain::{ChainBurst, Descriptor, Direction, Place, Segment};
+use super::chain::{ChainBurst, Descriptor, Direction};
 use super::index::{Consumer, Producer, Word};
 use super::layout::{DESC_LEN, FLAGS_AT, INDEX_AT, RingConfig, SLOTS_AT};
-use super::miss::{Finding, Miss, Misses, OnMiss};
+use super::miss::{Finding, Miss, OnMiss};
+use super::walk::{Broken, Lookup, Stop, Walk};
 use crate::shm::{SharedMemory, ShmError, Slots, Word16};
 use crate::translate::{Access, Part, Translation};
 
@@ -27,9 +28,6 @@ use crate::translate::{Access, Part, Translation};
 /// what Linux's vhost takes (UIO_MAXIOV). A ring smaller than that sets the limit
 /// itself (virtio 1.3, 2.7.5.3.1).
 pub const MAX_CHAIN: u16 = 1024;
-/// The most segments of one chain: a buffer that runs through several mappings has
-/// several.
-pub const MAX_SEGMENTS: usize = 2 * MAX_CHAIN as usize;
 
 /// What is wrong with a vring: its driver broke the specification.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
@@ -45,23 +43,6 @@ pub struct Fault {
 impl fmt::Display for Fault {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         write!(f, "vring {} is broken: {} ({:#x})", self.vring, self.kind.name(), self.value)
-    }
-}
-
-/// A kind of fault with what was seen, before it is known which ring it is about.
-type Broken = (FaultKind, u64);
-
-/// Why a chain was not popped.
-enum Stop {
-    /// It breaks the rules.
-    Broken(Broken),
-    /// Something of it is not in the mapping table; what is missing was noted.
-    Missing,
-}
-
-impl From<Broken> for Stop {
-    fn from(broken: Broken) -> Self {
-        Self::Broken(broken)
     }
 }
 
@@ -134,7 +115,7 @@ impl DeviceRing {
                 start,
             ),
             window: window.clone(),
-            lookup: Lookup { translation, on_miss: OnMiss::Fault, misses: Misses::default() },
+            lookup: Lookup::new(translation),
             ahead: ChainBurst::default(),
             // No element has this id, so each slot's first element is stored.
             used_shadow: vec![[u32::MAX; 2]; usize::from(places.size)].into(),
@@ -292,7 +273,7 @@ impl DeviceRing {
         mark: usize,
     ) -> Result<(), Stop> {
         let head = self.avail.load(at);
-        let mut walk = Walk { at, direction, writable_seen: false, len: 0, mark, missing: false };
+        let mut walk = Walk::new(at, direction, mark);
         let mut index = head;
         for walked in 0..self.chain_limit {
             if index >= self.size {
@@ -434,181 +415,5 @@ impl DeviceRing {
     #[cold]
     fn broken(&mut self, (kind, value): Broken) -> Fault {
         *self.fault.get_or_insert(Fault { kind, vring: self.vring, value })
-    }
-}
-
-/// How a ring finds buffers.
-#[derive(Debug)]
-struct Lookup {
-    translation: Translation,
-    on_miss: OnMiss,
-    misses: Misses,
-}
-
-impl Lookup {
-    /// An indirect table has a gap: both are given as address and length. Where the table
-    /// has been put instead, or why it cannot be read.
-    fn missing_table(
-        &mut self,
-        at: u16,
-        (addr, len): (u64, u32),
-        (gap, gap_len): (u64, u32),
-        why: FaultKind,
-    ) -> Result<u64, Stop> {
-        let denied = Stop::Broken((why, addr));
-        if addr.checked_add(u64::from(len) - 1).is_none() {
-            return Err(denied);
-        }
-        let asked = match self.on_miss {
-            OnMiss::Fault => return Err(denied),
-            OnMiss::Copy => Some(Finding::Copy),
-            OnMiss::Map => self.misses.finding_of_page(gap, Access::READ),
-        };
-        match asked {
-            Some(Finding::Denied) => return Err(denied),
-            Some(Finding::Copy) => match self.misses.finding_of_table(at, addr, len) {
-                Some(Finding::Denied) => return Err(denied),
-                Some(Finding::Fetched(offset)) => return Ok(offset),
-                _ => self.misses.note_table(at, addr, len),
-            },
-            _ => self.misses.note_map(gap, gap_len, Access::READ),
-        }
-        Err(Stop::Missing)
-    }
-
-    /// The `len` bytes at `iova` are not in the mapping table. How many of them are dealt
-    /// with: they are the segment pushed, or were noted as missing.
-    fn missing(
-        &mut self,
-        (iova, len): (u64, u32),
-        writable: bool,
-        burst: &mut ChainBurst,
-        walk: &mut Walk,
-    ) -> Option<u32> {
-        let access = access_of(writable);
-        let found = match self.on_miss {
-            OnMiss::Fault => return None,
-            OnMiss::Copy => {
-                let run = len.min(MAX_COPY);
-                burst.push_outside(iova, run, writable);
-                return Some(run);
-            }
-            OnMiss::Map => self.misses.finding_of_page(iova, access),
-        };
-        match found {
-            Some(Finding::Denied) => None,
-            Some(Finding::Copy) => {
-                // As far as that was said.
-                let most = len.min(MAX_COPY);
-                let mut run = ((PAGE_SIZE - iova % PAGE_SIZE) as u32).min(most);
-                while run < most
-                    && self.misses.finding_of_page(iova + u64::from(run), access) == Some(Finding::Copy)
-                {
-                    run = (run + PAGE_SIZE as u32).min(most);
-                }
-                burst.push_outside(iova, run, writable);
-                Some(run)
-            }
-            _ => {
-                walk.missing = true;
-                self.misses.note_map(iova, len, access);
-                Some(len.min((MAX_MAP - iova % PAGE_SIZE) as u32))
-            }
-        }
-    }
-}
-
-fn access_of(writable: bool) -> Access {
-    if writable { Access::WRITE } else { Access::READ }
-}
-
-/// What has been seen of one chain.
-struct Walk {
-    /// The chain's index in the available ring.
-    at: u16,
-    direction: Direction,
-    writable_seen: bool,
-    len: u64,
-    /// Where its segments start in the burst.
-    mark: usize,
-    /// Something of it is missing.
-    missing: bool,
-}
-
-impl Walk {
-    #[inline]
-    fn take(
-        &mut self,
-        descriptor: &Descriptor,
-        lookup: &mut Lookup,
-        burst: &mut ChainBurst,
-    ) -> Result<(), Stop> {
-        let writable = descriptor.is_writable();
-        let fits = match self.direction {
-            Direction::DeviceReads => !writable,
-            Direction::DeviceWrites => writable,
-            // 2.7.4.2: readable parts come first.
-            Direction::Both => writable || !self.writable_seen,
-        };
-        if !fits {
-            return Err(Stop::Broken((FaultKind::Direction, descriptor.addr)));
-        }
-        self.writable_seen |= writable;
-        self.len += u64::from(descriptor.len);
-        let Descriptor { addr: iova, len, .. } = *descriptor;
-        match lookup.translation.translate(iova, len, access_of(writable)) {
-            Ok(offset) => {
-                burst.push_segment(Segment { iova, place: Place::Window(offset), len, writable });
-                Ok(())
-            }
-            Err(why) => self.take_parts(descriptor, why, lookup, burst),
-        }
-    }
-
-    /// A buffer that is not in one mapping.
-    #[cold]
-    fn take_parts(
-        &mut self,
-        descriptor: &Descriptor,
-        why: FaultKind,
-        lookup: &mut Lookup,
-        burst: &mut ChainBurst,
-    ) -> Result<(), Stop> {
-        let Descriptor { addr, len, .. } = *descriptor;
-        let writable = descriptor.is_writable();
-        let wraps = addr.checked_add(u64::from(len).saturating_sub(1)).is_none();
-        if why == FaultKind::Length || wraps {
-            return Err(Stop::Broken((why, addr)));
-        }
-        let mut done = 0_u32;
-        while done < len {
-            if burst.mark() - self.mark >= MAX_SEGMENTS {
-                return Err(Stop::Broken((FaultKind::ChainTooLong, MAX_SEGMENTS as u64)));
-            }
-            if self.missing && lookup.misses.is_full() {
-                return Err(Stop::Missing);
-            }
-            let (iova, left) = (addr + u64::from(done), len - done);
-            done += match lookup.translation.part(iova, left, access_of(writable)) {
-                Part::Mapped { offset, len } => {
-                    burst.push_segment(Segment { iova, place: Place::Window(offset), len, writable });
-                    len
-                }
-                Part::Missing { len, why } => {
-                    lookup.missing((iova, len), writable, burst, self).ok_or(Stop::Broken((why, addr)))?
-                }
-            };
-        }
-        Ok(())
-    }
-
-    /// The chain is at its end.
-    #[inline]
-    fn finish(&self, head: u16, burst: &mut ChainBurst) -> Result<(), Stop> {
-        if self.missing {
-            return Err(Stop::Missing);
-        }
-        burst.finish(head, self.mark, self.len);
-        Ok(())
     }
 }

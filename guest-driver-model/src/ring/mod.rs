@@ -7,6 +7,7 @@
 //! | [`index`] | index publication and notification suppression; nothing else orders memory |
 //! | [`chain`] | what a popped burst of descriptor chains is |
 //! | [`device`] | the device half, which a peer plays through the window |
+//! | [`walk`] | the walk along one chain, and how its buffers are found |
 //! | [`miss`] | what the device half cannot reach, and what was found out about it |
 //! | [`driver`] | the driver half, which an owner's guest plays in its own memory |
 //!
@@ -22,6 +23,7 @@ pub mod driver;
 pub mod index;
 pub mod layout;
 pub mod miss;
+pub mod walk;
 
 pub use chain::{Chain, ChainBurst, Direction, Place, Segment};
 pub use device::{DeviceRing, Fault};
