@@ -30,9 +30,36 @@ pub struct Args {
     /// Length of each packet, bytes (from 30, Ethernet header included)
     #[arg(long, default_value_t = 64, value_parser = clap::value_parser!(u32).range(30..=2036))]
     size: u32,
+    /// Give the owner an IOMMU, so that its peer sees what it maps and nothing else: its
+    /// buffers for good (`static`), or each packet while it is under way (`per-packet`)
+    #[arg(long, value_enum, default_value_t)]
+    iommu: OwnerIommu,
     /// Print one JSON object at the end, and nothing else on stdout
     #[arg(long)]
     json: bool,
+}
+
+/// How the owner's guest uses its IOMMU.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, clap::ValueEnum)]
+enum OwnerIommu {
+    /// It has none
+    #[default]
+    Off,
+    /// It maps its rings and buffers once
+    Static,
+    /// It maps each packet, and unmaps it when it is used
+    PerPacket,
+}
+
+impl OwnerIommu {
+    /// The word for the owner's model.
+    const fn word(self) -> &'static str {
+        match self {
+            Self::Off => "off",
+            Self::Static => "static",
+            Self::PerPacket => "per-packet",
+        }
+    }
 }
 
 /// A JSON line of a guest model.
@@ -69,6 +96,8 @@ struct Outcome {
     /// wrote by system calls while packets moved, in packets, as it has no guest
     /// memory mapped (checked with the kernel).
     broker_packets: u64,
+    /// The most of the owner's memory that its peer had in its window at once, bytes.
+    owner_bytes_in_window: u64,
     /// Notifications that the broker's relay passed on, over the whole run.
     notifications_relayed: u64,
     lost: u64,
@@ -93,7 +122,8 @@ pub fn run(args: &Args) -> anyhow::Result<()> {
     let peer = ["--check", "pattern", "--json-lines", "--size", &size];
     let mut peer =
         Child::start("peer", &["guest", "gen", "--socket"], &at("peer.sock"), &peer, &at("peer.log"))?;
-    let owner = ["--mode", "both", "--json-lines", "--size", &size, "--seconds", &seconds];
+    let iommu = args.iommu.word();
+    let owner = ["--mode", "both", "--json-lines", "--size", &size, "--seconds", &seconds, "--iommu", iommu];
     let mut owner =
         Child::start("owner", &["guest", "owner", "--socket"], &at("owner.sock"), &owner, &at("owner.log"))?;
     progress(args, "a broker and two guest models, packets both ways, each checked (sequence, checksum)");
@@ -119,7 +149,7 @@ pub fn run(args: &Args) -> anyhow::Result<()> {
         println!("{}", serde_json::to_string(&outcome)?);
     } else {
         println!(
-            "{:.2} Mpps, {:.2} Gbit/s both ways; lost {}, corrupted {}; broker: {:.1} ms of CPU in {:.1} s ({:.2} % of a core), {} packets",
+            "{:.2} Mpps, {:.2} Gbit/s both ways; lost {}, corrupted {}; broker: {:.1} ms of CPU in {:.1} s ({:.2} % of a core), {} packets; of the owner's memory {} KiB in the window at most",
             outcome.mpps,
             outcome.gbps,
             outcome.lost,
@@ -128,6 +158,7 @@ pub fn run(args: &Args) -> anyhow::Result<()> {
             outcome.seconds,
             outcome.broker_cpu_percent,
             outcome.broker_packets,
+            outcome.owner_bytes_in_window >> 10,
         );
     }
     match (outcome.lost, outcome.corrupted) {
@@ -236,6 +267,7 @@ fn outcome(
         broker_cpu_ms: cpu_ms,
         broker_cpu_percent: cpu_ms / last.seconds.max(f64::MIN_POSITIVE) / 10.0,
         broker_packets: used.io_bytes / u64::from(args.size),
+        owner_bytes_in_window: status.links.iter().map(|link| link.window.largest_mapped_bytes).sum(),
         notifications_relayed: status.links.iter().map(|link| link.counters.notifications_relayed).sum(),
         lost: lost + owner.reordered + peer.reordered,
         corrupted: owner.corrupted + peer.corrupted,
