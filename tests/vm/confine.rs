@@ -28,7 +28,7 @@ const SECRET: u64 = 7_201_803;
 fn run(sandbox: &Sandbox) -> Result<()> {
     without_iommu(sandbox)?;
     // Small, so that all of it can be searched often.
-    let mut testbed = Testbed::boot(sandbox, Setup::vfio("window = \"64MiB\""))?;
+    let mut testbed = Testbed::boot(sandbox, Setup::vfio("window = \"16MiB\""))?;
     let result = with_iommu(&mut testbed);
     result.or_else(|error| testbed.explain(&format!("{error:#}")))
 }

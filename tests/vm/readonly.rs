@@ -25,8 +25,8 @@ const PACKETS: u64 = 20_000;
 
 fn run(sandbox: &Sandbox) -> Result<()> {
     for (config, check) in [
-        ("one_way = \"refuse\"\nwindow = \"64MiB\"", refused as fn(&mut Testbed<'_>) -> Result<()>),
-        ("one_way = \"widen\"\nwindow = \"64MiB\"", widened),
+        ("one_way = \"refuse\"\nwindow = \"16MiB\"", refused as fn(&mut Testbed<'_>) -> Result<()>),
+        ("one_way = \"widen\"\nwindow = \"16MiB\"", widened),
     ] {
         let mut testbed = Testbed::boot(sandbox, Setup::vfio(config))?;
         let result = check(&mut testbed);
