@@ -49,6 +49,19 @@ pub fn check(acked: u64, offered: u64) -> Result<(), Fault> {
     }
 }
 
+/// Refuses an extension that was acknowledged without a standard feature that it depends on
+/// (`docs/vhost-user-extensions.md`, Negotiation).
+pub fn check_needs(acked: u64, extension: u64, needs: VhostUserProtocolFeatures) -> Result<(), Fault> {
+    match needs.bits() & !acked {
+        missing if acked & extension != 0 && missing != 0 => Err(Fault::OutOfOrder(format!(
+            "{} was acknowledged without {}, which it depends on",
+            protocol_names(extension).join(", "),
+            protocol_names(missing).join(", "),
+        ))),
+        _ => Ok(()),
+    }
+}
+
 /// The names of a network card's virtio features; a bit without a name appears as
 /// its number.
 pub fn names(features: u64, profile: Profile) -> Vec<String> {

@@ -117,10 +117,11 @@ impl OwnerSession {
             Request::GetFeatures => return Ok(Reply::Number(self.offered)),
             Request::SetFeatures(acked) => {
                 features::check(acked, self.offered)?;
-                self.features = acked;
-                if !self.has_iommu() {
+                if (acked ^ self.features) & features::ACCESS_PLATFORM != 0 {
+                    self.must_be_stopped("VIRTIO_F_ACCESS_PLATFORM")?;
                     self.iotlb = Iotlb::default();
                 }
+                self.features = acked;
                 if acked & features::PROTOCOL_FEATURES == 0 {
                     // vhost-user, Ring states: without the feature rings start enabled.
                     self.vrings.iter_mut().for_each(|vring| vring.enabled = true);
@@ -129,6 +130,11 @@ impl OwnerSession {
             Request::GetProtocolFeatures => return Ok(Reply::Number(protocol_features())),
             Request::SetProtocolFeatures(acked) => {
                 features::check(acked, protocol_features())?;
+                features::check_needs(acked, features::PROTOCOL_IOMMU_PUSH, Protocol::REPLY_ACK)?;
+                if (acked ^ self.protocol) & features::PROTOCOL_IOMMU_PUSH != 0 {
+                    self.must_be_stopped("IOMMU_PUSH")?;
+                    self.iotlb = Iotlb::default();
+                }
                 self.protocol = acked;
             }
             Request::GetQueueNum => return Ok(Reply::Number(u64::from(self.queue_pairs))),
@@ -239,6 +245,14 @@ impl OwnerSession {
             ));
         }
         Ok(())
+    }
+
+    /// What gives addresses their meaning cannot change under a started vring.
+    fn must_be_stopped(&self, what: &str) -> Result<(), Fault> {
+        match self.vrings.iter().any(|vring| vring.started().is_some()) {
+            true => Err(Fault::OutOfOrder(format!("{what} changes while a vring is started"))),
+            false => Ok(()),
+        }
     }
 
     fn vring(&mut self, index: u32) -> Result<&mut Vring, Fault> {

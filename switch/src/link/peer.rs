@@ -149,6 +149,10 @@ impl PeerSession {
             Request::GetProtocolFeatures => Reply::Number(protocol_features()),
             Request::SetProtocolFeatures(acked) => {
                 features::check(acked, protocol_features())?;
+                features::check_needs(acked, features::PROTOCOL_SHMEM_STRICT, needed_protocol_features())?;
+                if self.started && (acked ^ self.protocol) & features::PROTOCOL_SHMEM_STRICT != 0 {
+                    return Err(Fault::OutOfOrder("SHMEM_STRICT changes while the device is started".into()));
+                }
                 self.protocol = acked;
                 Reply::Done
             }

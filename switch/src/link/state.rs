@@ -257,6 +257,8 @@ impl Link {
         let starts = matches!(request, Request::SetVringKick { .. } | Request::SetVringEnable { .. });
         let taken = match request {
             Request::SetBackendChannel(stream) => owner.take_channel().map_err(Refusal::End).map(|()| {
+                // What the old channel was asked nobody answers any more.
+                self.demand.asked = None;
                 effects.push(Effect::OpenChannel(Side::Owner, stream));
                 Reply::Done
             }),
@@ -330,6 +332,7 @@ impl Link {
                     PeerChange::None => {}
                     PeerChange::Started => {
                         self.demand.forget_peer();
+                        self.hide_unenforced();
                         effects.push(Effect::ResetControlRing);
                         self.window.open(strict, now, effects);
                     }
@@ -383,6 +386,7 @@ impl Link {
                 self.owner = None;
                 self.pending = None;
                 self.stop_demand(effects);
+                self.demand.asked = None;
                 self.layout = WindowLayout::new();
             }
             Side::Peer if self.peer.take().is_some() => {

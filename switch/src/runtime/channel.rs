@@ -15,9 +15,9 @@ use std::thread;
 use rustix::net::{SendAncillaryBuffer, SendAncillaryMessage, SendFlags, sendmsg};
 
 use super::backend_message::{HEADER_LEN, Message, REPLY_LEN, is_done};
-use super::{Input, LinkPort, SessionId};
-use crate::link::Side;
+use super::{ChannelId, Input, LinkPort, SessionId};
 use crate::link::message::{MissId, OpId};
+use crate::link::{Fault, Side};
 
 /// What an answer is the answer to.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -33,6 +33,7 @@ pub enum Asked {
 /// The channel to one VMM. Closes when dropped.
 #[derive(Debug)]
 pub struct Channel {
+    id: ChannelId,
     stream: UnixStream,
     /// Sent and not answered: what, and in words.
     open: VecDeque<(Asked, String)>,
@@ -48,17 +49,30 @@ impl Channel {
         stream: UnixStream,
         port: LinkPort,
         side: Side,
-        session: SessionId,
+        ids: (SessionId, ChannelId),
         name: &str,
     ) -> io::Result<Self> {
         let mut clone = stream.try_clone()?;
+        let (session, channel) = ids;
         thread::Builder::new().name(format!("{name} {} answers", side.name())).spawn(move || {
-            while let Ok(done) = read_answer(&mut clone) {
-                port.send(Input::ChannelAnswer { side, session, done });
+            let error = loop {
+                match read_answer(&mut clone) {
+                    Ok(done) => port.send(Input::ChannelAnswer { side, session, channel, done }),
+                    Err(error) => break error,
+                }
+            };
+            if error.kind() == io::ErrorKind::InvalidData {
+                let fault = Some(Fault::Message("what came on the back-end channel is no answer".into()));
+                port.send(Input::Ended { side, session, fault });
             }
-            port.send(Input::ChannelEnded { side, session });
+            port.send(Input::ChannelEnded { side, session, channel });
         })?;
-        Ok(Self { stream, open: VecDeque::new(), unsent: VecDeque::new() })
+        Ok(Self { id: channel, stream, open: VecDeque::new(), unsent: VecDeque::new() })
+    }
+
+    /// Its number.
+    pub fn id(&self) -> ChannelId {
+        self.id
     }
 
     /// Asks. The answer comes as [`Input::ChannelAnswer`].

@@ -5,6 +5,7 @@
 
 use std::os::fd::AsFd;
 
+use nix::fcntl::{FcntlArg, OFlag, fcntl};
 use nix::sys::uio::{pread, pwrite};
 use vhost_pci_device::abi;
 use vm_memory::GuestMemoryMmap;
@@ -48,6 +49,12 @@ fn read(piece: &Piece, bytes: &mut [u8]) -> bool {
 fn write(piece: &Piece, bytes: &[u8]) -> bool {
     // A file that got shorter must not grow again by this.
     let end = piece.offset + bytes.len() as u64;
+    // Nor one that its owner's VMM has set to append: pwrite(2) would, wherever it is told to
+    // write.
+    let flags = fcntl(piece.file.as_fd(), FcntlArg::F_GETFL).unwrap_or(0);
+    if flags & OFlag::O_APPEND.bits() != 0 {
+        return false;
+    }
     if nix::sys::stat::fstat(piece.file.as_fd()).map_or(0, |stat| stat.st_size as u64) < end {
         return false;
     }

@@ -21,7 +21,7 @@ use super::channel::{Asked, Channel, send_now};
 use super::control_ring::ControlRing;
 use super::copy::copy;
 use super::relay::Relay;
-use super::{Answer, Answered, Input, LinkPort, SessionId};
+use super::{Answer, Answered, ChannelId, Input, LinkPort, SessionId};
 use crate::link::descriptor::Eventfd;
 use crate::link::iommu::demand::Task;
 use crate::link::iommu::iotlb::Piece;
@@ -68,6 +68,7 @@ pub struct LinkDriver {
     owner: Option<Session>,
     peer: Option<Session>,
     next_session: u64,
+    next_channel: u64,
     link_area: LinkArea,
     control_area: ControlArea,
     control_ring: ControlRing,
@@ -95,6 +96,7 @@ impl LinkDriver {
             owner: None,
             peer: None,
             next_session: 0,
+            next_channel: 0,
             link_area: LinkArea::new()?,
             control_area: ControlArea::new()?,
             control_ring: ControlRing::new().map_err(io::Error::other)?,
@@ -131,9 +133,11 @@ impl LinkDriver {
                     self.apply(Event::Disconnected(side, fault));
                 }
             }
-            Input::ChannelAnswer { side, session, done } => self.channel_answered(side, session, done),
-            Input::ChannelEnded { side, session } => {
-                if let Some(channel) = self.channel(side, session) {
+            Input::ChannelAnswer { side, session, channel, done } => {
+                self.channel_answered(side, (session, channel), done);
+            }
+            Input::ChannelEnded { side, session, channel } => {
+                if let Some(channel) = self.channel(side, (session, channel)) {
                     let lost = channel.give_up();
                     self.give_up(lost);
                     self.run_effects(Vec::new());
@@ -305,16 +309,20 @@ impl LinkDriver {
 
     fn open_channel(&mut self, side: Side, stream: UnixStream) {
         let (port, name) = (self.port.clone(), self.name.clone());
+        self.next_channel += 1;
+        let id = ChannelId(self.next_channel);
         let Some(session) = self.session(side) else { return };
-        match Channel::open(stream, port, side, session.id, &name) {
+        match Channel::open(stream, port, side, (session.id, id), &name) {
             Ok(channel) => session.channel = Some(channel),
             Err(error) => warn!(link = %name, %error, "the back-end channel cannot be served"),
         }
     }
 
-    /// The channel of a side, if it is that of this session.
-    fn channel(&mut self, side: Side, session: SessionId) -> Option<&mut Channel> {
-        self.session(side).filter(|open| open.id == session)?.channel.as_mut()
+    /// The channel of a side, if it is this one of this session: another may have taken its
+    /// place.
+    fn channel(&mut self, side: Side, (session, id): (SessionId, ChannelId)) -> Option<&mut Channel> {
+        let channel = self.session(side).filter(|open| open.id == session)?.channel.as_mut();
+        channel.filter(|channel| channel.id() == id)
     }
 
     /// Asks a VMM. Without a channel nothing answers: the link's deadlines deal with it.
@@ -326,8 +334,8 @@ impl LinkDriver {
         }
     }
 
-    fn channel_answered(&mut self, side: Side, session: SessionId, done: bool) {
-        let Some(channel) = self.channel(side, session) else { return };
+    fn channel_answered(&mut self, side: Side, ids: (SessionId, ChannelId), done: bool) {
+        let Some(channel) = self.channel(side, ids) else { return };
         let answered = channel.answered();
         if channel.send().is_err() {
             let lost = channel.give_up();
@@ -347,8 +355,8 @@ impl LinkDriver {
         for (asked, what) in lost {
             self.failed.push_back(match asked {
                 Asked::Window(op) => Event::WindowDone(op, Err(format!("{what}: its channel is closed"))),
-                Asked::Miss(id) => Event::MissDone(id, false),
-                Asked::Nothing => continue,
+                // Not known, and not denied: deadlines, or a new channel, deal with it.
+                Asked::Miss(_) | Asked::Nothing => continue,
             });
         }
     }
@@ -357,8 +365,8 @@ impl LinkDriver {
         let memory = self.control_area.memory();
         let done = copy(&self.control_ring, memory, command, task, pieces);
         let written = match task {
-            Task::Fetch => pieces.iter().map(|piece| piece.len).sum(),
-            Task::Map | Task::Store => 0,
+            Task::Fetch if done => pieces.iter().map(|piece| piece.len).sum(),
+            Task::Fetch | Task::Map | Task::Store => 0,
         };
         let status = if done { abi::CTRL_OK } else { abi::CTRL_FAILED };
         self.control_ring.answer(memory, command, status, 0, written);

@@ -39,6 +39,10 @@ use crate::link::{Fault, Side};
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct SessionId(pub u64);
 
+/// Numbers the back-end channels of a link: a VMM may replace the one of its session.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct ChannelId(pub u64);
+
 /// What is sent to a link's thread.
 #[derive(Debug)]
 pub enum Input {
@@ -75,6 +79,8 @@ pub enum Input {
         side: Side,
         /// The session that the channel belongs to.
         session: SessionId,
+        /// Which of its channels.
+        channel: ChannelId,
         /// Whether it says that it has done it.
         done: bool,
     },
@@ -84,6 +90,8 @@ pub enum Input {
         side: Side,
         /// The session that the channel belongs to.
         session: SessionId,
+        /// Which of its channels.
+        channel: ChannelId,
     },
     /// The control ring's doorbell rang.
     ControlDoorbell,

@@ -48,6 +48,8 @@ pub struct Asked {
     pub access: Access,
     /// Whether an update for the page came meanwhile, and allowed the access.
     pub outcome: Option<bool>,
+    /// Whether the device stopped since: what is told now proves nothing.
+    pub stale: bool,
 }
 
 impl Asked {
@@ -110,7 +112,7 @@ impl Demand {
     /// A new open question.
     pub fn ask(&mut self, page: Iova, access: Access) -> Asked {
         self.next_miss += 1;
-        let asked = Asked { id: MissId(self.next_miss), page, access, outcome: None };
+        let asked = Asked { id: MissId(self.next_miss), page, access, outcome: None, stale: false };
         self.asked = Some(asked);
         asked
     }
@@ -118,7 +120,8 @@ impl Demand {
     /// When something here has to be looked at.
     pub fn deadline(&self) -> Option<Instant> {
         let wants = self.wants.iter().map(|want| want.deadline);
-        wants.chain(self.show_at).min()
+        // While something is asked about, its answer is waited for, not a time.
+        wants.chain(self.show_at.filter(|_| self.probes.is_empty())).min()
     }
 
     /// The peer's driver is gone, and its commands with it.
@@ -129,11 +132,15 @@ impl Demand {
         self.show_at = None;
     }
 
-    /// The owner's VMM is gone, or its device stopped. Gives the commands, to be answered.
+    /// The owner's VMM is gone, or its device stopped. Gives the commands, to be answered. A
+    /// question stays open: its answer must not be taken for that to a later one, and a VMM
+    /// that does not answer is asked no more.
     pub fn forget_owner(&mut self) -> VecDeque<Want> {
         let wants = std::mem::take(&mut self.wants);
         self.forget_peer();
-        self.asked = None;
+        if let Some(asked) = &mut self.asked {
+            asked.stale = true;
+        }
         self.refused_vrings.clear();
         wants
     }

@@ -102,6 +102,18 @@ impl Link {
         Ok(())
     }
 
+    /// A peer's device starts: what an earlier VMM was asked to map is not shown to one that
+    /// would allow more or less with it.
+    pub(in crate::link) fn hide_unenforced(&mut self) {
+        let policy = (self.config.one_way, self.is_strict());
+        let otherwise = |range: &&MappedRange<MemoryFile>| {
+            let allowed = self.shown.allowed(range.iova().start()).unwrap_or(range.access());
+            mapped_as(allowed, policy.0, policy.1) != Some(range.access())
+        };
+        let gone: Vec<_> = self.shown.map().iter().filter(otherwise).map(MappedRange::iova).collect();
+        self.hide(&gone);
+    }
+
     /// The owner's memory table changed: what is behind no region any more is gone.
     pub(in crate::link) fn hide_unbacked(&mut self) {
         if let Some(owner) = self.owner.as_mut().filter(|owner| owner.has_iommu()) {
@@ -115,21 +127,29 @@ impl Link {
     pub(in crate::link) fn miss_done(
         &mut self,
         id: MissId,
-        _told: bool,
+        told: bool,
         now: Instant,
         effects: &mut Vec<Effect>,
     ) {
         let Some(asked) = self.demand.asked.take_if(|asked| asked.id == id) else {
             return;
         };
-        let Some(owner) = self.owner.as_ref() else { return };
+        if asked.stale {
+            return;
+        }
+        let Some(owner) = self.owner.as_mut() else { return };
         match asked.outcome {
             // Known; or unmapped since, and asked for again if that is still wanted.
-            Some(true) => return,
+            Some(true) if told => return,
+            // An update that answered something else was taken for the answer.
+            Some(true) => {
+                let gone = asked.span().map_or_else(Vec::new, |page| owner.iotlb.forget(page));
+                self.hide(&gone);
+            }
             Some(false) => effects.push(Effect::AccessFail(asked.page, asked.access)),
             None => {}
         }
-        let Some(page) = asked.span() else { return };
+        let (Some(page), Some(owner)) = (asked.span(), self.owner.as_ref()) else { return };
         let owner_vrings = owner.vrings().iter().zip(0_u32..);
         let vrings: Vec<u32> = owner_vrings
             .filter(|(vring, _)| {
@@ -248,7 +268,7 @@ impl Link {
             live.filter_map(|(vring, index)| Some((index, vring.started()?.parts().collect()))).collect();
         let mut missing = None;
         for (index, parts) in live {
-            if parts.iter().all(|part| self.shown.covers(*part)) {
+            if parts.iter().all(|part| self.shown.covers_for(*part, Access::ReadWrite)) {
                 parts.iter().for_each(|part| self.shown.touch(*part, true));
                 continue;
             }
@@ -265,12 +285,16 @@ impl Link {
             };
             ranges.sort_by_key(|range| range.iova().start());
             ranges.dedup();
+            for part in &parts {
+                self.hide_lesser(*part, Access::ReadWrite);
+            }
+            if let Err(fault) = self.show_for(&ranges, &parts) {
+                self.demand.refused_vrings.insert(index);
+                self.unsettled = true;
+                self.count(&fault, "owner", effects);
+                continue;
+            }
             for part in parts {
-                if let Err(fault) = self.show_for(&ranges, part) {
-                    self.demand.refused_vrings.insert(index);
-                    self.count(&fault, "owner", effects);
-                    break;
-                }
                 self.shown.touch(part, true);
             }
         }
@@ -331,18 +355,8 @@ impl Link {
         if ranges.iter().any(|range| mapped_as(range.access(), policy.0, policy.1).is_none()) {
             return done(abi::CTRL_COPY);
         }
-        // What is shown for less than is known to be allowed is shown anew.
-        let less: Vec<_> = self
-            .shown
-            .map()
-            .overlapping(want.span)
-            .map(MappedRange::iova)
-            .filter(|span| {
-                !self.shown.allowed(span.start()).is_some_and(|allowed| allowed.allows(want.access))
-            })
-            .collect();
-        self.hide(&less);
-        match self.show_for(&ranges, want.span) {
+        self.hide_lesser(want.span, want.access);
+        match self.show_for(&ranges, &[want.span]) {
             Ok(()) => {
                 self.shown.touch(want.span, false);
                 Served::Waits
@@ -351,15 +365,28 @@ impl Link {
         }
     }
 
-    /// Shows known ranges that somebody asked for, and makes room for them, though not
-    /// under `keep`.
+    /// Takes out what is shown for less than this access, so that it is shown anew now that
+    /// more is known to be allowed.
+    fn hide_lesser(&mut self, span: Span<Iova>, access: Access) {
+        let shown = self.shown.map().overlapping(span).map(MappedRange::iova);
+        let lesser = |span: &Span<Iova>| {
+            !self.shown.allowed(span.start()).is_some_and(|allowed| allowed.allows(access))
+        };
+        let lesser: Vec<_> = shown.filter(lesser).collect();
+        self.hide(&lesser);
+    }
+
+    /// Shows the known ranges that somebody asked for, those under all of `keep`, and makes
+    /// room for them, though not under `keep`.
     ///
     /// # Errors
-    /// When there is no room. What was shown before may be gone.
-    fn show_for(&mut self, ranges: &[MappedRange<MemoryFile>], keep: Span<Iova>) -> Result<(), Fault> {
-        if self.shown.covers(keep) {
+    /// When there is no room. Ranges that nobody has asked for lately may be gone.
+    fn show_for(&mut self, ranges: &[MappedRange<MemoryFile>], keep: &[Span<Iova>]) -> Result<(), Fault> {
+        if keep.iter().all(|span| self.shown.covers(*span)) {
             return Ok(());
         }
+        let shown = |range: &&MappedRange<MemoryFile>| !self.shown.covers(range.iova());
+        let new: Vec<Span<Iova>> = ranges.iter().filter(shown).map(MappedRange::iova).collect();
         let mut plan =
             Err(LayoutError::TooMany { count: self.shown.map().len(), max: self.config.max_mappings });
         loop {
@@ -371,8 +398,8 @@ impl Link {
                 Err(_) if self.shown.join() => {}
                 Err(_) if self.shown.evict(keep) => self.demand_counters.evictions += 1,
                 Err(error) => {
-                    for range in ranges {
-                        self.shown.remove(range.iova());
+                    for span in new {
+                        self.shown.remove(span);
                     }
                     // What was there before fits again.
                     let _ = self.try_plan();
@@ -536,7 +563,7 @@ fn mapped_range(
 
 /// What an update proves: no more than what was asked for.
 fn proven(range: &MappedRange<MemoryFile>, asked: Option<&mut Asked>) -> Option<MappedRange<MemoryFile>> {
-    let asked = asked.filter(|asked| range.iova().contains(asked.page))?;
+    let asked = asked.filter(|asked| !asked.stale && range.iova().contains(asked.page))?;
     let access = Access::from_bits(range.access().bits() & asked.access.bits());
     asked.outcome = Some(access.is_some());
     MappedRange::new(range.iova(), access?, range.backing().clone()).ok()

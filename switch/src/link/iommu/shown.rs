@@ -52,6 +52,13 @@ impl Shown {
         false
     }
 
+    /// Whether all of `span` is in shown ranges that the owner allows this access with.
+    pub fn covers_for(&self, span: Span<Iova>, access: Access) -> bool {
+        let allows = |facts: &Facts| facts.allowed.allows(access);
+        let mut parts = self.map.overlapping(span);
+        self.covers(span) && parts.all(|part| self.facts.get(&part.iova().start()).is_some_and(allows))
+    }
+
     /// Adds a range that the owner allows `allowed` with. Says whether there was room.
     ///
     /// # Errors
@@ -91,8 +98,9 @@ impl Shown {
 
     /// Takes out the range that was asked for longest ago, except pinned ones and
     /// those under `keep`. Says whether there was one.
-    pub fn evict(&mut self, keep: Span<Iova>) -> bool {
-        let kept: Vec<_> = self.map.overlapping(keep).map(|range| range.iova().start()).collect();
+    pub fn evict(&mut self, keep: &[Span<Iova>]) -> bool {
+        let kept = keep.iter().flat_map(|span| self.map.overlapping(*span));
+        let kept: Vec<_> = kept.map(|range| range.iova().start()).collect();
         let candidates = self.facts.iter().filter(|(start, facts)| !facts.pinned && !kept.contains(start));
         let oldest = candidates.min_by_key(|(_, facts)| facts.used).map(|(start, _)| *start);
         let span = oldest.and_then(|start| self.map.range_at(start)).map(MappedRange::iova);
@@ -115,7 +123,8 @@ impl Shown {
             }
         }
         let joined = loose.merged();
-        if 4 * joined.len() > 3 * loose.len() {
+        // Of none there is none to join.
+        if loose.is_empty() || 4 * joined.len() > 3 * loose.len() {
             return false;
         }
         for range in joined.iter() {
