@@ -9,6 +9,8 @@
 //! | `stalls` | sessions that stop in the middle |
 //! | `descriptors` | too many descriptors, and of the wrong kinds |
 //! | `full_eventfd` | a call on which a write would block |
+//! | `iommu_owner` | an owner with an IOMMU, and a peer's driver that gives commands |
+//! | `iommu` | what such an owner can do wrong |
 //! | `random` | thousands of short sessions of random bytes |
 #![allow(clippy::unwrap_used, clippy::panic)]
 
@@ -20,6 +22,10 @@ mod descriptors;
 mod faults;
 #[path = "bad_input/full_eventfd.rs"]
 mod full_eventfd;
+#[path = "bad_input/iommu.rs"]
+mod iommu;
+#[path = "bad_input/iommu_owner.rs"]
+mod iommu_owner;
 #[path = "bad_input/random.rs"]
 mod random;
 #[path = "bad_input/raw.rs"]

@@ -17,6 +17,8 @@ mod bring_up;
 mod control;
 #[path = "link_states/front_end.rs"]
 mod front_end;
+#[path = "link_states/iommu.rs"]
+mod iommu_owner;
 #[path = "link_states/peer_restart.rs"]
 mod peer_restart;
 #[path = "link_states/peer_trouble.rs"]

@@ -161,11 +161,15 @@ impl Raw {
     }
 
     pub fn negotiate(&mut self, protocol: u64) {
+        self.negotiate_with(protocol, VERSION_1 | PROTOCOL_FEATURES);
+    }
+
+    pub fn negotiate_with(&mut self, protocol: u64, features: u64) {
         self.question(GET_FEATURES, &[]);
         self.question(GET_PROTOCOL_FEATURES, &[]);
         self.ask(SET_PROTOCOL_FEATURES, &longs(&[protocol]), &[]);
         self.ask(SET_OWNER, &[], &[]);
-        assert!(self.done(SET_FEATURES, &longs(&[VERSION_1 | PROTOCOL_FEATURES]), &[]));
+        assert!(self.done(SET_FEATURES, &longs(&[features]), &[]));
     }
 
     /// Memory and both vrings, up to the kicks.

@@ -4,15 +4,18 @@
 use std::collections::VecDeque;
 use std::time::{Duration, Instant};
 
+use iommu::{Access, Iova};
 use vhost_pci_device::abi;
 use vhost_pci_switch::config::{LinkConfig, OneWay, Profile};
+use vhost_pci_switch::link::descriptor::MemoryFile;
 use vhost_pci_switch::link::message::{
-    CommandId, Content, Generations, LinkContents, OpId, Reply, Request, WindowOp, Wire,
+    CommandId, Content, Generations, LinkContents, MissId, OpId, Reply, Request, WindowOp, Wire,
 };
 use vhost_pci_switch::link::report::{self, LinkReport};
 use vhost_pci_switch::link::{Effect, Event, Link, Side};
 
 use crate::front_end::{Ask, Files, Region, Shared, peer_set_up, peer_start};
+use crate::iommu_owner::peer_driver::Commands;
 use crate::vmm::{Kind, Manner, Vmm, kind};
 
 pub const TIMEOUT: Duration = Duration::from_millis(500);
@@ -32,6 +35,13 @@ pub struct Bench {
     pub published: (LinkContents, u64),
     pub table_generation: u64,
     next_command: u64,
+    /// What the peer's driver has asked for by MAP, FETCH and STORE.
+    pub commands: Commands,
+    /// The miss that the owner's VMM was told of and has not answered.
+    pub miss: Option<(MissId, Iova, Access)>,
+    /// Whether the peer's VMM negotiates SHMEM_STRICT.
+    pub strict: bool,
+    pub one_way: OneWay,
     pub wires: Vec<Wire>,
     watching: bool,
     /// Witness pages in the window, the oldest first, by number.
@@ -59,7 +69,12 @@ pub fn config() -> LinkConfig {
 
 impl Bench {
     pub fn new() -> Self {
-        let link = Link::new(config(), TIMEOUT, 1000).unwrap();
+        Self::with(config())
+    }
+
+    pub fn with(config: LinkConfig) -> Self {
+        let one_way = config.one_way;
+        let link = Link::new(config, TIMEOUT, 1000).unwrap();
         let mut bench = Self {
             link,
             now: Instant::now(),
@@ -70,6 +85,10 @@ impl Bench {
             published: (LinkContents::default(), 998),
             table_generation: 998,
             next_command: 0,
+            commands: Commands::default(),
+            miss: None,
+            strict: false,
+            one_way,
             wires: Vec::new(),
             watching: false,
             witnesses: VecDeque::new(),
@@ -126,6 +145,7 @@ impl Bench {
             Side::Owner => {
                 self.shared = Shared::default();
                 self.question = None;
+                self.miss = None;
             }
             Side::Peer => self.vmm.leaves(),
         }
@@ -162,7 +182,7 @@ impl Bench {
 
     pub fn peer_up(&mut self) {
         self.connect(Side::Peer);
-        for request in peer_set_up(QUEUES) {
+        for request in peer_set_up(QUEUES, self.strict) {
             self.peer(request);
         }
         self.peer_starts();
@@ -201,14 +221,18 @@ impl Bench {
 
     /// A command of the peer's driver: its status, and what happened besides.
     pub fn command(&mut self, request: &abi::ControlRequest) -> (u32, Vec<Effect>) {
-        self.next_command += 1;
-        let id = CommandId(self.next_command);
+        let id = self.next_command();
         let mut effects = self.link.apply(Event::Command(id, *request, 0, 0), self.now);
         let answer = effects.iter().position(|effect| matches!(effect, Effect::Answer(..)));
         let answer = effects.remove(answer.expect("the command is answered at once"));
         let Effect::Answer(answered, status, _) = answer else { unreachable!() };
         assert_eq!(answered, id);
         (status, effects)
+    }
+
+    pub fn next_command(&mut self) -> CommandId {
+        self.next_command += 1;
+        CommandId(self.next_command)
     }
 
     /// Everything that the VMM was asked is done and answered.
@@ -282,6 +306,7 @@ impl Bench {
             }
             Effect::Reply(Side::Owner, reply) => {
                 let ask = self.question.take().expect("an answer to no question");
+                self.shared.answered(&ask, matches!(reply, Reply::Declined));
                 if ask.revokes() {
                     self.check_revoked(&ask);
                 }
@@ -300,6 +325,18 @@ impl Bench {
                 self.published.0 = contents;
             }
             Effect::Wire(wires) => self.wires.clone_from(wires),
+            Effect::Miss(id, page, access) => {
+                assert!(self.miss.is_none(), "a second miss while {:?} is open", self.miss);
+                assert!(!self.shared.pushes(), "a front-end that pushes is asked");
+                assert!(*access != Access::ReadWrite, "a miss that proves nothing");
+                self.miss = Some((*id, *page, *access));
+            }
+            Effect::Answer(id, status, _) => self.commands.answered(*id, *status),
+            Effect::Copy(id, task, pieces) => {
+                let (iova, len) = self.commands.copied(*id, *task, pieces);
+                self.shared.check_copy(*task, iova, len, pieces, &self.files);
+            }
+            Effect::ResetControlRing => self.commands.reset(),
             _ => {}
         }
     }
@@ -317,8 +354,21 @@ impl Bench {
             let shown = self.published.0.mappings.iter().any(|entry| entry.iova.value() == start);
             assert!(!shown, "{placement:?} is unmapped while the link page still shows it");
         }
+        if let (WindowOp::Map(_), Content::Owner(placement)) = (change, content) {
+            let allowed = self.shared.allows(placement, &self.files, self.wanted_bits(placement));
+            assert!(allowed, "{placement:?} is mapped, and the owner does not allow it");
+        }
         let lenient = matches!(self.report().window.phase.as_str(), "residue" | "reopening");
         self.vmm.ask(op, change.clone(), witness, lenient);
+    }
+
+    /// The access that the owner has to allow for a range to be mapped like this.
+    fn wanted_bits(&self, placement: &iommu::Placement<MemoryFile>) -> u8 {
+        match (self.one_way, self.strict) {
+            (OneWay::Widen, _) => 0,
+            (OneWay::Refuse, true) => placement.range().access().bits() as u8,
+            (OneWay::Refuse, false) => 3,
+        }
     }
 
     fn publish(&mut self, contents: &LinkContents, generations: Generations) {
@@ -337,10 +387,14 @@ impl Bench {
                 assert!(self.vmm.shows(entry), "{entry:?} is published and not mapped");
             }
             for ring in contents.vrings.iter().filter(|ring| ring.flags.value() != 0) {
-                let inside = |entry: &abi::Mapping| {
-                    (entry.iova.value()..entry.iova.value() + entry.len.value()).contains(&ring.desc.value())
-                };
-                assert!(contents.mappings.iter().any(inside), "{ring:?} is in no mapping");
+                for part in [ring.desc, ring.avail, ring.used] {
+                    let inside = |entry: &&abi::Mapping| {
+                        (entry.iova.value()..entry.iova.value() + entry.len.value()).contains(&part.value())
+                    };
+                    let entry = contents.mappings.iter().find(inside);
+                    assert!(entry.is_some(), "{ring:?} is in no mapping");
+                    assert_eq!(entry.unwrap().access.value(), 3, "{ring:?} cannot be served");
+                }
             }
         } else {
             assert!(contents.mappings.is_empty() && contents.vrings.is_empty());
@@ -351,7 +405,7 @@ impl Bench {
     fn check_revoked(&self, ask: &Ask) {
         for range in self.vmm.owner_ranges() {
             assert!(
-                self.shared.allows(range, &self.files),
+                self.shared.allows(range, &self.files, self.wanted_bits(range)),
                 "{ask:?} was answered while a peer still holds {range:?}"
             );
         }

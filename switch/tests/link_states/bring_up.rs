@@ -129,7 +129,7 @@ fn the_published_page_has_the_mappings_the_vrings_and_the_features() {
 fn a_range_is_mapped_from_its_file_at_its_offset_with_its_handle() {
     let bench = Bench::up();
     for (range, region) in bench.vmm.owner_ranges().zip(REGIONS) {
-        assert!(bench.shared.allows(range, &bench.files), "{range:?} is not {region:?}");
+        assert!(bench.shared.allows(range, &bench.files, 0), "{range:?} is not {region:?}");
     }
     assert_eq!(bench.vmm.owner_ranges().count(), 2);
 }
@@ -201,7 +201,7 @@ fn a_peer_without_the_window_features_or_the_channel_is_refused_at_its_start() {
     let set_up = |skip: fn(&Request) -> bool| {
         let mut bench = Bench::new();
         bench.connect(Side::Peer);
-        for request in peer_set_up(QUEUES).into_iter().filter(|request| !skip(request)) {
+        for request in peer_set_up(QUEUES, false).into_iter().filter(|request| !skip(request)) {
             bench.peer(request);
         }
         bench.peer(Request::SetVringEnable { index: 0, enable: true });

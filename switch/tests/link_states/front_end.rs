@@ -10,9 +10,15 @@ use iommu::Placement;
 use nix::sys::eventfd::{EfdFlags, EventFd};
 use nix::sys::memfd::{MFdFlags, memfd_create};
 use vhost_pci_switch::link::descriptor::{Eventfd, MemoryFile};
-use vhost_pci_switch::link::features::{PROTOCOL_FEATURES, PROTOCOL_SHMEM_STRICT};
-use vhost_pci_switch::link::message::{RegionRequest, Request};
+use vhost_pci_switch::link::features::{
+    ACCESS_PLATFORM, PROTOCOL_FEATURES, PROTOCOL_IOMMU_PUSH, PROTOCOL_SHMEM_STRICT,
+};
+use vhost_pci_switch::link::iommu::demand::Task;
+use vhost_pci_switch::link::iommu::iotlb::Piece;
+use vhost_pci_switch::link::message::{IotlbMessage, PushEntry, RegionRequest, Request};
 use vhost_pci_switch::link::{owner, peer};
+
+use crate::iommu_owner::page_table::PageTable;
 
 /// Front-end virtual address of guest address 0.
 pub const FRONTEND: u64 = 0x7f00_0000_0000;
@@ -97,6 +103,17 @@ pub enum Ask {
     Num(u32, u32),
     /// The vring's page: descriptors at its start, rings behind them.
     Addr(u32, u64),
+    /// Descriptors, available and used ring at IOVAs.
+    AddrIova(u32, [u64; 3]),
+    Protocol(u64),
+    /// A new back-end channel.
+    Channel,
+    /// IOTLB update: IOVA, size, guest-physical address, permission.
+    Update(u64, u64, u64, u8),
+    /// IOTLB invalidation: IOVA, size.
+    Invalidate(u64, u64),
+    /// Pushed changes: IOVA, size, guest-physical address, permission.
+    Push(bool, Vec<(u64, u64, u64, u8)>),
     Kick(u32),
     Call(u32),
     Enable(u32, bool),
@@ -122,6 +139,34 @@ impl Ask {
                 avail: FRONTEND + page + 0x400,
                 used: FRONTEND + page + 0x600,
             },
+            Self::AddrIova(index, [desc, avail, used]) => {
+                Request::SetVringAddr { index: *index, desc: *desc, avail: *avail, used: *used }
+            }
+            Self::Protocol(bits) => Request::SetProtocolFeatures(*bits),
+            Self::Channel => Request::SetBackendChannel(UnixStream::pair().unwrap().0),
+            Self::Update(iova, size, guest, perm) => Request::Iotlb(IotlbMessage {
+                iova: *iova,
+                size: *size,
+                frontend: FRONTEND.wrapping_add(*guest),
+                perm: *perm,
+                kind: IotlbMessage::UPDATE,
+            }),
+            Self::Invalidate(iova, size) => Request::Iotlb(IotlbMessage {
+                iova: *iova,
+                size: *size,
+                frontend: 0,
+                perm: 0,
+                kind: IotlbMessage::INVALIDATE,
+            }),
+            Self::Push(reset, entries) => {
+                let entry = |(iova, size, guest, perm): &(u64, u64, u64, u8)| PushEntry {
+                    iova: *iova,
+                    size: *size,
+                    frontend: if *perm == 0 { 0 } else { FRONTEND.wrapping_add(*guest) },
+                    perm: *perm,
+                };
+                Request::IommuPush { reset: *reset, entries: entries.iter().map(entry).collect() }
+            }
             Self::Kick(index) => Request::SetVringKick { index: *index, fd: Some(eventfd()) },
             Self::Call(index) => Request::SetVringCall { index: *index, fd: Some(eventfd()) },
             Self::Enable(index, enable) => Request::SetVringEnable { index: *index, enable: *enable },
@@ -139,6 +184,8 @@ impl Ask {
                 | Self::Enable(_, false)
                 | Self::Stop(_)
                 | Self::ResetOwner
+                | Self::Invalidate(..)
+                | Self::Push(..)
         )
     }
 
@@ -162,6 +209,10 @@ impl Ask {
 #[derive(Clone, Debug, Default)]
 pub struct Shared {
     regions: Vec<Region>,
+    features: u64,
+    protocol: u64,
+    /// The guest's IOMMU, if it has one; with pushes, as far as it was told.
+    pub table: PageTable,
     started: [bool; 2],
     enabled: [bool; 2],
     halted: bool,
@@ -170,8 +221,18 @@ pub struct Shared {
 impl Shared {
     pub fn takes(&mut self, ask: &Ask) {
         match ask {
-            Ask::Features(bits) if bits & PROTOCOL_FEATURES == 0 => self.enabled = [true; 2],
-            Ask::Features(_) | Ask::Num(..) | Ask::Addr(..) | Ask::Call(_) => {}
+            Ask::Features(bits) => {
+                self.features = *bits;
+                if bits & PROTOCOL_FEATURES == 0 {
+                    self.enabled = [true; 2];
+                }
+            }
+            Ask::Protocol(bits) => self.protocol = *bits,
+            Ask::Push(reset, entries) => {
+                self.table.push(*reset, entries, &self.regions);
+            }
+            Ask::Num(..) | Ask::Addr(..) | Ask::AddrIova(..) | Ask::Call(_) | Ask::Channel => {}
+            Ask::Update(..) | Ask::Invalidate(..) => {}
             Ask::MemTable(regions) => self.regions.clone_from(regions),
             Ask::AddRegion(region) => self.regions.push(*region),
             Ask::RemoveRegion(region) => {
@@ -194,11 +255,61 @@ impl Shared {
                 self.halted = true;
             }
         }
+        if self.pushes() && matches!(ask, Ask::Stop(_) | Ask::ResetOwner) && self.started == [false; 2] {
+            self.table = PageTable::default();
+        }
+        if self.pushes() && matches!(ask, Ask::MemTable(_) | Ask::RemoveRegion(_)) {
+            self.table.keep_backed(&self.regions);
+        }
     }
 
-    /// Whether a peer may have this range.
-    pub fn allows(&self, placement: &Placement<MemoryFile>, files: &Files) -> bool {
-        let runs = !self.halted && (0..2).any(|ring| self.started[ring] && self.enabled[ring]);
+    /// The front-end has its answer.
+    pub fn answered(&mut self, ask: &Ask, declined: bool) {
+        if matches!(ask, Ask::Push(..)) {
+            assert_eq!(!declined, self.table.accepted, "{ask:?}");
+        }
+    }
+
+    /// Whether a vring runs.
+    pub fn runs(&self) -> bool {
+        !self.halted && (0..2).any(|ring| self.started[ring] && self.enabled[ring])
+    }
+
+    pub fn is_started(&self, ring: u32) -> bool {
+        self.started[ring as usize]
+    }
+
+    pub fn has_iommu(&self) -> bool {
+        self.features & ACCESS_PLATFORM != 0
+    }
+
+    pub fn pushes(&self) -> bool {
+        self.protocol & PROTOCOL_IOMMU_PUSH != 0
+    }
+
+    /// What a copy may touch: the bytes behind the addresses that it was asked for, if the
+    /// guest lets its device do that now.
+    pub fn check_copy(&self, task: Task, iova: u64, len: u64, pieces: &[Piece], files: &Files) {
+        let bit = if task == Task::Fetch { 1 } else { 2 };
+        let mut at = iova;
+        for piece in pieces {
+            for byte in (0..piece.len).step_by(512).chain([piece.len - 1]) {
+                let place = self.table.place(at + byte, bit, &self.regions);
+                let (file, offset) =
+                    place.unwrap_or_else(|| panic!("{task:?} of {:#x}, which is not allowed", at + byte));
+                assert!(piece.file == files.0[file] && piece.offset + byte == offset, "{task:?} elsewhere");
+            }
+            at += piece.len;
+        }
+        assert_eq!(at, iova + len, "{task:?} of less or more than was asked for");
+    }
+
+    /// Whether a peer may have this range; with an IOMMU, with this access at least.
+    pub fn allows(&self, placement: &Placement<MemoryFile>, files: &Files, bits: u8) -> bool {
+        let runs = self.runs();
+        if self.has_iommu() {
+            return runs && self.allows_iova(placement, files, bits);
+        }
         // Regions that touch, in memory and in their file, may appear as one range.
         let (mut start, last) =
             (placement.range().iova().start().raw(), placement.range().iova().last().raw());
@@ -210,17 +321,28 @@ impl Shared {
         runs
     }
 
+    fn allows_iova(&self, placement: &Placement<MemoryFile>, files: &Files, bits: u8) -> bool {
+        let (iova, backing) = (placement.range().iova(), placement.range().backing());
+        (0..iova.len()).step_by(4096).all(|into| {
+            let place = self.table.place(iova.start().raw() + into, bits, &self.regions);
+            place.is_some_and(|(file, offset)| {
+                backing.handle == files.0[file] && backing.offset + into == offset
+            })
+        })
+    }
+
     pub fn regions(&self) -> &[Region] {
         &self.regions
     }
 }
 
 /// What a peer's front-end asks before its guest's driver starts the device.
-pub fn peer_set_up(queues: u32) -> Vec<Request> {
+pub fn peer_set_up(queues: u32, strict: bool) -> Vec<Request> {
+    let without = if strict { 0 } else { PROTOCOL_SHMEM_STRICT };
     let mut requests = vec![
         Request::GetFeatures,
         Request::GetProtocolFeatures,
-        Request::SetProtocolFeatures(peer::protocol_features() & !PROTOCOL_SHMEM_STRICT),
+        Request::SetProtocolFeatures(peer::protocol_features() & !without),
         Request::GetQueueNum,
         Request::SetOwner,
         Request::GetShmemConfig,

@@ -127,7 +127,7 @@ fn take(bench: &mut Bench, step: Step) {
         Step::PeerUp => {
             if !bench.is_connected(Side::Peer) {
                 bench.connect(Side::Peer);
-                peer_all(bench, peer_set_up(QUEUES));
+                peer_all(bench, peer_set_up(QUEUES, false));
                 peer_all(bench, peer_start(QUEUES));
             }
         }
