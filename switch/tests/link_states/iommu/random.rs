@@ -176,17 +176,13 @@ fn take(bench: &mut Bench, kind: Kind, step: Step) {
         Step::Kick(ring) => ask(bench, Ask::Kick(ring)),
         Step::Enable(ring, on) => ask(bench, Ask::Enable(ring, on)),
         Step::Stop(ring) => ask(bench, Ask::Stop(ring)),
-        Step::RingAt(ring, page) => {
-            if !bench.shared.is_started(ring) {
-                ask(bench, Ask::AddrIova(ring, ring_in(at(page))));
-            }
+        Step::RingAt(ring, page) if !bench.shared.is_started(ring) => {
+            ask(bench, Ask::AddrIova(ring, ring_in(at(page))));
         }
-        Step::Channel => {
-            // The old one's answers are lost.
-            if may_ask(bench) && bench.shared.has_iommu() {
-                bench.miss = None;
-                ask(bench, Ask::Channel);
-            }
+        // The old one's answers are lost.
+        Step::Channel if may_ask(bench) && bench.shared.has_iommu() => {
+            bench.miss = None;
+            ask(bench, Ask::Channel);
         }
         Step::Region(there) => {
             let has = bench.shared.regions().contains(&REGIONS[1]);
@@ -218,10 +214,12 @@ fn take(bench: &mut Bench, kind: Kind, step: Step) {
         }
         // What nobody asked for, and so proves nothing. Of the page that is asked about it
         // would lie.
-        Step::Updates(page, behind, perm) if bench.shared.has_iommu() && !bench.shared.pushes() => {
-            if bench.miss.is_none_or(|(_, asked, _)| asked.raw() != at(page)) {
-                ask(bench, Ask::Update(at(page), PAGE, BEHIND + behind * PAGE, perm));
-            }
+        Step::Updates(page, behind, perm)
+            if bench.shared.has_iommu()
+                && !bench.shared.pushes()
+                && bench.miss.is_none_or(|(_, asked, _)| asked.raw() != at(page)) =>
+        {
+            ask(bench, Ask::Update(at(page), PAGE, BEHIND + behind * PAGE, perm));
         }
         Step::PushesNonsense(page, count, perm, reset)
             if bench.shared.pushes() && bench.shared.has_iommu() =>
@@ -238,27 +236,21 @@ fn take(bench: &mut Bench, kind: Kind, step: Step) {
             }
         }
         Step::AnswersMiss => drop(bench.try_answer_miss()),
-        Step::AnswersWrongly(id, told) => {
-            if bench.miss.is_none_or(|miss| miss.0.0 != id) {
-                bench.apply(Event::MissDone(MissId(id), told));
-            }
+        Step::AnswersWrongly(id, told) if bench.miss.is_none_or(|miss| miss.0.0 != id) => {
+            bench.apply(Event::MissDone(MissId(id), told));
         }
-        Step::PeerUp => {
-            if !bench.is_connected(Side::Peer) {
-                bench.connect(Side::Peer);
-                peer_all(bench, peer_set_up(QUEUES, bench.strict));
-                peer_all(bench, peer_start(QUEUES));
-            }
+        Step::PeerUp if !bench.is_connected(Side::Peer) => {
+            bench.connect(Side::Peer);
+            peer_all(bench, peer_set_up(QUEUES, bench.strict));
+            peer_all(bench, peer_start(QUEUES));
         }
         Step::PeerLeaves => bench.leave(Side::Peer),
         Step::PeerStarts => peer_all(bench, peer_start(QUEUES)),
-        Step::PeerStops { reset } => {
-            if bench.is_connected(Side::Peer) {
-                if reset {
-                    bench.vmm.reset();
-                }
-                peer_all(bench, (0..QUEUES).map(|index| Request::GetVringBase { index }));
+        Step::PeerStops { reset } if bench.is_connected(Side::Peer) => {
+            if reset {
+                bench.vmm.reset();
             }
+            peer_all(bench, (0..QUEUES).map(|index| Request::GetVringBase { index }));
         }
         Step::OldVmmsDie => bench.vmm.dies(),
         Step::Vmm(manner, count) => {
@@ -271,10 +263,10 @@ fn take(bench: &mut Bench, kind: Kind, step: Step) {
         Step::VmmCatchesUp => bench.vmm.catch_up(),
         Step::Settle => settle(bench),
         Step::Wait(ms) => bench.wait(Duration::from_millis(ms)),
-        Step::Command(command, page, into, len, flags) => {
-            if bench.is_connected(Side::Peer) && bench.commands.open() < 64 {
-                bench.gives(command, at(page) + into, len, flags);
-            }
+        Step::Command(command, page, into, len, flags)
+            if bench.is_connected(Side::Peer) && bench.commands.open() < 64 =>
+        {
+            bench.gives(command, at(page) + into, len, flags);
         }
         Step::Copies(command, page, times) => {
             for _ in 0..times {
