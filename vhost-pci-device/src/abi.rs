@@ -135,6 +135,8 @@ pub const CONTROL_OFFSET: u64 = LINK_OFFSET + LINK_LEN;
 pub const CONTROL_LEN: u64 = 256 << 10;
 /// Window offset of the two witness pages (section 6.4): the driver leaves them alone.
 pub const WITNESS_OFFSET: u64 = CONTROL_OFFSET + CONTROL_LEN;
+/// Window offset of the fence page (section 6.4): the driver leaves it alone.
+pub const FENCE_OFFSET: u64 = WITNESS_OFFSET + 2 * PAGE_SIZE;
 /// Window offset from which on the owner's memory appears: a multiple of 2 MiB,
 /// so that offsets keep the alignment that large pages need.
 pub const DATA_OFFSET: u64 = 2 << 20;
@@ -142,7 +144,7 @@ pub const DATA_OFFSET: u64 = 2 << 20;
 const _: () = {
     assert!(LINK_OFFSET + LINK_LEN <= CONTROL_OFFSET);
     assert!(CONTROL_OFFSET + CONTROL_LEN <= WITNESS_OFFSET);
-    assert!(WITNESS_OFFSET + 2 * PAGE_SIZE <= DATA_OFFSET);
+    assert!(FENCE_OFFSET + PAGE_SIZE <= DATA_OFFSET);
 };
 
 // --- 7 The link page ---------------------------------------------------------------

@@ -263,6 +263,9 @@ pub enum Content {
         /// 0 or 1.
         slot: u8,
     },
+    /// A page that is mapped and unmapped in turn, for the answer alone: a VMM that answers
+    /// it has carried out what it answered before.
+    Fence,
     /// A range of the owner's memory.
     Owner(Placement<MemoryFile>),
 }
@@ -277,6 +280,7 @@ impl Content {
                 let offset = abi::WITNESS_OFFSET + u64::from(*slot) * abi::PAGE_SIZE;
                 (WindowOffset::new(offset), abi::PAGE_SIZE)
             }
+            Self::Fence => (WindowOffset::new(abi::FENCE_OFFSET), abi::PAGE_SIZE),
             Self::Owner(placement) => (placement.offset(), placement.window().len()),
         }
     }

@@ -204,6 +204,12 @@ impl Link {
                 abi::CTRL_OK
             }
             abi::CTRL_FAULT => self.ring_fault(request, effects),
+            // A command of a driver that serves an earlier link must not reach into this one.
+            abi::CTRL_MAP | abi::CTRL_FETCH | abi::CTRL_STORE
+                if peer.driver.is_none_or(|driver| driver.generation != generation) =>
+            {
+                abi::CTRL_STALE
+            }
             abi::CTRL_MAP | abi::CTRL_FETCH | abi::CTRL_STORE => {
                 return self.take_want(command, request, readable, writable, now, effects);
             }
@@ -436,6 +442,9 @@ impl Link {
                 self.generations = Generations { link: link + 2, table: table + 2 };
                 effects.push(Effect::Publish(contents.clone(), self.generations));
                 effects.extend(self.control_call().map(Effect::NotifyPeer));
+                for want in self.demand.wants.drain(..) {
+                    effects.push(Effect::Answer(want.command, abi::CTRL_STALE, false));
+                }
             }
             self.published = contents;
         }

@@ -29,7 +29,10 @@ const BASE: [Content; 3] = [Content::LinkArea, Content::ControlArea, Content::Wi
 enum HeldState {
     /// The VMM was asked to map it.
     Granting(OpId),
-    /// The VMM confirmed that it is mapped.
+    /// The VMM answered that it is mapped; whether the guest reaches it already is not
+    /// known (QEMU answers before it commits).
+    Answered(OpId),
+    /// It is mapped, for certain.
     Granted,
     /// The VMM was asked to unmap it.
     Revoking(OpId),
@@ -190,6 +193,12 @@ impl Window {
                 return Ok(());
             }
         }
+        // Requests are carried out one after the other: what was answered before is done.
+        for held in &mut self.held {
+            if matches!(held.state, HeldState::Answered(before) if before < op) {
+                held.state = HeldState::Granted;
+            }
+        }
         // A device that restarted may have dropped by itself what it is now asked
         // to unmap; whether everything is gone the witness tells.
         let clearing =
@@ -210,6 +219,9 @@ impl Window {
                     self.held.remove(index);
                     self.counters.revoked += 1;
                 }
+                (HeldState::Revoking(_), true) if self.held[index].content == Content::Fence => {
+                    self.held.remove(index);
+                }
                 (HeldState::Revoking(op), true) => self.held[index].state = HeldState::Unmapped(op),
                 // It may have it still: to be asked again.
                 (HeldState::Revoking(_), false) => self.held[index].state = HeldState::Granted,
@@ -219,7 +231,8 @@ impl Window {
         if self.unconfirmed.is_empty() {
             let gone_soon = |held: &Held| held.is_witness() && held.is_leaving();
             match self.phase {
-                Phase::Closed | Phase::Open => {}
+                Phase::Open => self.fence(now, effects),
+                Phase::Closed => {}
                 // The new witness is there, and all else is gone: now the old one.
                 Phase::Revoking { .. } if !self.held.iter().any(gone_soon) => {
                     if let Some(old) = self.held.iter().find(|held| held.is_witness()) {
@@ -231,6 +244,17 @@ impl Window {
             }
         }
         Ok(())
+    }
+
+    /// Has the VMM answer once more, if there is something that it answered last.
+    fn fence(&mut self, now: Instant, effects: &mut Vec<Effect>) {
+        if !self.held.iter().any(|held| matches!(held.state, HeldState::Answered(_))) {
+            return;
+        }
+        match self.held.iter().any(|held| held.content == Content::Fence) {
+            true => self.unmap(Content::Fence, now, effects),
+            false => self.map(Content::Fence, now, effects),
+        }
     }
 
     /// Takes the witnesses away when all else is unmapped, and has their end watched.
@@ -250,7 +274,11 @@ impl Window {
     /// The VMM mapped what it was asked to, or did not.
     fn granted(&mut self, index: usize, mapped: bool, now: Instant, effects: &mut Vec<Effect>) {
         if mapped {
-            self.held[index].state = HeldState::Granted;
+            let is_known = self.strict || !self.is_open() || !self.held[index].is_owners();
+            self.held[index].state = match self.held[index].state {
+                HeldState::Granting(op) if !is_known => HeldState::Answered(op),
+                _ => HeldState::Granted,
+            };
             self.counters.made += u64::from(self.held[index].is_owners());
         }
         if !matches!(self.phase, Phase::Residue | Phase::Reopening { .. }) {
@@ -263,7 +291,8 @@ impl Window {
         let orphans: Vec<Content> = match (mapped, self.held[index].is_witness()) {
             (true, false) => vec![self.held[index].content.clone()],
             (false, true) if !self.held.iter().any(last) => {
-                let granted = self.held.iter().filter(|held| held.state == HeldState::Granted);
+                let there = |held: &&Held| matches!(held.state, HeldState::Granted | HeldState::Answered(_));
+                let granted = self.held.iter().filter(there);
                 granted.map(|held| held.content.clone()).collect()
             }
             _ => Vec::new(),
@@ -469,7 +498,7 @@ impl Held {
     fn left_at(&self) -> Option<OpId> {
         match self.state {
             HeldState::Revoking(op) | HeldState::Unmapped(op) => Some(op),
-            HeldState::Granting(_) | HeldState::Granted => None,
+            HeldState::Granting(_) | HeldState::Answered(_) | HeldState::Granted => None,
         }
     }
 

@@ -408,6 +408,7 @@ impl LinkDriver {
                 self.witnesses.push_back(witness);
                 (source, 0, true)
             }
+            Content::Fence => (own(&Witness::new()?)?, 0, true),
             Content::Owner(placement) => {
                 let backing = placement.range().backing();
                 let writable = placement.range().access().allows(iommu::Access::Write);

@@ -15,7 +15,7 @@ use crate::vmm::{Kind, Manner, kind};
 const GRACE: Duration = Duration::from_millis(300);
 
 fn unmaps(bench: &Bench) -> usize {
-    let unmap = |effect: &&Effect| matches!(effect, Effect::Window(_, WindowOp::Unmap(_)));
+    let unmap = |effect: &&Effect| matches!(effect, Effect::Window(_, WindowOp::Unmap(content)) if kind(content) != Kind::Fence);
     bench.trace.iter().filter(unmap).count()
 }
 

@@ -15,6 +15,7 @@ pub enum Kind {
     LinkArea,
     ControlArea,
     Witness,
+    Fence,
     Owner,
 }
 
@@ -22,6 +23,7 @@ pub fn kind(content: &Content) -> Kind {
     match content.place().0.raw() {
         abi::LINK_OFFSET => Kind::LinkArea,
         abi::CONTROL_OFFSET => Kind::ControlArea,
+        abi::FENCE_OFFSET => Kind::Fence,
         abi::DATA_OFFSET.. => Kind::Owner,
         _ => Kind::Witness,
     }
@@ -52,7 +54,8 @@ pub enum Manner {
     Honest,
     /// Does nothing, and says so.
     Refuses,
-    /// Answers an unmap at once and carries it out later, but in order.
+    /// Answers at once, unmaps and maps of the owner's memory, and carries it out later, but in
+    /// order.
     AnswersFirst,
 }
 
@@ -88,6 +91,10 @@ impl Vmm {
             return false;
         };
         let op = next.op;
+        // As QEMU: a map that it answered before is done when it takes the next request.
+        if self.late.iter().any(|late| matches!(late.change, WindowOp::Map(_))) {
+            self.catch_up();
+        }
         let result = match manner {
             // Without a witness the VMM's word is all there is: see `leaves`.
             Manner::Refuses if self.has_witness() || matches!(next.change, WindowOp::Map(_)) => {
@@ -99,6 +106,15 @@ impl Vmm {
             Manner::AnswersFirst
                 if matches!(next.change, WindowOp::Unmap(_)) && !next.lenient && next.epoch == self.epoch =>
             {
+                self.late.push_back(next);
+                Ok(())
+            }
+            Manner::AnswersFirst
+                if matches!(&next.change, WindowOp::Map(content) if kind(content) == Kind::Owner)
+                    && !next.lenient
+                    && next.epoch == self.epoch =>
+            {
+                self.catch_up();
                 self.late.push_back(next);
                 Ok(())
             }
@@ -212,7 +228,9 @@ impl Vmm {
 
     /// Kinds of what the connected VMM has, by window offset.
     pub fn kinds(&self) -> Vec<Kind> {
-        let mut mapped: Vec<_> = self.mapped.iter().map(|mapped| &mapped.content).collect();
+        let all = self.mapped.iter().map(|mapped| &mapped.content);
+        // The fence comes and goes; what counts of it is its answer.
+        let mut mapped: Vec<_> = all.filter(|content| kind(content) != Kind::Fence).collect();
         mapped.sort_by_key(|content| content.place().0);
         mapped.into_iter().map(kind).collect()
     }
