@@ -131,9 +131,11 @@ pub fn answer(channel: &UnixStream, payload: &[u8]) {
 pub struct Peer {
     raw: Raw,
     window: JoinHandle<()>,
+    link: File,
     control: File,
     doorbell: File,
     avail: u16,
+    attached: u64,
 }
 
 impl Peer {
@@ -153,12 +155,26 @@ impl Peer {
             assert!(raw.done(SET_VRING_ENABLE, &words(&[index, 1]), &[]));
         }
         let doorbell = File::from(kicks[0].try_clone().unwrap());
-        Self { raw, window, control: control_area(&mapped), doorbell, avail: 0 }
+        let link = area(&mapped, abi::LINK_OFFSET);
+        let control = area(&mapped, abi::CONTROL_OFFSET);
+        Self { raw, window, link, control, doorbell, avail: 0, attached: 0 }
     }
 
     /// A command, with so much room behind the response or so many bytes behind the
     /// request. Gives the slot in which it is.
     pub fn gives(&mut self, command: u16, iova: u64, len: u32) -> u16 {
+        let mut bytes = [0; 8];
+        self.link.read_exact_at(&mut bytes, abi::LINK_OFFSET + 8).unwrap();
+        let generation = u64::from_le_bytes(bytes);
+        if self.attached != generation {
+            self.attached = generation;
+            let slot = self.put(abi::CTRL_ATTACH, generation, 0);
+            self.status(slot);
+        }
+        self.put(command, iova, len)
+    }
+
+    fn put(&mut self, command: u16, iova: u64, len: u32) -> u16 {
         let slot = self.avail % 32;
         let request_at = abi::CONTROL_BUFFERS + u64::from(slot) * 4096;
         let request = abi::ControlRequest {
@@ -216,10 +232,10 @@ impl Peer {
     }
 }
 
-fn control_area(mapped: &Receiver<(u64, File)>) -> File {
+fn area(mapped: &Receiver<(u64, File)>, wanted: u64) -> File {
     loop {
         let (offset, file) = mapped.recv_timeout(PATIENCE).unwrap();
-        if offset == abi::CONTROL_OFFSET {
+        if offset == wanted {
             return file;
         }
     }

@@ -3,7 +3,7 @@
 
 use std::time::{Duration, Instant};
 
-use crate::control::{ControlExchange, ControlRing, Exchange, Job, Outcome, Request};
+use crate::control::{Command, ControlExchange, ControlRing, Exchange, Job, Outcome, Request};
 use crate::link::LinkPage;
 use crate::programs::ProgramError;
 use crate::shm::SharedMemory;
@@ -22,6 +22,8 @@ pub(super) struct Window<'a> {
     transport: &'a dyn Transport,
     page: LinkPage,
     control: ControlRing,
+    /// The generation that the device was told is served.
+    attached: Option<u64>,
 }
 
 impl<'a> Window<'a> {
@@ -36,7 +38,7 @@ impl<'a> Window<'a> {
             std::thread::sleep(PAUSE);
         }
         let control = ControlRing::new(transport)?;
-        Ok(Self { transport, page, control })
+        Ok(Self { transport, page, control, attached: None })
     }
 
     /// All of it.
@@ -109,6 +111,15 @@ impl<'a> Window<'a> {
     }
 
     fn ask_once(&mut self, request: Request, bytes: &mut [u8]) -> Result<Outcome, ProgramError> {
+        // 9.4: the device takes commands of who is attached to the present link.
+        let generation = self.page.generation();
+        if self.attached != Some(generation) {
+            let attach = Command::Attach { generation, interrupt: false };
+            if self.control.call(self.transport, attach, ANSWER_TIME).is_err() {
+                return Ok(Outcome::Later);
+            }
+            self.attached = Some(generation);
+        }
         let memory = self.transport.window();
         let mut exchange = ControlExchange::new(&mut self.control, self.transport, false);
         exchange.clear();

@@ -201,6 +201,27 @@ fn many_denials_are_limited_and_the_limit_ends() {
 }
 
 #[test]
+fn commands_of_a_driver_that_is_not_attached_to_the_present_link_are_stale() {
+    let mut bench = Bench::iommu();
+    bench.guest_maps(0..1, RW);
+    let request = abi::ControlRequest {
+        command: abi::CTRL_STORE.into(),
+        value: BUFFERS.into(),
+        len: 64.into(),
+        ..Default::default()
+    };
+    let early = bench.gives_unattached(&request, 64, 64);
+    assert_eq!(bench.status(early), abi::CTRL_STALE);
+    bench.attaches();
+    let store = bench.gives_unattached(&request, 64, 64);
+    assert!(bench.copies(store));
+    // The owner's device starts again: to its new driver, that page may be another's.
+    bench.owner_stops();
+    let late = bench.gives_unattached(&request, 64, 64);
+    assert_eq!(bench.status(late), abi::CTRL_STALE);
+}
+
+#[test]
 fn commands_without_a_running_iommu_fail() {
     let mut bench = Bench::up();
     for command in [abi::CTRL_MAP, abi::CTRL_FETCH, abi::CTRL_STORE] {

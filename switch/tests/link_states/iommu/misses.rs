@@ -132,7 +132,7 @@ fn an_invalidation_between_update_and_answer_is_no_denial() {
     let fetch = bench.fetch(BUFFERS + 4000, 200);
     bench.owner(Ask::Update(BUFFERS, PAGE, BEHIND, RW));
     // The guest flushed more than it unmapped.
-    bench.owner(Ask::Invalidate(0, 0));
+    bench.owner(Ask::Invalidate(BUFFERS, 4 * PAGE));
     bench.work();
     let id = bench.miss.take().unwrap().0;
     bench.apply(Event::MissDone(id, true));
@@ -203,6 +203,9 @@ fn an_answer_to_a_miss_of_before_a_stop_proves_nothing_after_it() {
         bench.miss = None;
     }
     bench.apply(Event::MissDone(old, true));
+    // The link comes up meanwhile: what was asked before belongs to another.
+    assert_eq!(bench.status(fetch), abi::CTRL_STALE);
+    let fetch = bench.fetch(BUFFERS, 64);
     assert_eq!(bench.status(fetch), abi::CTRL_DENIED);
     assert!(bench.is_up());
 }
@@ -289,6 +292,9 @@ fn a_vring_is_asked_for_while_commands_wait() {
     bench.settle();
     bench.start_ring(1, ring_in(RINGS + 4 * PAGE));
     let fetch = bench.fetch(BUFFERS, 64);
-    assert!(bench.copies(fetch));
+    bench.settle();
     assert!(bench.shows(RINGS + 4 * PAGE));
+    assert_eq!(bench.status(fetch), abi::CTRL_STALE, "the link has one vring more");
+    let fetch = bench.fetch(BUFFERS, 64);
+    assert!(bench.copies(fetch));
 }

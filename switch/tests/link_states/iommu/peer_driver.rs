@@ -68,7 +68,28 @@ impl Bench {
         self.gives_raw(&request, len, len)
     }
 
+    /// Tells that the driver serves the present link, as it has to before other commands.
+    pub fn attaches(&mut self) {
+        let generation = self.published.1.into();
+        let attach =
+            abi::ControlRequest { command: abi::CTRL_ATTACH.into(), value: generation, ..Default::default() };
+        let id = self.next_command();
+        self.commands.open.insert(id, (Task::Map, 0, 0));
+        self.apply(Event::Command(id, attach, 0, 0));
+    }
+
+    /// Gives a command as the driver that serves the present link.
     pub fn gives_raw(&mut self, request: &abi::ControlRequest, readable: u64, writable: u64) -> CommandId {
+        self.attaches();
+        self.gives_unattached(request, readable, writable)
+    }
+
+    pub fn gives_unattached(
+        &mut self,
+        request: &abi::ControlRequest,
+        readable: u64,
+        writable: u64,
+    ) -> CommandId {
         let id = self.next_command();
         let task = match request.command.value() {
             abi::CTRL_FETCH => Task::Fetch,
