@@ -243,6 +243,12 @@ impl<R: Clone + PartialEq> MemoryTable<R> {
         }
     }
 
+    /// The regions that another table has too, with equal addresses and backing.
+    pub fn common(&self, other: &Self) -> Self {
+        let regions = self.regions.iter().filter(|region| other.regions.contains(region)).cloned();
+        Self { regions: regions.collect(), max_regions: self.max_regions }
+    }
+
     /// The regions, in the order in which they came.
     pub fn regions(&self) -> &[Region<R>] {
         &self.regions

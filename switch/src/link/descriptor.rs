@@ -12,12 +12,23 @@ pub struct MemoryFile {
     fd: Arc<OwnedFd>,
     device: u64,
     inode: u64,
+    page_size: u64,
 }
 
 impl MemoryFile {
     /// Wraps a descriptor whose file `fstat` gave these numbers for.
     pub fn new(fd: OwnedFd, device: u64, inode: u64) -> Self {
-        Self { fd: Arc::new(fd), device, inode }
+        Self { fd: Arc::new(fd), device, inode, page_size: iommu::PAGE_SIZE }
+    }
+
+    /// The same, of a file whose pages are larger: no smaller piece of it can be mapped.
+    pub fn with_page_size(self, page_size: u64) -> Self {
+        Self { page_size: page_size.max(iommu::PAGE_SIZE), ..self }
+    }
+
+    /// Bytes of one page of the file.
+    pub fn page_size(&self) -> u64 {
+        self.page_size
     }
 
     /// The device and inode numbers that identify the file.

@@ -1,7 +1,7 @@
 //! The owner's session: what its front-end has told so far, and what of its
 //! memory the peer is to see.
 
-use iommu::{Access, FrontendVa, Gpa, IovaMap, MemoryTable, NewRegion, Span};
+use iommu::{Access, FrontendVa, Gpa, Iova, IovaMap, MemoryTable, NewRegion, Span};
 use vhost::vhost_user::VhostUserProtocolFeatures as Protocol;
 
 use super::descriptor::MemoryFile;
@@ -33,6 +33,8 @@ pub struct OwnerSession {
     vrings: Vec<Vring>,
     /// What is known of the guest's IOMMU, if it has one.
     pub iotlb: Iotlb,
+    /// What was known of memory that has left the table since this was last taken.
+    pub unbacked: Vec<Span<Iova>>,
     has_channel: bool,
     /// After a vring was stopped nothing is shown until one is started again.
     halted: bool,
@@ -49,6 +51,7 @@ impl OwnerSession {
             memory: MemoryTable::new(MAX_REGIONS),
             vrings: (0..config.max_vrings()).map(|_| Vring::default()).collect(),
             iotlb: Iotlb::default(),
+            unbacked: Vec::new(),
             has_channel: false,
             halted: true,
         }
@@ -192,6 +195,8 @@ impl OwnerSession {
                 vring.recheck(index, AddressSpace::FrontEnd(&table))?;
             }
         }
+        // A region that is described otherwise has left, and another has come.
+        self.unbacked.extend(self.iotlb.forget_unbacked(&table.common(&self.memory)));
         self.memory = table;
         Ok(())
     }

@@ -8,7 +8,7 @@
 use std::collections::BTreeMap;
 use std::time::{Duration, Instant};
 
-use iommu::{Access, Placement, Span, WindowGeometry, WindowLayout, WindowOffset};
+use iommu::{Access, Iova, Placement, Span, WindowGeometry, WindowLayout, WindowOffset};
 use vhost_pci_device::abi;
 
 use super::descriptor::{Eventfd, MemoryFile};
@@ -29,12 +29,21 @@ const LOGGED_CONNECTIONS: u64 = 32;
 
 /// An owner's request whose answer waits for a revocation.
 #[derive(Debug)]
-struct Pending {
+pub(super) struct Pending {
     reply: Reply,
+    /// The addresses that it concerns; None: everything.
+    of: Option<Vec<Span<Iova>>>,
     /// Until when a peer may hold it up whose device is stopped.
     peer_deadline: Instant,
     /// Until when the owner waits.
     deadline: Instant,
+}
+
+impl Pending {
+    /// Whether it waits for some addresses only, and not for all of the window.
+    pub(super) fn is_of_some(&self) -> bool {
+        self.of.is_some()
+    }
 }
 
 /// Counts that the link itself keeps.
@@ -64,9 +73,11 @@ pub struct Link {
     pub(super) demand: Demand,
     pub(super) demand_counters: DemandCounters,
     pub(super) shown: Shown,
-    pending: Option<Pending>,
+    pub(super) pending: Option<Pending>,
     pub(super) failure: Option<String>,
     pub(super) published: LinkContents,
+    /// Whether a command may still make room in the window before the link settles.
+    pub(super) may_evict: bool,
     /// Something happened that what the peer should see may follow from.
     pub(super) unsettled: bool,
     pub(super) generations: Generations,
@@ -103,6 +114,7 @@ impl Link {
             pending: None,
             failure: None,
             published: LinkContents::default(),
+            may_evict: false,
             unsettled: false,
             generations: Generations { link: generation, table: generation },
             wires: Vec::new(),
@@ -260,6 +272,7 @@ impl Link {
         );
         let changes_memory =
             matches!(request, Request::SetMemTable(_) | Request::AddMemReg(_) | Request::RemMemReg { .. });
+        let of = concerned(&request);
         let starts = matches!(request, Request::SetVringKick { .. } | Request::SetVringEnable { .. });
         let taken = match request {
             Request::SetBackendChannel(stream) => owner.take_channel().map_err(Refusal::End).map(|()| {
@@ -288,7 +301,7 @@ impl Link {
                 if self.owner.as_ref().is_some_and(|owner| owner.has_iommu() && !owner.is_running()) {
                     self.stop_demand(effects);
                 }
-                self.reply_when_confined(reply, now, effects);
+                self.reply_when_confined(reply, of, now, effects);
             }
             Ok(reply) => effects.push(Effect::Reply(Side::Owner, reply)),
         }
@@ -303,14 +316,22 @@ impl Link {
         Ok(())
     }
 
-    /// Answers the owner when the peer holds no more than the layout.
-    fn reply_when_confined(&mut self, reply: Reply, now: Instant, effects: &mut Vec<Effect>) {
-        if self.window.is_confined_to(&self.layout) {
+    /// Answers the owner when the peer holds no more than the layout, of these addresses or
+    /// of all: what is taken out for another reason must not hold the owner up.
+    fn reply_when_confined(
+        &mut self,
+        reply: Reply,
+        of: Option<Vec<Span<Iova>>>,
+        now: Instant,
+        effects: &mut Vec<Effect>,
+    ) {
+        if self.window.is_confined_to(&self.layout, of.as_deref()) {
             effects.push(Effect::Reply(Side::Owner, reply));
             return;
         }
         self.pending = Some(Pending {
             reply,
+            of,
             // The peer's VMM has its time; then the kernel's word that its mappings are
             // gone has as much again.
             peer_deadline: now + self.timeout,
@@ -451,10 +472,12 @@ impl Link {
         self.answer_mapped(effects);
         effects.append(&mut changes);
 
-        if self.window.is_confined_to(&self.layout)
-            && let Some(pending) = self.pending.take()
-        {
+        let (window, layout) = (&self.window, &self.layout);
+        let answered = self.pending.take_if(|pending| window.is_confined_to(layout, pending.of.as_deref()));
+        if let Some(pending) = answered {
             effects.push(Effect::Reply(Side::Owner, pending.reply));
+            // Commands may have waited for that.
+            self.settle(now, effects);
         }
     }
 
@@ -497,15 +520,14 @@ impl Link {
     fn is_usable(&self, mappings: &[abi::Mapping]) -> bool {
         match &self.owner {
             Some(owner) if owner.has_iommu() => {
-                // Those that the owner's IOMMU keeps from its device are not waited for.
+                // Vrings that the owner's IOMMU keeps from its device are not waited for. One that
+                // pushes has told all there is.
                 let refused = &self.demand.refused_vrings;
-                let awaited = (0..).zip(owner.vrings());
-                let mut awaited =
-                    awaited.filter(|(index, vring)| vring.is_live() && !refused.contains(index)).peekable();
-                self.window.is_open()
-                    && self.window.is_ready()
-                    && awaited.peek().is_some()
-                    && awaited.all(|(_, vring)| is_reachable(vring, mappings))
+                let live = (0..).zip(owner.vrings()).filter(|(_, vring)| vring.is_live());
+                let (there, awaited): (Vec<_>, Vec<_>) =
+                    live.partition(|(_, vring)| is_reachable(vring, mappings));
+                let awaited = awaited.iter().any(|(index, _)| !refused.contains(index) && !owner.pushes());
+                self.window.is_open() && self.window.is_ready() && !there.is_empty() && !awaited
             }
             _ => !self.layout.is_empty() && self.window.shows_exactly(&self.layout),
         }
@@ -568,4 +590,16 @@ impl Link {
 fn is_reachable(vring: &Vring, mappings: &[abi::Mapping]) -> bool {
     let reachable = |part| link_page::allows(mappings, part, Access::ReadWrite);
     vring.is_live() && vring.started().is_some_and(|config| config.parts().all(reachable))
+}
+
+/// The addresses that a request of the owner's front-end concerns, where it says that.
+fn concerned(request: &Request) -> Option<Vec<Span<Iova>>> {
+    let span = |iova, size| Span::new(Iova::new(iova), size).ok();
+    match request {
+        Request::Iotlb(message) => Some(vec![span(message.iova, message.size)?]),
+        Request::IommuPush { reset: false, entries } => {
+            Some(entries.iter().filter_map(|entry| span(entry.iova, entry.size)).collect())
+        }
+        _ => None,
+    }
 }

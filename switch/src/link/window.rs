@@ -12,7 +12,7 @@
 use std::collections::VecDeque;
 use std::time::{Duration, Instant};
 
-use iommu::{Change, Placement, WindowLayout, difference};
+use iommu::{Change, Iova, Placement, Span, WindowLayout, difference};
 
 use super::descriptor::MemoryFile;
 use super::fault::Fault;
@@ -382,10 +382,15 @@ impl Window {
         phase.into_iter().chain(operation).min()
     }
 
-    /// Whether the peer holds no memory of the owner's but `desired`.
-    pub fn is_confined_to(&self, desired: &WindowLayout<MemoryFile>) -> bool {
+    /// Whether the peer holds no memory of the owner's but `desired`; if `of` is given, of
+    /// what has a byte in one of these ranges.
+    pub fn is_confined_to(&self, desired: &WindowLayout<MemoryFile>, of: Option<&[Span<Iova>]>) -> bool {
         self.held.iter().all(|held| match &held.content {
-            Content::Owner(placement) => !held.is_leaving() && desired.has(placement),
+            Content::Owner(placement) => {
+                let iova = placement.range().iova();
+                let concerned = of.is_none_or(|of| of.iter().any(|span| span.overlaps(iova)));
+                !concerned || (!held.is_leaving() && desired.has(placement))
+            }
             _ => true,
         })
     }

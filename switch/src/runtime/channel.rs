@@ -19,6 +19,10 @@ use super::{ChannelId, Input, LinkPort, SessionId};
 use crate::link::message::{MissId, OpId};
 use crate::link::{Fault, Side};
 
+/// Requests that are sent and not answered, at most: descriptors on their way count
+/// against a limit of the broker's user.
+const MAX_OPEN: usize = 64;
+
 /// What an answer is the answer to.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Asked {
@@ -89,14 +93,14 @@ impl Channel {
     /// # Errors
     /// When the VMM is gone.
     pub fn send(&mut self) -> io::Result<()> {
-        while let Some((asked, message)) = self.unsent.front() {
+        while let Some((asked, message)) = self.unsent.front().filter(|_| self.open.len() < MAX_OPEN) {
             match send(&self.stream, message) {
                 Ok(()) if message.has_answer => {
                     let words = message.what.clone();
                     self.open.push_back((*asked, words));
                 }
                 Ok(()) => {}
-                Err(error) if error.kind() == io::ErrorKind::WouldBlock => return Ok(()),
+                Err(error) if is_passing(&error) && !self.open.is_empty() => return Ok(()),
                 Err(error) => return Err(error),
             }
             self.unsent.pop_front();
@@ -121,6 +125,15 @@ impl Drop for Channel {
         // Wakes the thread, also where the VMM keeps its end open and silent.
         drop(self.stream.shutdown(Shutdown::Both));
     }
+}
+
+/// Whether the VMM has not read enough, or the host has too little at the moment: for the
+/// next answer to try again.
+fn is_passing(error: &io::Error) -> bool {
+    use rustix::io::Errno;
+    [Errno::AGAIN, Errno::NOBUFS, Errno::NOMEM, Errno::TOOMANYREFS]
+        .into_iter()
+        .any(|passing| error.raw_os_error() == Some(passing.raw_os_error()))
 }
 
 /// Sends a message at once or not at all. (The kernel takes so short a one whole.)

@@ -347,7 +347,7 @@ impl LinkDriver {
                 self.apply(Event::WindowDone(op, result));
             }
             Some((Asked::Miss(id), _)) => self.apply(Event::MissDone(id, done)),
-            Some((Asked::Nothing, _)) | None => {}
+            Some((Asked::Nothing, _)) | None => self.run_effects(Vec::new()),
         }
     }
 

@@ -48,6 +48,7 @@ impl LinkPort {
     /// Has the link take an input. One that has ended drops it, and with it any question
     /// in it.
     pub fn send(&self, input: Input) {
+        let _wakes = WakesClock(&self.0.clock);
         let mut inner = self.lock();
         let Some(driver) = inner.driver.as_mut() else { return };
         driver.take(input);
@@ -94,6 +95,17 @@ impl LinkPort {
 
     fn lock(&self) -> MutexGuard<'_, Inner> {
         self.0.inner.lock().unwrap_or_else(|poisoned| lost(poisoned.into_inner()))
+    }
+}
+
+/// Has the clock look at a link that a thread panicked in, so that its sessions end.
+struct WakesClock<'c>(&'c Condvar);
+
+impl Drop for WakesClock<'_> {
+    fn drop(&mut self) {
+        if std::thread::panicking() {
+            self.0.notify_one();
+        }
     }
 }
 

@@ -17,7 +17,8 @@ use crate::link::descriptor::{Eventfd, MemoryFile};
 /// File systems whose pages can back memory that is shared: their magic numbers
 /// (statfs(2)). A file of another kind could stall its reader for as long as its
 /// server likes.
-const MEMORY_FILE_SYSTEMS: [(i64, &str); 2] = [(0x0102_1994, "tmpfs"), (0x9584_58f6, "hugetlbfs")];
+const MEMORY_FILE_SYSTEMS: [(i64, &str); 2] = [(0x0102_1994, "tmpfs"), (HUGETLBFS, "hugetlbfs")];
+const HUGETLBFS: i64 = 0x9584_58f6;
 
 /// The seal against new writable mappings (fcntl(2)); the nix crate has no name for it.
 const F_SEAL_FUTURE_WRITE: i32 = 0x10;
@@ -29,10 +30,9 @@ const F_SEAL_FUTURE_WRITE: i32 = 0x10;
 pub fn memory_file(file: File) -> Result<(MemoryFile, u64), Fault> {
     let fault = |reason: String| Fault::Descriptor(format!("the descriptor of a memory region {reason}"));
     let metadata = file.metadata().map_err(|error| fault(format!("cannot be examined: {error}")))?;
-    let system = nix::sys::statfs::fstatfs(&file)
-        .map_err(|error| fault(format!("cannot be examined: {error}")))?
-        .filesystem_type()
-        .0;
+    let statfs =
+        nix::sys::statfs::fstatfs(&file).map_err(|error| fault(format!("cannot be examined: {error}")))?;
+    let system = statfs.filesystem_type().0;
     if !metadata.is_file() || !MEMORY_FILE_SYSTEMS.iter().any(|(magic, _)| *magic == system) {
         return Err(fault(
             "is no memfd, shared-memory or hugetlbfs file: give the VMM memory of that kind, \
@@ -53,6 +53,11 @@ pub fn memory_file(file: File) -> Result<(MemoryFile, u64), Fault> {
         return Err(fault("is sealed against writing".into()));
     }
     let memory = MemoryFile::new(OwnedFd::from(file), metadata.dev(), metadata.ino());
+    // Of hugetlbfs the block is the huge page; tmpfs takes what comes.
+    let memory = match system == HUGETLBFS {
+        true => memory.with_page_size(u64::try_from(statfs.block_size()).unwrap_or(0)),
+        false => memory,
+    };
     Ok((memory, metadata.len()))
 }
 

@@ -10,6 +10,8 @@
 
 #[path = "iommu/commands.rs"]
 mod commands;
+#[path = "iommu/fairness.rs"]
+mod fairness;
 #[path = "iommu/features.rs"]
 mod features;
 #[path = "iommu/invalidate.rs"]

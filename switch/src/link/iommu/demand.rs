@@ -105,6 +105,8 @@ pub struct Demand {
     pub show_at: Option<Instant>,
     /// Vrings whose memory the owner's IOMMU does not allow; not asked for again.
     pub refused_vrings: BTreeSet<u32>,
+    /// Answers in a row that a miss was told, without an update having come.
+    pub untold: u32,
     next_miss: u64,
 }
 
@@ -121,7 +123,9 @@ impl Demand {
     pub fn deadline(&self) -> Option<Instant> {
         let wants = self.wants.iter().map(|want| want.deadline);
         // While something is asked about, its answer is waited for, not a time.
-        wants.chain(self.show_at.filter(|_| self.probes.is_empty())).min()
+        let show_at = self.show_at.filter(|_| self.probes.is_empty());
+        let probe_at = self.denials.allowed_at().filter(|_| self.asked.is_none() && !self.probes.is_empty());
+        wants.chain(show_at).chain(probe_at).min()
     }
 
     /// The peer's driver is gone, and its commands with it.

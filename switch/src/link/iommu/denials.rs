@@ -36,6 +36,11 @@ impl Denials {
         self.left > 0
     }
 
+    /// When the owner may be asked again, if it may not be now.
+    pub fn allowed_at(&self) -> Option<Instant> {
+        self.since.filter(|_| self.left == 0).map(|since| since + REFILL)
+    }
+
     /// The owner was asked in vain.
     pub fn note(&mut self, now: Instant) {
         self.left = self.left.saturating_sub(1);

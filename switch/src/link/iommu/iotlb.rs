@@ -14,6 +14,8 @@ use crate::link::descriptor::MemoryFile;
 
 /// Ranges that are remembered from updates; the least recently used is forgotten.
 const MAX_UPDATES: usize = 16_384;
+/// How many of the least recently used are looked at to find one that is not needed.
+const MAX_LOOKED_AT: usize = 64;
 /// Ranges that a front-end may push; it is refused more.
 pub const MAX_PUSHED: usize = 131_072;
 
@@ -123,6 +125,11 @@ impl Iotlb {
         Ok(parts.collect())
     }
 
+    /// What is known to be allowed with the ranges that have a byte in `span`.
+    pub fn accesses(&self, span: Span<Iova>) -> impl Iterator<Item = Access> {
+        self.known.overlapping(span).map(MappedRange::access)
+    }
+
     /// What is known of `span`, in any part: bytes into the span, and where they are.
     pub fn pieces_known(&self, span: Span<Iova>) -> Vec<(u64, Piece)> {
         let parts = self.known.overlapping(span).filter_map(|range| {
@@ -136,11 +143,13 @@ impl Iotlb {
         parts.collect()
     }
 
-    /// Learns a range by an update. Gives what is not known any more because of it. When
-    /// there are too many, one is forgotten that `keep` does not say is needed.
+    /// Learns a range by an update that said `told` of it, of which `range` has what is
+    /// proven. Gives what is not known any more because of it. When there are too many, one
+    /// is forgotten, rather one that `keep` does not say is needed.
     pub fn learn(
         &mut self,
         range: MappedRange<MemoryFile>,
+        told: Access,
         keep: impl Fn(Span<Iova>) -> bool,
     ) -> Vec<Span<Iova>> {
         let mut range = range;
@@ -148,6 +157,7 @@ impl Iotlb {
         let before = self.known.range_at(range.iova().start());
         if let Some(before) = before.filter(|before| before.iova() == range.iova())
             && before.backing() == range.backing()
+            && told.allows(before.access())
         {
             let both = Access::from_bits(before.access().bits() | range.access().bits());
             facts = self.facts.get(&range.iova().start()).copied().unwrap_or_default();
@@ -161,7 +171,9 @@ impl Iotlb {
         let mut gone = self.forget(range.iova());
         if self.known.len() >= MAX_UPDATES {
             let oldest = self.by_use.values().filter_map(|start| self.known.range_at(*start));
-            let oldest = oldest.map(MappedRange::iova).find(|span| !keep(*span));
+            let mut oldest = oldest.map(MappedRange::iova).peekable();
+            let first = oldest.peek().copied();
+            let oldest = oldest.take(MAX_LOOKED_AT).find(|span| !keep(*span)).or(first);
             gone.extend(oldest.into_iter().flat_map(|span| self.forget(span)));
         }
         self.insert(range, facts);

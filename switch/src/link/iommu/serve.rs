@@ -4,7 +4,10 @@
 
 use std::time::{Duration, Instant};
 
-use iommu::{Access, FrontendVa, Iova, IovaMap, LayoutError, MappedRange, Span, WindowLayout};
+use iommu::{
+    Access, FrontendVa, Iova, IovaMap, LARGE_PAGE_SIZE, LayoutError, MappedRange, PAGE_SIZE, Span,
+    WindowLayout,
+};
 use vhost_pci_device::abi;
 
 use super::demand::{Asked, Task, Want, want};
@@ -15,13 +18,15 @@ use crate::link::fault::Fault;
 use crate::link::link_page;
 use crate::link::message::{CommandId, Effect, IotlbMessage, MissId, PushEntry};
 use crate::link::owner::OwnerSession;
-use crate::link::state::Link;
+use crate::link::state::{Link, Pending};
 
 /// Copies from or to a range, without an unmap between them, after which it is taken
 /// for one that lasts, and worth a place in the window.
 const LASTING: u32 = 8;
 /// How long ranges that last are collected, so that neighbours are mapped as one.
 const COLLECT: Duration = Duration::from_millis(100);
+/// Answers to a miss without an update, in a row, that are put up with.
+const MAX_UNTOLD: u32 = 8;
 /// Pages that are asked about in the background, at most.
 const MAX_PROBES: usize = 4096;
 
@@ -29,8 +34,7 @@ impl Link {
     /// Takes an IOTLB message of the owner's front-end.
     ///
     /// # Errors
-    /// `Err(Ok(_))`: the message is declined and the session goes on. `Err(Err(_))`: it
-    /// ends.
+    /// Whether the message is declined, or ends the session.
     pub(in crate::link) fn take_iotlb(&mut self, message: IotlbMessage) -> Result<(), Refusal> {
         let owner = self.owner.as_mut().ok_or(Refusal::End(Fault::Unsupported("IOTLB_MSG")))?;
         if !owner.has_iommu() {
@@ -49,7 +53,7 @@ impl Link {
                     .map_err(fault)?;
                 let proven = proven(&range, self.demand.asked.as_mut());
                 match proven {
-                    Some(range) => owner.iotlb.learn(range, |span| shown.covers(span)),
+                    Some(proven) => owner.iotlb.learn(proven, range.access(), |span| shown.covers(span)),
                     None => forget_changed(owner, &range),
                 }
             }
@@ -108,7 +112,7 @@ impl Link {
         let policy = (self.config.one_way, self.is_strict());
         let otherwise = |range: &&MappedRange<MemoryFile>| {
             let allowed = self.shown.allowed(range.iova().start()).unwrap_or(range.access());
-            mapped_as(allowed, policy.0, policy.1) != Some(range.access())
+            allowed_as(allowed, policy.0, policy.1) != Some(range.access())
         };
         let gone: Vec<_> = self.shown.map().iter().filter(otherwise).map(MappedRange::iova).collect();
         self.hide(&gone);
@@ -117,8 +121,7 @@ impl Link {
     /// The owner's memory table changed: what is behind no region any more is gone.
     pub(in crate::link) fn hide_unbacked(&mut self) {
         if let Some(owner) = self.owner.as_mut().filter(|owner| owner.has_iommu()) {
-            let memory = owner.memory().clone();
-            let gone = owner.iotlb.forget_unbacked(&memory);
+            let gone = std::mem::take(&mut owner.unbacked);
             self.hide(&gone);
         }
     }
@@ -147,8 +150,16 @@ impl Link {
                 self.hide(&gone);
             }
             Some(false) => effects.push(Effect::AccessFail(asked.page, asked.access)),
+            // Its update is on another socket, and may come after this: asked again if it is
+            // still wanted then, but not for ever.
+            None if told && self.demand.untold < MAX_UNTOLD => {
+                self.demand.untold += 1;
+                return;
+            }
             None => {}
         }
+        self.demand.untold = 0;
+        self.demand.denials.note(now);
         let (Some(page), Some(owner)) = (asked.span(), self.owner.as_ref()) else { return };
         let owner_vrings = owner.vrings().iter().zip(0_u32..);
         let vrings: Vec<u32> = owner_vrings
@@ -159,6 +170,7 @@ impl Link {
             .collect();
         for index in vrings {
             if self.demand.refused_vrings.insert(index) {
+                self.unsettled = true;
                 let reason = format!(
                     "the owner's IOMMU does not let its device {} the vring's page at {}",
                     if asked.access == Access::Read { "read" } else { "write" },
@@ -173,7 +185,6 @@ impl Link {
         self.demand.wants = rest;
         let denied: std::collections::VecDeque<Want> = denied;
         for want in denied {
-            self.demand.denials.note(now);
             self.deny(want.command, effects);
         }
     }
@@ -209,6 +220,7 @@ impl Link {
             return;
         }
         let mut missing = self.serve_vrings(effects);
+        self.may_evict = self.pending.as_ref().is_none_or(Pending::is_of_some);
         for want in std::mem::take(&mut self.demand.wants) {
             if now >= want.deadline {
                 effects.push(Effect::Answer(want.command, abi::CTRL_FAILED, false));
@@ -225,13 +237,12 @@ impl Link {
         }
         self.show_lasting(now);
         if self.demand.asked.is_none()
-            && let Some((page, access)) = missing.or_else(|| self.next_probe())
+            && let Some((page, access)) = missing.or_else(|| self.next_probe(now))
         {
             let asked = self.demand.ask(page, access);
             self.demand_counters.misses += 1;
             effects.push(Effect::Miss(asked.id, page, access));
         }
-        self.plan();
     }
 
     /// Answers MAP commands whose ranges the peer has now, when the link page says so.
@@ -331,7 +342,7 @@ impl Link {
         effects.push(Effect::Copy(want.command, want.task, pieces));
         let lasting = owner.iotlb.note_copy(want.span, LASTING);
         for (start, access) in lasting {
-            match mapped_as(access, self.config.one_way, self.is_strict()) {
+            match allowed_as(access, self.config.one_way, self.is_strict()) {
                 Some(_) => self.take_lasting(start, now),
                 None if self.demand.probes.len() < MAX_PROBES && !self.pushes() => {
                     let other = if access == Access::Read { Access::Write } else { Access::Read };
@@ -352,17 +363,21 @@ impl Link {
             effects.push(Effect::Answer(want.command, status, false));
             Served::Done
         };
-        if ranges.iter().any(|range| mapped_as(range.access(), policy.0, policy.1).is_none()) {
+        if ranges.iter().any(|range| mapped_as(range, policy.0, policy.1).is_none()) {
             return done(abi::CTRL_COPY);
         }
-        self.hide_lesser(want.span, want.access);
-        match self.show_for(&ranges, &[want.span]) {
-            Ok(()) => {
-                self.shown.touch(want.span, false);
-                Served::Waits
+        // One command at a time makes room: two that exclude each other would take turns.
+        if !self.shown.covers_for(want.span, want.access) {
+            if !std::mem::take(&mut self.may_evict) {
+                return Served::Waits;
             }
-            Err(_) => done(abi::CTRL_NO_ROOM),
+            self.hide_lesser(want.span, want.access);
+            if self.show_for(&ranges, &[want.span]).is_err() {
+                return done(abi::CTRL_NO_ROOM);
+            }
         }
+        self.shown.touch(want.span, false);
+        Served::Waits
     }
 
     /// Takes out what is shown for less than this access, so that it is shown anew now that
@@ -387,6 +402,20 @@ impl Link {
         }
         let shown = |range: &&MappedRange<MemoryFile>| !self.shown.covers(range.iova());
         let new: Vec<Span<Iova>> = ranges.iter().filter(shown).map(MappedRange::iova).collect();
+        let (policy, strict) = (self.config.one_way, self.is_strict());
+        if ranges.iter().any(|range| allowed_as(range.access(), policy, strict).is_some())
+            && joined(ranges).iter().any(|range| mapped_as(range, policy, strict).is_none())
+        {
+            let reason =
+                "the owner's IOMMU maps parts of huge pages (hugetlbfs), which cannot be shown alone";
+            return Err(Fault::Iommu(reason.into()));
+        }
+        // What can never fit costs nobody its place.
+        let len = self.geometry.data().len();
+        if new.iter().any(|span| span.len() > len) || self.shown.most_room() == 0 {
+            let count = self.shown.map().len() + new.len();
+            return Err(Fault::Window(LayoutError::TooMany { count, max: self.config.max_mappings }));
+        }
         let mut plan =
             Err(LayoutError::TooMany { count: self.shown.map().len(), max: self.config.max_mappings });
         loop {
@@ -401,8 +430,7 @@ impl Link {
                     for span in new {
                         self.shown.remove(span);
                     }
-                    // What was there before fits again.
-                    let _ = self.try_plan();
+                    self.plan();
                     return Err(Fault::Window(error));
                 }
             }
@@ -412,16 +440,12 @@ impl Link {
     /// Adds those of the ranges that are not shown, neighbours as one. Says whether there
     /// was room for all.
     fn add(&mut self, ranges: &[MappedRange<MemoryFile>]) -> bool {
-        let mut new = IovaMap::new();
-        for range in ranges {
-            if self.shown.map().overlapping(range.iova()).next().is_none() {
-                // They came from one map: none overlaps another.
-                let _ = new.insert(range.clone());
-            }
-        }
+        let fresh =
+            |range: &&MappedRange<MemoryFile>| self.shown.map().overlapping(range.iova()).next().is_none();
+        let new = joined(ranges.iter().filter(fresh));
         let policy = (self.config.one_way, self.is_strict());
-        new.merged().iter().all(|range| {
-            let access = mapped_as(range.access(), policy.0, policy.1);
+        new.iter().all(|range| {
+            let access = mapped_as(range, policy.0, policy.1);
             let mapped = access
                 .and_then(|access| MappedRange::new(range.iova(), access, range.backing().clone()).ok());
             mapped.is_some_and(|mapped| self.shown.add(mapped, range.access()).unwrap_or(false))
@@ -446,9 +470,11 @@ impl Link {
         self.demand.show_at.get_or_insert(now + COLLECT);
     }
 
-    /// The next page of a lasting range whose other direction is not known.
-    fn next_probe(&mut self) -> Option<(Iova, Access)> {
-        self.demand.probes.front().copied()
+    /// The next page of a lasting range whose other direction is not known: a question
+    /// that may be in vain.
+    fn next_probe(&mut self, now: Instant) -> Option<(Iova, Access)> {
+        let probe = self.demand.probes.front().copied()?;
+        self.demand.denials.allow(now).then_some(probe)
     }
 
     /// Moves answered probes on, and shows the ranges that last when their time has come.
@@ -509,10 +535,20 @@ impl Link {
     }
 
     fn try_plan(&mut self) -> Result<(), LayoutError> {
-        self.layout = WindowLayout::plan(&self.geometry, self.shown.map(), &self.layout)?;
-        self.unsettled = true;
+        let layout = WindowLayout::plan(&self.geometry, self.shown.map(), &self.layout)?;
+        self.unsettled |= layout != self.layout;
+        self.layout = layout;
         Ok(())
     }
+}
+
+/// Known ranges with neighbours as one. None overlaps another, as they came from one map.
+fn joined<'r>(ranges: impl IntoIterator<Item = &'r MappedRange<MemoryFile>>) -> IovaMap<MemoryFile> {
+    let mut map = IovaMap::new();
+    for range in ranges {
+        let _ = map.insert(range.clone());
+    }
+    map.merged()
 }
 
 /// How serving a command ended.
@@ -536,13 +572,22 @@ pub(in crate::link) enum Refusal {
 
 /// With which access the peer's VMM is asked to map what the owner allows `allowed` with;
 /// `None`: not at all, since that VMM would allow more.
-fn mapped_as(allowed: Access, policy: OneWay, strict: bool) -> Option<Access> {
+fn allowed_as(allowed: Access, policy: OneWay, strict: bool) -> Option<Access> {
     match (allowed, policy) {
-        (Access::ReadWrite, _) | (_, OneWay::Widen) => Some(Access::ReadWrite),
+        (Access::ReadWrite, _) => Some(Access::ReadWrite),
+        (Access::Read, _) if strict => Some(Access::Read),
+        (_, OneWay::Widen) => Some(Access::ReadWrite),
         // No MMU has pages that can be written and not read.
-        (Access::Read, OneWay::Refuse) if strict => Some(Access::Read),
         (_, OneWay::Refuse) => None,
     }
+}
+
+/// As [`allowed_as`], of a range. A piece of a huge page cannot be mapped at all, or only
+/// with the rest of the page.
+fn mapped_as(range: &MappedRange<MemoryFile>, policy: OneWay, strict: bool) -> Option<Access> {
+    let (page, offset) = (range.backing().handle.page_size(), range.backing().offset);
+    let whole = range.iova().is_aligned(page) && offset.is_multiple_of(page) && page <= LARGE_PAGE_SIZE;
+    allowed_as(range.access(), policy, strict).filter(|_| whole || page == PAGE_SIZE)
 }
 
 /// A range as a front-end tells it.
@@ -576,5 +621,36 @@ fn forget_changed(owner: &mut OwnerSession, range: &MappedRange<MemoryFile>) -> 
     let same = pieces
         .iter()
         .all(|(into, piece)| piece.file == backing.handle && piece.offset == backing.offset + into);
-    if same { Vec::new() } else { owner.iotlb.forget(range.iova()) }
+    let allowed = owner.iotlb.accesses(range.iova()).all(|access| range.access().allows(access));
+    if same && allowed { Vec::new() } else { owner.iotlb.forget(range.iova()) }
+}
+
+#[cfg(test)]
+mod tests {
+    #![allow(clippy::unwrap_used)]
+    use std::fs::File;
+    use std::os::fd::OwnedFd;
+
+    use iommu::Backing;
+
+    use super::*;
+
+    #[test]
+    fn a_piece_of_a_huge_page_is_not_mapped_and_a_whole_one_is() {
+        let file = OwnedFd::from(File::open("/dev/null").unwrap());
+        let huge = MemoryFile::new(file, 0, 0).with_page_size(LARGE_PAGE_SIZE);
+        let range = |iova, len, offset| {
+            let backing = Backing { handle: huge.clone(), offset };
+            MappedRange::new(Span::new(Iova::new(iova), len).unwrap(), Access::ReadWrite, backing).unwrap()
+        };
+        let mapped = |range: &MappedRange<MemoryFile>| mapped_as(range, OneWay::Widen, true).is_some();
+        let page = LARGE_PAGE_SIZE;
+        assert!(mapped(&range(0, page, 0)) && mapped(&range(4 * page, 2 * page, page)));
+        assert!(!mapped(&range(0, PAGE_SIZE, 0)));
+        assert!(!mapped(&range(PAGE_SIZE, page, 0)));
+        assert!(!mapped(&range(0, page, PAGE_SIZE)));
+        // Small pages joined to a whole one will do.
+        let small: Vec<_> = (0..512).map(|n| range(n * PAGE_SIZE, PAGE_SIZE, n * PAGE_SIZE)).collect();
+        assert!(joined(&small).iter().all(mapped) && !joined(&small[1..]).iter().all(mapped));
+    }
 }

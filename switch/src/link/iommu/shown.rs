@@ -1,7 +1,7 @@
 //! Which of the owner's mapped ranges the window is to show: a bounded choice. Ranges
 //! of vrings are pinned; of the others the least recently asked for goes first.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 
 use iommu::{Access, Iova, IovaMap, MapError, MappedRange, Span};
 
@@ -74,6 +74,12 @@ impl Shown {
         Ok(true)
     }
 
+    /// How many more ranges there is room for, when all that can go is gone.
+    pub fn most_room(&self) -> usize {
+        let pinned = self.facts.values().filter(|facts| facts.pinned).count();
+        self.max.saturating_sub(pinned)
+    }
+
     /// Notes that the ranges under `span` were asked for; `pin`: they stay until they
     /// are unmapped.
     pub fn touch(&mut self, span: Span<Iova>, pin: bool) {
@@ -100,7 +106,7 @@ impl Shown {
     /// those under `keep`. Says whether there was one.
     pub fn evict(&mut self, keep: &[Span<Iova>]) -> bool {
         let kept = keep.iter().flat_map(|span| self.map.overlapping(*span));
-        let kept: Vec<_> = kept.map(|range| range.iova().start()).collect();
+        let kept: BTreeSet<_> = kept.map(|range| range.iova().start()).collect();
         let candidates = self.facts.iter().filter(|(start, facts)| !facts.pinned && !kept.contains(start));
         let oldest = candidates.min_by_key(|(_, facts)| facts.used).map(|(start, _)| *start);
         let span = oldest.and_then(|start| self.map.range_at(start)).map(MappedRange::iova);
