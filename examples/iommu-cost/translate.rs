@@ -21,12 +21,12 @@ pub struct Case {
     translation: Translation,
     /// Addresses at random, each inside a mapping.
     random: Vec<u64>,
-    /// An array as large as the mappings: each element names the next to load, and all are in
-    /// one circle.
-    circle: Vec<[u64; MAPPING_WORDS]>,
+    /// Their mappings' places in the table.
+    places: Vec<u32>,
+    /// An array as large as the mappings.
+    array: Vec<[u64; MAPPING_WORDS]>,
     /// Where in the lists the next batch begins.
     at: usize,
-    element: u64,
 }
 
 const MAPPING_WORDS: usize = size_of::<Mapping>() / size_of::<u64>();
@@ -59,23 +59,15 @@ impl Case {
             table.push(Mapping { iova, len: PAGE, window_offset, access: Access::READ_WRITE });
             iova += PAGE * (2 + random.below(7));
         }
-        let pick = |random: &mut Random| {
-            let mapping = table.get(random.below(mappings as u64) as usize).copied().unwrap_or_default();
+        let places: Vec<u32> = (0..ADDRESSES).map(|_| random.below(mappings as u64) as u32).collect();
+        let address = |place: &u32| {
+            let mapping = table.get(*place as usize).copied().unwrap_or_default();
             mapping.iova + random.below(PAGE - u64::from(LEN))
         };
-        let addresses = (0..ADDRESSES).map(|_| pick(&mut random)).collect();
-        // Sattolo's shuffle: one circle through all elements.
-        let mut order: Vec<u64> = (0..mappings as u64).collect();
-        for last in (1..order.len()).rev() {
-            order.swap(last, random.below(last as u64) as usize);
-        }
-        let circle = order.into_iter().map(|next| {
-            let mut element = [0; MAPPING_WORDS];
-            element[0] = next;
-            element
-        });
-        let (translation, circle) = (Translation::new(&table), circle.collect());
-        Self { translation, random: addresses, circle, at: 0, element: 0 }
+        let addresses = places.iter().map(address).collect();
+        // Written, so that it is memory and not the kernel's one page of zeros.
+        let array = (0..mappings as u64).map(|index| [index; MAPPING_WORDS]).collect();
+        Self { translation: Translation::new(&table), random: addresses, places, array, at: 0 }
     }
 
     /// One batch of each, of other addresses, after as much as brings the table
@@ -110,9 +102,11 @@ impl Case {
         let hit = each(start);
         black_box(found);
 
-        self.loads();
+        for _ in 0..ADDRESSES / BATCH {
+            self.loads(zero);
+        }
         let start = Instant::now();
-        self.loads();
+        self.loads(zero);
         let load = each(start);
         Times { hit, random, chained, load }
     }
@@ -134,11 +128,14 @@ impl Case {
         black_box(sum);
     }
 
-    fn loads(&mut self) {
-        for _ in 0..BATCH {
-            self.element = self.circle.get(self.element as usize).map_or(0, |element| element[0]);
+    fn loads(&mut self, zero: u64) {
+        let batch = self.range();
+        let mut value = 0;
+        for place in self.places.get(batch).unwrap_or_default() {
+            let place = u64::from(*place) + (value & zero);
+            value = self.array.get(place as usize).map_or(0, |element| element[0]);
         }
-        black_box(self.element);
+        black_box(value);
     }
 
     /// Whether every address is found.
