@@ -9,6 +9,8 @@ use std::process::{self, Command, Stdio};
 use anyhow::Context;
 use vmm_sys_util::sock_ctrl_msg::ScmSocket;
 
+use crate::cpu;
+
 /// The process. Ended when dropped.
 #[derive(Debug)]
 pub struct Child {
@@ -25,7 +27,9 @@ impl Child {
     pub fn start(arguments: &[&str]) -> anyhow::Result<Self> {
         let program = std::env::current_exe().context("where this program is")?;
         let (stream, theirs) = UnixStream::pair()?;
+        let places = cpu::kept().map(|places| format!("--places={}", places.text()));
         let child = Command::new(program)
+            .args(places)
             .args(arguments)
             .stdin(Stdio::from(OwnedFd::from(theirs)))
             .stdout(Stdio::null())

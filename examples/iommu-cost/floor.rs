@@ -7,7 +7,7 @@
 
 use std::fs::File;
 use std::io::{Read, Write};
-use std::os::fd::OwnedFd;
+use std::os::fd::{AsFd, AsRawFd, OwnedFd};
 use std::os::unix::net::UnixStream;
 use std::sync::Arc;
 use std::thread;
@@ -17,8 +17,10 @@ use anyhow::{Context, ensure};
 use guest_driver_model::shm::SharedMemory;
 use nix::sys::eventfd::{EfdFlags, EventFd};
 use nix::sys::memfd::{MFdFlags, memfd_create};
+use vmm_sys_util::sock_ctrl_msg::ScmSocket;
 
 use crate::child::{self, Child};
+use crate::cpu;
 use crate::sys::{PAGE, Slot};
 use crate::user::User;
 
@@ -128,13 +130,14 @@ pub fn middle() -> anyhow::Result<()> {
     let parent = child::parent()?;
     let [mut a, mut c, mut bell_c] = streams(&parent)?;
     let doorbell = child::take(&parent)?;
-    let answer = SharedMemory::map(std::os::fd::AsFd::as_fd(&child::take(&parent)?), 0, PAGE)?;
+    let answer = SharedMemory::map(child::take(&parent)?.as_fd(), 0, PAGE)?;
+    let page = one_page()?;
     thread::spawn(move || -> anyhow::Result<()> {
         let (mut count, mut message) = (0, [0; MESSAGE]);
         loop {
             nix::unistd::read(&doorbell, &mut [0; 8])?;
             message[0] = Ask::Show as u8;
-            bell_c.write_all(&message)?;
+            bell_c.send_with_fd(&message[..], page.as_raw_fd())?;
             bell_c.read_exact(&mut message)?;
             count += 1;
             answer.store_u64_release(0, count)?;
@@ -162,15 +165,15 @@ pub fn end() -> anyhow::Result<()> {
     let parent = child::parent()?;
     let [a, b, bell] = streams(&parent)?;
     let doorbell = child::take(&parent)?;
-    let answer = SharedMemory::map(std::os::fd::AsFd::as_fd(&child::take(&parent)?), 0, PAGE)?;
+    let answer = SharedMemory::map(child::take(&parent)?.as_fd(), 0, PAGE)?;
     let slot = Arc::new(Slot::new(one_page()?)?);
     let used = slot.clone();
     let user = Arc::new(User::spawn(move |_| used.touch())?);
     let driver = Arc::new(Driver { doorbell, answer });
-    for stream in [b, bell] {
-        let (slot, user, driver) = (slot.clone(), user.clone(), driver.clone());
-        thread::spawn(move || serve(stream, &slot, &user, &driver));
-    }
+    let (other, its_user, its_driver) = (slot.clone(), user.clone(), driver.clone());
+    thread::spawn(move || serve(b, &other, &its_user, &its_driver));
+    let other = slot.clone();
+    thread::spawn(move || serve_bell(bell, &other));
     serve(a, &slot, &user, &driver)
 }
 
@@ -183,6 +186,7 @@ struct Driver {
 
 impl Driver {
     fn ring(&self) -> anyhow::Result<Duration> {
+        cpu::guest();
         let before = self.answer.load_u64_acquire(0)?;
         let start = Instant::now();
         nix::unistd::write(&self.doorbell, &1_u64.to_ne_bytes())?;
@@ -190,8 +194,21 @@ impl Driver {
             ensure!(start.elapsed() < PATIENCE, "the process in the middle does not answer");
             std::hint::spin_loop();
         }
-        Ok(start.elapsed())
+        let took = start.elapsed();
+        cpu::host();
+        Ok(took)
     }
+}
+
+/// Maps the page of each descriptor that comes, as of SHMEM_MAP.
+fn serve_bell(mut stream: UnixStream, slot: &Slot) -> anyhow::Result<()> {
+    let mut message = [0; MESSAGE];
+    while let (MESSAGE, Some(file)) = stream.recv_with_fd(&mut message)? {
+        slot.show_file(&file)?;
+        drop(file);
+        stream.write_all(&message)?;
+    }
+    Ok(())
 }
 
 /// Answers until the other end is gone.

@@ -9,7 +9,7 @@
 //! | `owner` | the owner: a model of its VMM, in this process |
 //! | `peer`, `broker` | their processes |
 //! | `floor` | three processes that do nothing but what has to be done |
-//! | `child` | processes: this program again |
+//! | `child`, `cpu` | processes: this program again; where threads run |
 //! | `user`, `sys` | a thread that uses a page; a page that comes and goes |
 //! | `samples`, `report` | figures, and how they are printed |
 //!
@@ -17,6 +17,7 @@
 
 mod broker;
 mod child;
+mod cpu;
 mod floor;
 mod measure;
 mod owner;
@@ -50,6 +51,11 @@ struct Cli {
     /// Other pages of the owner's that are in the window meanwhile, 0 to 200.
     #[arg(long, default_value_t = 0, value_parser = clap::value_parser!(u64).range(0..=200))]
     shown: u64,
+    /// Let the kernel choose the processors of all threads.
+    #[arg(long)]
+    unpinned: bool,
+    #[arg(long, hide = true, value_parser = cpu::Places::parse)]
+    places: Option<cpu::Places>,
     #[command(subcommand)]
     role: Option<Role>,
 }
@@ -81,6 +87,10 @@ fn main() -> ExitCode {
 }
 
 fn execute(cli: Cli) -> anyhow::Result<()> {
+    let places = if cli.role.is_some() || cli.unpinned { cli.places } else { cpu::places() };
+    if let Some(places) = places {
+        places.keep();
+    }
     match cli.role {
         Some(Role::Broker { folder }) => broker::run(&folder),
         Some(Role::Peer { folder, link }) => peer::run(&folder, &link),

@@ -16,6 +16,7 @@ use guest_driver_model::transport::model::{ModelTransport, Vmm};
 use vhost_pci_device::abi::PAGE_SIZE;
 
 use crate::child::{self, Child};
+use crate::cpu;
 use crate::user::User;
 
 /// How long the link may take to come up.
@@ -144,9 +145,11 @@ impl Driver {
         exchange.clear();
         let data = exchange.reserve(0).context("no room in the control area")?;
         let mut jobs = [Job::new(request, data)];
+        cpu::guest();
         let start = Instant::now();
         exchange.carry_out(&mut jobs);
         let took = start.elapsed();
+        cpu::host();
         ensure!(jobs[0].outcome == Outcome::Done, "it answers {:?}", jobs[0].outcome);
         let mut translation = Translation::new(&self.page.table()?.mappings);
         match translation.translate(iova, PAGE_SIZE as u32, Access::READ_WRITE) {

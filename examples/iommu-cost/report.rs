@@ -3,6 +3,7 @@
 
 use serde::Serialize;
 
+use crate::cpu;
 use crate::measure::{Figures, TABLES, table_name};
 use crate::samples::Summary;
 
@@ -31,6 +32,8 @@ pub struct Report {
     machine: Machine,
     rounds: usize,
     shown: u64,
+    /// Host's side and guest's side have a processor each.
+    pinned: bool,
     seconds: f64,
     rows: Vec<Row>,
 }
@@ -57,7 +60,10 @@ const FLOORS: [(&str, &str); 9] = [
     ("floor.middle", "the same through a third process: A-B-C-B-A"),
     ("floor.middle_unmap", "A-B-C-B-A, and C unmaps a page before it answers"),
     ("floor.middle_unmap_used", "the same while a thread of C uses the page"),
-    ("floor.doorbell_map", "C: eventfd to B, B: socket to C, C: mmap, answer to B, B: word in shared memory"),
+    (
+        "floor.doorbell_map",
+        "C: eventfd to B, B: socket with a descriptor to C, C: mmap, answer to B, B: word in shared memory that C polls",
+    ),
 ];
 
 /// Operations of a link: name, meaning, and floors, of which some are sums.
@@ -106,14 +112,14 @@ impl Report {
                 rows.extend(row(figures, &format!("{link}.{name}"), MICROSECONDS, means, floors));
             }
         }
-        Self { machine: Machine::this(), rounds, shown, seconds, rows }
+        Self { machine: Machine::this(), rounds, shown, pinned: cpu::kept().is_some(), seconds, rows }
     }
 
     /// For people.
     pub fn table(&self) -> String {
         let machine = &self.machine;
         let mut text = format!(
-            "{} x {}, Linux {}, load {:.1}; {} rounds, {:.0} s; {} other pages in the window\n\n\
+            "{} x {}, Linux {}, load {:.1}; {} rounds, {:.0} s; {} other pages in the window; {}\n\n\
              {:<26} {:>9} {:>9} {:>9} {:>9}     times the floor (least to most of rounds)\n",
             machine.processors,
             machine.model,
@@ -122,6 +128,11 @@ impl Report {
             self.rounds,
             self.seconds,
             self.shown,
+            if self.pinned {
+                "host's side and guest's side have a processor each"
+            } else {
+                "threads run anywhere"
+            },
             "",
             "median",
             "least",
@@ -165,7 +176,7 @@ impl Machine {
         let cpu = read("/proc/cpuinfo");
         let model = cpu.lines().find_map(|line| line.strip_prefix("model name")?.split_once(": "));
         Self {
-            processors: std::thread::available_parallelism().map_or(0, usize::from),
+            processors: cpu.lines().filter(|line| line.starts_with("processor")).count(),
             model: model.map_or("unknown", |(_, model)| model).trim().into(),
             kernel: read("/proc/sys/kernel/osrelease").trim().into(),
             load: read("/proc/loadavg").split(' ').next().and_then(|load| load.parse().ok()).unwrap_or(0.0),

@@ -42,7 +42,15 @@ impl Slot {
     /// # Errors
     /// What mmap answers.
     pub fn show(&self) -> io::Result<()> {
-        self.replace(libc::MAP_SHARED, self.file.as_raw_fd())
+        self.show_file(&self.file)
+    }
+
+    /// Puts the first page of another file there.
+    ///
+    /// # Errors
+    /// What mmap answers.
+    pub fn show_file(&self, file: &impl AsRawFd) -> io::Result<()> {
+        self.replace(libc::MAP_SHARED, file.as_raw_fd())
     }
 
     /// Takes it away.

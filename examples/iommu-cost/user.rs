@@ -1,8 +1,11 @@
-//! A thread that uses a page: reads and writes it, without pause, until it is told to rest.
+//! A thread of the guest's that uses a page: reads and writes it, without pause, until it is
+//! told to rest.
 
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::thread::{self, Thread};
+
+use crate::cpu;
 
 /// The thread. It lives as long as the process.
 #[derive(Debug)]
@@ -28,6 +31,7 @@ impl User {
         let shared = Arc::<Shared>::default();
         let theirs = shared.clone();
         let thread = thread::Builder::new().name("user".into()).spawn(move || {
+            cpu::guest();
             loop {
                 // Acquire and release, here and below: what one thread did before it said so is
                 // done for the other.
