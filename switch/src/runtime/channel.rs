@@ -6,17 +6,18 @@
 //! row of changes costs one round trip.
 
 use std::collections::VecDeque;
-use std::io::{self, IoSlice, Read};
+use std::io::{self, IoSlice, Read, Write};
 use std::mem::MaybeUninit;
 use std::net::Shutdown;
 use std::os::unix::net::UnixStream;
 use std::thread;
 
+use crossbeam_channel::Sender;
 use rustix::net::{SendAncillaryBuffer, SendAncillaryMessage, SendFlags, sendmsg};
 
 use super::backend_message::{HEADER_LEN, Message, REPLY_LEN, is_done};
 use super::{ChannelId, Input, LinkPort, SessionId};
-use crate::link::message::{MissId, OpId};
+use crate::link::message::{MissId, OpId, Reply};
 use crate::link::{Fault, Side};
 
 /// Requests that are sent and not answered, at most: descriptors on their way count
@@ -157,6 +158,27 @@ fn send(stream: &UnixStream, message: &Message) -> io::Result<()> {
 pub fn send_now(stream: &UnixStream, bytes: &[u8]) -> bool {
     let flags = SendFlags::DONTWAIT | SendFlags::NOSIGNAL;
     rustix::net::send(stream, bytes, flags).is_ok_and(|sent| sent == bytes.len())
+}
+
+/// Sends an acknowledgement to a front-end that does not read, by a thread that waits for it,
+/// and then tells the session, which takes no other message before. So there is one such
+/// thread a session at most; it ends when the session's connection does.
+///
+/// # Errors
+/// When the host gives no descriptor or thread.
+pub fn send_later(
+    stream: &UnixStream,
+    bytes: [u8; HEADER_LEN + REPLY_LEN],
+    session: Sender<Reply>,
+    reply: Reply,
+) -> io::Result<()> {
+    let mut stream = stream.try_clone()?;
+    thread::Builder::new().name("late answer".into()).spawn(move || {
+        // An error is the connection's end, which the session sees by itself.
+        drop(stream.write_all(&bytes));
+        drop(session.send(reply));
+    })?;
+    Ok(())
 }
 
 fn read_answer(stream: &mut UnixStream) -> io::Result<bool> {

@@ -17,11 +17,11 @@ use vhost_pci_device::abi;
 
 use super::areas::{ControlArea, LinkArea, Source, Witness};
 use super::backend_message::{self, Message};
-use super::channel::{Asked, Channel, send_now};
+use super::channel::{Asked, Channel, send_later, send_now};
 use super::control_ring::ControlRing;
 use super::copy::copy;
 use super::relay::Relay;
-use super::{Answer, Answered, ChannelId, Input, LinkPort, SessionId};
+use super::{Answer, ChannelId, Input, LinkPort, SessionId};
 use crate::link::descriptor::Eventfd;
 use crate::link::iommu::demand::Task;
 use crate::link::iommu::iotlb::Piece;
@@ -301,10 +301,19 @@ impl LinkDriver {
             Reply::Declined => Some(false),
             _ => None,
         };
-        let acknowledged = answer.acknowledge.zip(done).is_some_and(|(request, done)| {
-            send_now(&session.stream, &backend_message::acknowledgement(request, done))
-        });
-        drop(answer.sender.send(Answered { reply, acknowledged }));
+        let Answer { sender, acknowledge } = answer;
+        let bytes =
+            acknowledge.zip(done).map(|(request, done)| backend_message::acknowledgement(request, done));
+        match bytes {
+            Some(bytes) if !send_now(&session.stream, &bytes) => {
+                let stopped = send_later(&session.stream, bytes, sender, reply);
+                if let Err(error) = stopped {
+                    warn!(link = %self.name, side = side.name(), %error, "an answer cannot be sent");
+                    self.close(side);
+                }
+            }
+            _ => drop(sender.send(reply)),
+        }
     }
 
     fn open_channel(&mut self, side: Side, stream: UnixStream) {

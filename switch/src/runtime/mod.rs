@@ -103,18 +103,10 @@ pub enum Input {
 #[derive(Debug)]
 pub struct Answer {
     /// To the session's thread. Dropped unanswered when the session is over.
-    pub sender: Sender<Answered>,
-    /// The request's number, if the front-end wants an acknowledgement and nothing more: it
-    /// is sent from where the answer becomes known, as that saves the front-end a
-    /// change of threads.
+    pub sender: Sender<Reply>,
+    /// The request's number, if the front-end wants an acknowledgement and nothing more: then
+    /// that of [`Reply::Done`] and [`Reply::Declined`] is sent from where the answer becomes
+    /// known, which saves the front-end a change of threads, and the session's thread
+    /// need not wait for it.
     pub acknowledge: Option<u32>,
-}
-
-/// A session's answer.
-#[derive(Debug)]
-pub struct Answered {
-    /// The answer.
-    pub reply: Reply,
-    /// Whether the front-end has its acknowledgement already.
-    pub acknowledged: bool,
 }

@@ -7,7 +7,7 @@ use std::os::fd::AsFd;
 use std::sync::Mutex;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 
-use crossbeam_channel::bounded;
+use crossbeam_channel::{Receiver, bounded};
 use nix::sys::uio::pread;
 use vhost::VhostUserMemoryRegionBase;
 use vhost::vhost_user::message::{
@@ -20,7 +20,7 @@ use vhost::vhost_user::{Error, GpuBackend, Result, VhostUserBackendReqHandler};
 use super::inspect;
 use crate::link::message::{RegionRequest, Reply, Request, VringBase};
 use crate::link::{Fault, Side};
-use crate::runtime::{Answer, Answered, Input, LinkPort, SessionId};
+use crate::runtime::{Answer, Input, LinkPort, SessionId};
 
 /// The handler of one session.
 #[derive(Debug)]
@@ -68,32 +68,29 @@ impl Decoder {
     /// Asks the link and waits for its answer.
     ///
     /// # Errors
-    /// When the link refuses, or has ended this session.
+    /// When the link refuses or declines, or has ended this session.
     pub fn ask(&self, request: Request) -> Result<Reply> {
-        self.ask_for(request, None).map(|answered| answered.reply)
-    }
-
-    /// As [`Self::ask`]; the request with number `acknowledge` is acknowledged to the
-    /// front-end where possible.
-    ///
-    /// # Errors
-    /// As [`Self::ask`].
-    pub fn ask_for(&self, request: Request, acknowledge: Option<u32>) -> Result<Answered> {
-        let (sender, answered) = bounded(1);
-        let answer = Answer { sender, acknowledge };
-        self.port.send(Input::Request { side: self.side, session: self.session, request, answer });
         let refused = |reason: &str| Err(Error::ReqHandlerError(std::io::Error::other(reason.to_owned())));
-        match answered.recv() {
-            Ok(Answered { reply: Reply::Refused(reason), .. }) => refused(&reason),
-            Ok(Answered { reply: Reply::Declined, .. }) if acknowledge.is_none() => {
+        match self.begin(request, None).recv() {
+            Ok(Reply::Refused(reason)) => refused(&reason),
+            Ok(Reply::Declined) => {
                 // Pairs with the swap in `take_declined`, on the same thread.
                 self.declined.store(true, Ordering::Relaxed);
                 refused("declined")
             }
-            Ok(answered) => Ok(answered),
+            Ok(reply) => Ok(reply),
             // The link dropped the question: the session is over.
             Err(_) => Err(Error::Disconnected),
         }
+    }
+
+    /// Asks the link, and gives where the answer comes. The request with number
+    /// `acknowledge` is acknowledged to the front-end by whoever has the answer.
+    pub fn begin(&self, request: Request, acknowledge: Option<u32>) -> Receiver<Reply> {
+        let (sender, answer) = bounded(1);
+        let to = Answer { sender, acknowledge };
+        self.port.send(Input::Request { side: self.side, session: self.session, request, answer: to });
+        answer
     }
 
     fn done(&self, request: Request) -> Result<()> {

@@ -121,20 +121,22 @@ pub fn next(stream: &mut UnixStream) -> io::Result<Next> {
     let Some(code) = Code::ALL.into_iter().find(|code| code.number() == request) else {
         return Ok(Next::Ordinary);
     };
-    let (len, mut files) = receive(stream, &mut header)?;
-    let flags = word(&header, 1);
-    let size = word(&header, 2) as usize;
-    if len != HEADER_LEN || size > MAX_PAYLOAD || flags & !FLAG_NEED_REPLY != FLAG_VERSION {
+    let (flags, size) = (word(&header, 1), word(&header, 2) as usize);
+    if size > MAX_PAYLOAD || flags & !FLAG_NEED_REPLY != FLAG_VERSION {
         let name = code.name();
         return Err(invalid(format!("{name} with flags {flags:#x} and a payload of {size} bytes")));
     }
-    let mut payload = vec![0; size];
-    stream.read_exact(&mut payload).map_err(|error| match error.kind() {
+    let mut message = [0; HEADER_LEN + MAX_PAYLOAD];
+    let message = &mut message[..HEADER_LEN + size];
+    let (len, mut files) = receive(stream, message)?;
+    // What was looked at before is what comes: nobody else reads.
+    stream.read_exact(message.get_mut(len..).unwrap_or_default()).map_err(|error| match error.kind() {
         io::ErrorKind::UnexpectedEof => {
             invalid(format!("{} ended in the middle of its payload", code.name()))
         }
         _ => error,
     })?;
+    let payload = message[HEADER_LEN..].to_vec();
     Ok(Next::Taken(Intercepted { code, flags, payload, file: files.pop() }))
 }
 

@@ -2,18 +2,17 @@
 //! answered, until the front-end leaves, errs, or the link ends the session. A
 //! front-end that stalls in mid-message stalls this thread and nothing else.
 
-use std::io::Write;
 use std::os::unix::net::UnixStream;
 use std::sync::Arc;
 
+use crossbeam_channel::Receiver;
 use tracing::debug;
 use vhost::vhost_user::{BackendReqHandler, Error};
 
 use super::decode::Decoder;
-use super::intercept::{self, Intercepted, Next};
-use crate::link::message::{Reply, Request};
+use super::intercept::{self, Next};
+use crate::link::message::Reply;
 use crate::link::{Fault, Side};
-use crate::runtime::backend_message::acknowledgement;
 use crate::runtime::{Input, LinkPort, SessionId};
 
 /// Serves one front-end's connection until it ends; tells the link.
@@ -36,8 +35,17 @@ fn messages(
     handler: &mut BackendReqHandler<Decoder>,
     decoder: &Decoder,
 ) -> Option<Fault> {
+    // The answer to the message before, which the front-end is sent by somebody else: this
+    // thread goes on waiting for the next message, and is not woken in between.
+    let mut open: Option<Receiver<Reply>> = None;
     loop {
-        match intercept::next(stream) {
+        let next = intercept::next(stream);
+        if let Some(answer) = open.take()
+            && !matches!(answer.recv(), Ok(Reply::Done | Reply::Declined))
+        {
+            return None;
+        }
+        match next {
             Ok(Next::Ordinary) => match handler.handle_request() {
                 Ok(()) => {}
                 Err(_) if decoder.take_declined() => {}
@@ -48,8 +56,10 @@ fn messages(
                     Ok(request) => request,
                     Err(fault) => return Some(fault),
                 };
-                if !acknowledge(stream, &message, decoder, request) {
-                    return None;
+                match message.wants_answer(decoder.reply_ack()) {
+                    Some(number) => open = Some(decoder.begin(request, Some(number))),
+                    None if decoder.ask(request).is_ok() || decoder.take_declined() => {}
+                    None => return None,
                 }
             }
             Ok(Next::End) => return None,
@@ -62,24 +72,6 @@ fn messages(
             }
         }
     }
-}
-
-/// Has an intercepted message answered, by the link or here. Says whether the session goes
-/// on.
-fn acknowledge(stream: &mut UnixStream, message: &Intercepted, decoder: &Decoder, request: Request) -> bool {
-    let wanted = message.wants_answer(decoder.reply_ack());
-    let answered = decoder.ask_for(request, wanted);
-    let declined = answered
-        .as_ref()
-        .map_or_else(|_| decoder.take_declined(), |answered| matches!(answered.reply, Reply::Declined));
-    let acknowledged = answered.as_ref().is_ok_and(|answered| answered.acknowledged);
-    let done = answered.is_ok() && !declined;
-    if let Some(request) = wanted.filter(|_| !acknowledged)
-        && stream.write_all(&acknowledgement(request, done)).is_err()
-    {
-        return false;
-    }
-    done || declined
 }
 
 /// What an error of the vhost crate says of the front-end. A connection that
