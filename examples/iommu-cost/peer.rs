@@ -8,7 +8,7 @@ use std::thread;
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, bail, ensure};
-use guest_driver_model::control::{ControlExchange, ControlRing, Exchange, Job, Outcome, Request};
+use guest_driver_model::control::{Command, ControlExchange, ControlRing, Exchange, Job, Outcome, Request};
 use guest_driver_model::link::LinkPage;
 use guest_driver_model::translate::{Access, Translation};
 use guest_driver_model::transport::Transport;
@@ -130,11 +130,17 @@ struct Driver {
 impl Driver {
     fn wait_until_up(&mut self) -> anyhow::Result<()> {
         let start = Instant::now();
-        while !self.page.snapshot().is_ok_and(|link| link.up) {
-            ensure!(start.elapsed() < PATIENCE, "the link does not come up");
+        let link = loop {
+            match self.page.snapshot() {
+                // Each vring that starts makes another generation, and is another link to attach to.
+                Ok(link) if link.up && link.vrings.iter().all(|vring| vring.enabled) => break link,
+                _ => ensure!(start.elapsed() < PATIENCE, "the link does not come up"),
+            }
             thread::sleep(Duration::from_millis(1));
-        }
-        self.ring = Some(ControlRing::new(&self.device)?);
+        };
+        let mut ring = ControlRing::new(&self.device)?;
+        ring.call(&self.device, Command::Attach { generation: link.generation, interrupt: false }, PATIENCE)?;
+        self.ring = Some(ring);
         Ok(())
     }
 
