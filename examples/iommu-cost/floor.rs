@@ -45,10 +45,13 @@ pub enum Ask {
     /// To ring B's doorbell, have the page mapped by B's word, and see B's answer in shared
     /// memory: that time is answered.
     Ring = 5,
+    /// B: to have C unmap the page, and when it has answered, to have it answer again.
+    Twice = 6,
 }
 
 impl Ask {
-    const ALL: [Self; 6] = [Self::Nothing, Self::Show, Self::Hide, Self::Use, Self::Rest, Self::Ring];
+    const ALL: [Self; 7] =
+        [Self::Nothing, Self::Show, Self::Hide, Self::Use, Self::Rest, Self::Ring, Self::Twice];
 }
 
 /// B and C, as A sees them.
@@ -145,8 +148,18 @@ pub fn middle() -> anyhow::Result<()> {
     });
     let mut message = [0; MESSAGE];
     while a.read_exact(&mut message).is_ok() {
+        let twice = message[0] == Ask::Twice as u8;
+        if twice {
+            message[0] = Ask::Hide as u8;
+            c.write_all(&message)?;
+            c.read_exact(&mut message)?;
+            message[0] = Ask::Nothing as u8;
+        }
         c.write_all(&message)?;
         c.read_exact(&mut message)?;
+        if twice {
+            message[0] = Ask::Twice as u8;
+        }
         a.write_all(&message)?;
     }
     Ok(())
@@ -218,7 +231,8 @@ fn serve(mut stream: UnixStream, slot: &Slot, user: &User, driver: &Driver) -> a
         let ask = Ask::ALL.into_iter().find(|ask| *ask as u8 == message[0]).context("an unknown message")?;
         let start = Instant::now();
         let value = match ask {
-            Ask::Nothing => Duration::ZERO,
+            // The second is B's to carry out.
+            Ask::Nothing | Ask::Twice => Duration::ZERO,
             Ask::Show => slot.show().map(|()| start.elapsed())?,
             Ask::Hide => slot.hide().map(|()| start.elapsed())?,
             Ask::Use | Ask::Rest => {

@@ -118,6 +118,8 @@ fn floors(figures: &mut Figures, floor: &Floor) -> anyhow::Result<()> {
         figures.add("floor.map", nanoseconds as f64 / 1e3);
         let (_, nanoseconds) = floor.direct(Ask::Hide)?;
         figures.add("floor.unmap", nanoseconds as f64 / 1e3);
+        floor.direct(Ask::Show)?;
+        figures.time("floor.middle_twice", floor.through_middle(Ask::Twice)?);
     }
     Ok(())
 }
@@ -134,6 +136,10 @@ fn floors_in_use(figures: &mut Figures, floor: &Floor) -> anyhow::Result<()> {
         figures.time("floor.socket_used", took);
         let (_, nanoseconds) = floor.direct(Ask::Hide)?;
         figures.add("floor.unmap_used", nanoseconds as f64 / 1e3);
+        floor.direct(Ask::Rest)?;
+        floor.direct(Ask::Show)?;
+        floor.direct(Ask::Use)?;
+        figures.time("floor.middle_twice_used", floor.through_middle(Ask::Twice)?);
         floor.direct(Ask::Rest)?;
     }
     Ok(())
