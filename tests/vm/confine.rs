@@ -58,6 +58,12 @@ fn with_iommu(testbed: &mut Testbed<'_>) -> Result<()> {
     let seen = revoke.wait(&mut testbed.owner, ALL_ROUNDS)?.pop().unwrap_or_default();
     hammer.wait(&mut testbed.peer, COMMAND)?;
     println!("revocations: {seen}");
+    let millis = |figure: &str| seen[figure].as_f64().unwrap_or_default() / 1e3;
+    println!(
+        "the owner's unmap took {:.1} ms in the median, {:.1} ms at most",
+        millis("unmap_us_median"),
+        millis("unmap_us_max")
+    );
     let figures = Figures::of(&testbed.status()?)?;
     println!("broker: {figures}");
     ensure!(seen["rounds"] == ROUNDS, "not all rounds were done");

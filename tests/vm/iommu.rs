@@ -1,7 +1,9 @@
 //! An owner whose kernel maps each packet's buffer by itself and takes it back at once: each goes
 //! through the broker. Under the default policy, and under the one that widens.
 
-use anyhow::{Context, Result};
+use std::time::Duration;
+
+use anyhow::{Context, Result, bail, ensure};
 use vhost_pci_tests::{Guest, Sandbox};
 
 use crate::Scenario;
@@ -31,31 +33,74 @@ fn run(sandbox: &Sandbox) -> Result<()> {
 
 fn round(sandbox: &Sandbox, setup: Setup, pings: u32, bytes: u64) -> Result<()> {
     let mut testbed = Testbed::start(sandbox, setup)?;
-    let result = packets(&mut testbed, &format!("{} {}", setup.iommu.name(), setup.config), pings, bytes);
+    let name = format!("{} {}", setup.iommu.name(), setup.config);
+    let result = packets(&mut testbed, name.trim_end(), pings, bytes);
     result.or_else(|error| testbed.explain(&format!("{error:#}")))
 }
 
 fn packets(testbed: &mut Testbed<'_>, name: &str, pings: u32, bytes: u64) -> Result<()> {
     testbed.wait_for_traffic()?;
+    let before = Passed::at_rest(testbed)?;
     println!("{name}: {pings} of {pings} pings, {}", testbed.ping(pings)?);
     let Testbed { owner, peer, .. } = testbed;
     transfer(&format!("{name}: owner to peer"), owner, peer, PEER, bytes)?;
     transfer(&format!("{name}: peer to owner"), peer, owner, OWNER, bytes)?;
-    println!(
-        "{name}: TCP segments sent again: owner {}, peer {}",
-        retransmitted(owner)?,
-        retransmitted(peer)?
-    );
+    let passed = Passed::at_rest(testbed)?.since(before);
+    println!("{name}: {passed:?}");
+    ensure!(passed.is_whole(), "packets were lost between the two network interfaces");
     testbed.check_broker()?;
     println!("{name}: {}", Figures::of(&testbed.status()?)?);
     Ok(())
 }
 
-/// TCP segments that a guest sent again.
-fn retransmitted(guest: &mut Guest) -> Result<u64> {
-    let text = guest.sh_ok("grep ^Tcp: /proc/net/snmp", COMMAND)?;
-    let mut lines = text.lines().map(str::split_whitespace);
-    let (names, values) = lines.next().zip(lines.next()).context("two lines of TCP counters")?;
-    let segments = names.zip(values).find(|(name, _)| *name == "RetransSegs");
-    Ok(segments.context("RetransSegs")?.1.parse()?)
+/// Packets of the two guests' network interfaces.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+struct Passed {
+    owner_sent: u64,
+    peer_received: u64,
+    peer_sent: u64,
+    owner_received: u64,
+}
+
+impl Passed {
+    /// What has passed so far, when nothing is on its way.
+    fn at_rest(testbed: &mut Testbed<'_>) -> Result<Self> {
+        let mut last = Self::now(testbed)?;
+        for _ in 0..50 {
+            std::thread::sleep(Duration::from_millis(200));
+            let now = Self::now(testbed)?;
+            if now == last {
+                return Ok(now);
+            }
+            last = now;
+        }
+        bail!("packets never cease: {last:?}")
+    }
+
+    fn since(self, before: Self) -> Self {
+        Self {
+            owner_sent: self.owner_sent - before.owner_sent,
+            peer_received: self.peer_received - before.peer_received,
+            peer_sent: self.peer_sent - before.peer_sent,
+            owner_received: self.owner_received - before.owner_received,
+        }
+    }
+
+    fn now(testbed: &mut Testbed<'_>) -> Result<Self> {
+        let [owner_sent, owner_received] = counted(&mut testbed.owner, "eth0")?;
+        let [peer_sent, peer_received] = counted(&mut testbed.peer, "vp0")?;
+        Ok(Self { owner_sent, peer_received, peer_sent, owner_received })
+    }
+
+    fn is_whole(&self) -> bool {
+        self.owner_sent == self.peer_received && self.peer_sent == self.owner_received
+    }
+}
+
+/// Packets that an interface sent and received.
+fn counted(guest: &mut Guest, interface: &str) -> Result<[u64; 2]> {
+    let counters = format!("cd /sys/class/net/{interface}/statistics; echo $(cat tx_packets rx_packets)");
+    let text = guest.sh_ok(&counters, COMMAND)?;
+    let numbers = text.split_once(' ').context("two numbers")?;
+    Ok([numbers.0.parse()?, numbers.1.parse()?])
 }
