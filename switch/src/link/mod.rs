@@ -11,6 +11,7 @@
 //! | [`window`] | what the peer has mapped, and how that changes |
 //! | [`link_page`] | the bytes that the peer's guest reads |
 //! | [`state`] | the link itself: it joins the others |
+//! | [`view`] | what follows from its state for the peer: link page, wires |
 //! | [`fault`], [`features`], [`report`] | errors, feature names, status |
 
 pub mod descriptor;
@@ -23,6 +24,7 @@ pub mod owner;
 pub mod peer;
 pub mod report;
 pub mod state;
+mod view;
 pub mod vring;
 pub mod window;
 

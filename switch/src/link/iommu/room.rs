@@ -1,0 +1,193 @@
+//! What of the known ranges is chosen to be shown, and what goes to make room for it.
+
+use iommu::{
+    Access, Iova, IovaMap, LARGE_PAGE_SIZE, LayoutError, MappedRange, PAGE_SIZE, Span, WindowLayout,
+};
+
+use crate::config::OneWay;
+use crate::link::descriptor::MemoryFile;
+use crate::link::fault::Fault;
+use crate::link::state::Link;
+
+impl Link {
+    /// A peer's device starts: what an earlier VMM was asked to map is not shown to one that
+    /// would allow more or less with it.
+    pub(in crate::link) fn hide_unenforced(&mut self) {
+        let policy = (self.config.one_way, self.is_strict());
+        let otherwise = |range: &&MappedRange<MemoryFile>| {
+            let allowed = self.shown.allowed(range.iova().start()).unwrap_or(range.access());
+            allowed_as(allowed, policy.0, policy.1) != Some(range.access())
+        };
+        let gone: Vec<_> = self.shown.map().iter().filter(otherwise).map(MappedRange::iova).collect();
+        self.hide(&gone);
+    }
+
+    /// Takes out what is shown for less than this access, so that it is shown anew now that
+    /// more is known to be allowed.
+    pub(super) fn hide_lesser(&mut self, span: Span<Iova>, access: Access) {
+        let shown = self.shown.map().overlapping(span).map(MappedRange::iova);
+        let lesser = |span: &Span<Iova>| {
+            !self.shown.allowed(span.start()).is_some_and(|allowed| allowed.allows(access))
+        };
+        let lesser: Vec<_> = shown.filter(lesser).collect();
+        self.hide(&lesser);
+    }
+
+    /// Shows the known ranges that somebody asked for, those under all of `keep`, and makes
+    /// room for them, though not under `keep`.
+    ///
+    /// # Errors
+    /// When there is no room. Ranges that nobody has asked for lately may be gone.
+    pub(super) fn show_for(
+        &mut self,
+        ranges: &[MappedRange<MemoryFile>],
+        keep: &[Span<Iova>],
+    ) -> Result<(), Fault> {
+        if keep.iter().all(|span| self.shown.covers(*span)) {
+            return Ok(());
+        }
+        let shown = |range: &&MappedRange<MemoryFile>| !self.shown.covers(range.iova());
+        let new: Vec<Span<Iova>> = ranges.iter().filter(shown).map(MappedRange::iova).collect();
+        let (policy, strict) = (self.config.one_way, self.is_strict());
+        if ranges.iter().any(|range| allowed_as(range.access(), policy, strict).is_some())
+            && joined(ranges).iter().any(|range| mapped_as(range, policy, strict).is_none())
+        {
+            let reason =
+                "the owner's IOMMU maps parts of huge pages (hugetlbfs), which cannot be shown alone";
+            return Err(Fault::Iommu(reason.into()));
+        }
+        // What can never fit costs nobody its place.
+        let len = self.geometry.data().len();
+        if new.iter().any(|span| span.len() > len) || self.shown.most_room() == 0 {
+            let count = self.shown.map().len() + new.len();
+            return Err(Fault::Window(LayoutError::TooMany { count, max: self.config.max_mappings }));
+        }
+        let mut plan =
+            Err(LayoutError::TooMany { count: self.shown.map().len(), max: self.config.max_mappings });
+        loop {
+            if self.add(ranges) {
+                plan = self.try_plan();
+            }
+            match plan {
+                Ok(()) => return Ok(()),
+                Err(_) if self.shown.join() => {}
+                Err(_) if self.shown.evict(keep) => self.demand_counters.evictions += 1,
+                Err(error) => {
+                    for span in new {
+                        self.shown.remove(span);
+                    }
+                    self.plan();
+                    return Err(Fault::Window(error));
+                }
+            }
+        }
+    }
+
+    /// Adds those of the ranges that are not shown, neighbours as one. Says whether there
+    /// was room for all.
+    pub(super) fn add(&mut self, ranges: &[MappedRange<MemoryFile>]) -> bool {
+        let fresh =
+            |range: &&MappedRange<MemoryFile>| self.shown.map().overlapping(range.iova()).next().is_none();
+        let new = joined(ranges.iter().filter(fresh));
+        let policy = (self.config.one_way, self.is_strict());
+        new.iter().all(|range| {
+            let access = mapped_as(range, policy.0, policy.1);
+            let mapped = access
+                .and_then(|access| MappedRange::new(range.iova(), access, range.backing().clone()).ok());
+            mapped.is_some_and(|mapped| self.shown.add(mapped, range.access()).unwrap_or(false))
+        })
+    }
+
+    /// Takes every shown range with a byte in one of these out of the window.
+    pub(super) fn hide(&mut self, gone: &[Span<Iova>]) {
+        let mut changed = false;
+        for span in gone {
+            changed |= self.shown.remove(*span);
+            self.demand.lasting.retain(|start| !span.contains(*start));
+            self.demand.probes.retain(|(page, _)| !span.contains(*page));
+        }
+        if changed {
+            self.plan();
+        }
+    }
+
+    /// Works the layout out anew after something was taken out.
+    pub(super) fn plan(&mut self) {
+        while self.try_plan().is_err() {
+            // Only ranges that were added since the last plan can be too many.
+            if !self.shown.drop_newest() {
+                return;
+            }
+        }
+    }
+
+    pub(super) fn try_plan(&mut self) -> Result<(), LayoutError> {
+        let layout = WindowLayout::plan(&self.geometry, self.shown.map(), &self.layout)?;
+        self.unsettled |= layout != self.layout;
+        self.layout = layout;
+        Ok(())
+    }
+
+    pub(super) fn is_strict(&self) -> bool {
+        self.peer.as_ref().is_some_and(|peer| peer.is_strict())
+    }
+}
+
+/// Known ranges with neighbours as one. None overlaps another, as they came from one map.
+fn joined<'r>(ranges: impl IntoIterator<Item = &'r MappedRange<MemoryFile>>) -> IovaMap<MemoryFile> {
+    let mut map = IovaMap::new();
+    for range in ranges {
+        let _ = map.insert(range.clone());
+    }
+    map.merged()
+}
+
+/// With which access the peer's VMM is asked to map what the owner allows `allowed` with;
+/// `None`: not at all, since that VMM would allow more.
+pub(super) fn allowed_as(allowed: Access, policy: OneWay, strict: bool) -> Option<Access> {
+    match (allowed, policy) {
+        (Access::ReadWrite, _) => Some(Access::ReadWrite),
+        (Access::Read, _) if strict => Some(Access::Read),
+        (_, OneWay::Widen) => Some(Access::ReadWrite),
+        // No MMU has pages that can be written and not read.
+        (_, OneWay::Refuse) => None,
+    }
+}
+
+/// As [`allowed_as`], of a range. A piece of a huge page cannot be mapped at all, or only
+/// with the rest of the page.
+pub(super) fn mapped_as(range: &MappedRange<MemoryFile>, policy: OneWay, strict: bool) -> Option<Access> {
+    let (page, offset) = (range.backing().handle.page_size(), range.backing().offset);
+    let whole = range.iova().is_aligned(page) && offset.is_multiple_of(page) && page <= LARGE_PAGE_SIZE;
+    allowed_as(range.access(), policy, strict).filter(|_| whole || page == PAGE_SIZE)
+}
+
+#[cfg(test)]
+mod tests {
+    #![allow(clippy::unwrap_used)]
+    use std::fs::File;
+    use std::os::fd::OwnedFd;
+
+    use iommu::Backing;
+
+    use super::*;
+
+    #[test]
+    fn a_piece_of_a_huge_page_is_not_mapped_and_a_whole_one_is() {
+        let file = OwnedFd::from(File::open("/dev/null").unwrap());
+        let huge = MemoryFile::new(file, 0, 0).with_page_size(LARGE_PAGE_SIZE);
+        let range = |iova, len, offset| {
+            let backing = Backing { handle: huge.clone(), offset };
+            MappedRange::new(Span::new(Iova::new(iova), len).unwrap(), Access::ReadWrite, backing).unwrap()
+        };
+        let mapped = |range: &MappedRange<MemoryFile>| mapped_as(range, OneWay::Widen, true).is_some();
+        let page = LARGE_PAGE_SIZE;
+        assert!(mapped(&range(0, page, 0)) && mapped(&range(4 * page, 2 * page, page)));
+        assert!(!mapped(&range(0, PAGE_SIZE, 0)));
+        assert!(!mapped(&range(PAGE_SIZE, page, 0)));
+        assert!(!mapped(&range(0, page, PAGE_SIZE)));
+        // Small pages joined to a whole one will do.
+        let small: Vec<_> = (0..512).map(|n| range(n * PAGE_SIZE, PAGE_SIZE, n * PAGE_SIZE)).collect();
+        assert!(joined(&small).iter().all(mapped) && !joined(&small[1..]).iter().all(mapped));
+    }
+}
