@@ -18,6 +18,9 @@ pub const TABLES: [(usize, bool); 5] =
 const BATCH: usize = 24;
 /// What is done before anything counts.
 const WARM_UP: usize = 2;
+/// Rounds, and the time in which they have to begin, unless somebody wants so many.
+const ROUNDS: usize = 250;
+const TIME: Duration = Duration::from_secs(30);
 
 /// Figures by name. Nanoseconds for translations, microseconds for all else.
 #[derive(Debug, Default)]
@@ -54,11 +57,15 @@ pub fn table_name(what: &str, (mappings, apart): (usize, bool)) -> String {
     format!("translate.{what}.{mappings}{}", if apart { ".apart" } else { "" })
 }
 
-/// Measures. `progress` is told what is done, and how much of it in percent.
+/// Measures; gives how many rounds it were, too. `progress` is told how much is done, in percent.
 ///
 /// # Errors
 /// The step that failed.
-pub fn measure(rounds: usize, shown: u64, progress: impl Fn(usize)) -> anyhow::Result<Figures> {
+pub fn measure(
+    wanted: Option<usize>,
+    shown: u64,
+    progress: impl Fn(usize),
+) -> anyhow::Result<(Figures, usize)> {
     let folder = tempfile::Builder::new().prefix("iommu-cost").tempdir().context("a folder for sockets")?;
     let mut cases: Vec<_> =
         TABLES.map(|(mappings, apart)| ((mappings, apart), Case::new(mappings, apart))).into();
@@ -73,11 +80,20 @@ pub fn measure(rounds: usize, shown: u64, progress: impl Fn(usize)) -> anyhow::R
         links.push((name, link));
     }
     let mut figures = Figures::default();
-    for round in 0..WARM_UP + rounds {
+    let rounds = WARM_UP + wanted.unwrap_or(ROUNDS);
+    let (mut done, start) = (0, Instant::now());
+    for round in 0..rounds {
         if round == WARM_UP {
             figures = Figures::default();
         }
-        progress(100 * round / (WARM_UP + rounds));
+        let time = start.elapsed().as_secs_f64() / TIME.as_secs_f64();
+        // At least one for each of the tables.
+        if wanted.is_none() && time > 1.0 && round > WARM_UP + TABLES.len() {
+            break;
+        }
+        let part = round as f64 / rounds as f64;
+        progress((100.0 * if wanted.is_none() { part.max(time.min(1.0)) } else { part }) as usize);
+        done = (round + 1).saturating_sub(WARM_UP);
         figures.begin_round();
         if let Some((table, case)) = cases.get_mut(round % TABLES.len()) {
             let times = case.measure();
@@ -103,7 +119,7 @@ pub fn measure(rounds: usize, shown: u64, progress: impl Fn(usize)) -> anyhow::R
             }
         }
     }
-    Ok(figures)
+    Ok((figures, done))
 }
 
 fn floors(figures: &mut Figures, floor: &Floor) -> anyhow::Result<()> {

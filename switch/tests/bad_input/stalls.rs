@@ -2,11 +2,12 @@
 
 use std::os::unix::net::UnixStream;
 use std::path::Path;
+use std::time::Duration;
 
 use crate::bench::{Bench, settled_descriptors};
 use crate::raw::{
-    GET_FEATURES, OWNER_PROTOCOL, PEER_PROTOCOL, Raw, SET_BACKEND_REQ_FD, SET_FEATURES, SET_VRING_ENABLE,
-    VERSION, VERSION_1, longs, message, words,
+    GET_FEATURES, NEED_REPLY, OWNER_PROTOCOL, PEER_PROTOCOL, REPLY, Raw, SET_BACKEND_REQ_FD, SET_FEATURES,
+    SET_VRING_ENABLE, VERSION, VERSION_1, longs, message, words,
 };
 
 fn stalled(socket: &Path, bytes: &[u8]) -> Raw {
@@ -130,4 +131,31 @@ fn an_owner_that_leaves_without_a_word_in_mid_message_leaves_its_place_free() {
         bench.wait_until("gone", |report| report.owner.state == "absent");
     }
     drop(Raw::owner(&bench.left().0));
+}
+
+#[test]
+fn a_front_end_that_reads_its_answers_late_gets_each_once_and_in_order() {
+    const MESSAGES: usize = 3000;
+    let bench = Bench::start();
+    let mut owner = Raw::owner(&bench.left().0);
+    let mut writer = owner.stream.try_clone().unwrap();
+    // More than sockets hold in either direction: the broker waits for its reader.
+    let thread = std::thread::spawn(move || {
+        for index in 0..MESSAGES as u32 {
+            let enable = message(SET_VRING_ENABLE, VERSION | NEED_REPLY, &words(&[index % 2, index / 2 % 2]));
+            std::io::Write::write_all(&mut writer, &enable).unwrap();
+        }
+    });
+    bench.right_link_works();
+    std::thread::sleep(Duration::from_millis(200));
+    let expected = message(SET_VRING_ENABLE, VERSION | REPLY, &longs(&[0]));
+    for index in 0..MESSAGES {
+        let mut answer = [0; 20];
+        std::io::Read::read_exact(&mut owner.stream, &mut answer).unwrap();
+        assert_eq!(answer[..], expected, "answer {index}");
+    }
+    thread.join().unwrap();
+    // Nothing comes twice.
+    assert_eq!(owner.question(GET_FEATURES, &[]).len(), 8);
+    assert!(bench.faults().is_empty());
 }
