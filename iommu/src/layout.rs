@@ -7,6 +7,7 @@ use std::collections::BTreeMap;
 use thiserror::Error;
 
 use crate::address::{Iova, LookupError, PAGE_SIZE, Span, WindowOffset, offset_in};
+use crate::diff::Change;
 use crate::map::{IovaMap, MappedRange};
 
 /// The large page, bytes, whose alignment placements keep: an IOVA and its window
@@ -150,23 +151,56 @@ impl<R: Clone + PartialEq> WindowLayout<R> {
             let count = map.len();
             return Err(LayoutError::TooMany { count, max });
         }
-        let kept = previous.kept(data, map);
+        let mut kept = previous.kept(data, map);
         let line = match kept.is_empty() {
             true => Line::fresh(data, map),
             false => kept.line(),
         };
-        if let Some(layout) = line.and_then(|line| Self::on_line(data, map, line)) {
-            return Ok(layout);
+        if let Some(line) = line.filter(|line| line.end(data, map).is_some()) {
+            for range in map.iter() {
+                // What is kept is on the line already.
+                if let Some(window) = line.window(range.iova())
+                    && !kept.placements.contains_key(&range.iova().start())
+                {
+                    kept.place(range, window);
+                }
+            }
+            return Ok(kept);
         }
-        kept.packed(data, map).ok_or_else(|| {
+        let Some(gaps) = kept.gaps(data, map) else {
             let needed = kept.needed(data, map, line);
             let window_len = data.start().raw().checked_add(needed);
-            LayoutError::TooSmall {
+            return Err(LayoutError::TooSmall {
                 needed,
                 available: data.len(),
                 window_len: window_len.and_then(u64::checked_next_power_of_two),
+            });
+        };
+        for (range, window) in gaps {
+            kept.place(range, window);
+        }
+        Ok(kept)
+    }
+
+    /// Takes out every placement with an IOVA in `span`; says whether there was one. The rest
+    /// stays, as with [`Self::plan`] of a map without them.
+    pub fn remove_overlapping(&mut self, span: Span<Iova>) -> bool {
+        let before = self.placements.range(..=span.last()).rev();
+        let overlapping = before.take_while(|(_, placement)| placement.range.iova().overlaps(span));
+        let starts: Vec<Iova> = overlapping.map(|(iova, _)| *iova).collect();
+        starts.iter().for_each(|start| drop(self.placements.remove(start)));
+        !starts.is_empty()
+    }
+
+    /// Makes one of the changes that [`difference`](crate::difference) gives.
+    pub fn make(&mut self, change: &Change<R>) {
+        match change {
+            Change::Unmap(placement) if self.has(placement) => {
+                self.placements.remove(&placement.range.iova().start());
             }
-        })
+            Change::Unmap(_) => {}
+            Change::Map(placement) => self.place(&placement.range, placement.window),
+        }
     }
 
     /// Where in the window the `len` bytes from `iova` on are. Refuses a range that
@@ -237,36 +271,26 @@ impl<R: Clone + PartialEq> WindowLayout<R> {
         delta.is_multiple_of(LARGE_PAGE_SIZE).then(|| Line { iova: *iova, offset: placement.offset() })
     }
 
-    /// All of `map` at its places on `line`, if they all are in the data area. What
-    /// is kept is on the line and so stays where it is.
-    fn on_line(data: Span<WindowOffset>, map: &IovaMap<R>, line: Line) -> Option<Self> {
-        let mut layout = Self::new();
-        for range in map.iter() {
-            let window = line.window(range.iova())?;
-            if !data.contains_span(window) {
-                return None;
-            }
-            layout.place(range, window);
-        }
-        Some(layout)
-    }
-
-    /// These placements and the rest of `map` each at its first fit, if all fit.
-    fn packed(&self, data: Span<WindowOffset>, map: &IovaMap<R>) -> Option<Self> {
-        let mut taken: BTreeMap<u64, Span<WindowOffset>> = BTreeMap::new();
-        for placement in self.iter() {
-            taken.insert(placement.offset().raw(), placement.window);
-        }
-        let mut layout = self.clone();
+    /// Places for the rest of `map`, each at its first fit beside these placements, if all
+    /// fit.
+    fn gaps<'m>(
+        &self,
+        data: Span<WindowOffset>,
+        map: &'m IovaMap<R>,
+    ) -> Option<Vec<(&'m MappedRange<R>, Span<WindowOffset>)>> {
+        let mut taken: Vec<_> = self.iter().map(|placement| placement.window).collect();
+        taken.sort_unstable_by_key(|window| window.start());
+        let mut gaps = Vec::new();
         for range in map.iter() {
             if self.placements.contains_key(&range.iova().start()) {
                 continue;
             }
-            let window = first_fit(data, taken.values(), range.iova())?;
-            taken.insert(window.start().raw(), window);
-            layout.place(range, window);
+            let window = first_fit(data, taken.iter(), range.iova())?;
+            let at = taken.partition_point(|taken| taken.start() < window.start());
+            taken.insert(at, window);
+            gaps.push((range, window));
         }
-        Some(layout)
+        Some(gaps)
     }
 
     fn place(&mut self, range: &MappedRange<R>, window: Span<WindowOffset>) {
@@ -282,13 +306,13 @@ impl<R: Clone + PartialEq> WindowLayout<R> {
         let Ok(boundless) = Span::new(start, u64::MAX - start.raw()) else {
             return u64::MAX;
         };
-        let layouts =
-            [line.and_then(|line| Self::on_line(boundless, map, line)), self.packed(boundless, map)];
-        let lens = layouts.iter().flatten().map(|layout| {
-            let last = layout.iter().map(|placement| placement.window.last()).max();
-            last.map_or(0, |last| last.raw() - start.raw() + 1)
+        let packed = self.gaps(boundless, map).map(|gaps| {
+            let kept = self.iter().map(|placement| placement.window.last());
+            kept.chain(gaps.iter().map(|(_, window)| window.last())).max().unwrap_or(start)
         });
-        lens.min().unwrap_or(u64::MAX)
+        let linear = line.and_then(|line| line.end(boundless, map));
+        let ends = [linear, packed].into_iter().flatten();
+        ends.map(|last| last.raw() - start.raw() + 1).min().unwrap_or(u64::MAX)
     }
 }
 
@@ -305,6 +329,17 @@ impl Line {
     fn fresh<R: Clone + PartialEq>(data: Span<WindowOffset>, map: &IovaMap<R>) -> Option<Self> {
         let lowest = map.iter().next()?.iova().start().raw();
         Some(Self { iova: Iova::new(lowest - lowest % LARGE_PAGE_SIZE), offset: data.start() })
+    }
+
+    /// The last byte of the window that `map` takes on the line, if all of it is in `data`; the
+    /// first of `data` if the map is empty.
+    fn end<R: Clone + PartialEq>(self, data: Span<WindowOffset>, map: &IovaMap<R>) -> Option<WindowOffset> {
+        let mut end = data.start();
+        for range in map.iter() {
+            let window = self.window(range.iova()).filter(|window| data.contains_span(*window))?;
+            end = end.max(window.last());
+        }
+        Some(end)
     }
 
     /// Where `iova` is on the line, unless that would wrap.

@@ -1,8 +1,8 @@
 //! The window's layout and the changes between two layouts.
 
 use iommu::{
-    Change, GeometryError, Iova, IovaMap, LayoutError, LookupError, MappedRange, SpanError, WindowGeometry,
-    WindowLayout, WindowOffset, difference,
+    Access, Backing, Change, GeometryError, Iova, IovaMap, LayoutError, LookupError, MappedRange, Span,
+    SpanError, WindowGeometry, WindowLayout, WindowOffset, difference,
 };
 
 use crate::{MIB, TOP_PAGE, iova, range, window};
@@ -159,4 +159,32 @@ fn unmaps_come_before_maps() {
     assert!(matches!(&changes[..], [Change::Unmap(old), Change::Map(new)]
         if *old.range() == ranges[0] && new.range().iova() == iova(0x2000, 0x1000)));
     assert_eq!(difference(&after, &after), []);
+}
+
+#[test]
+fn what_is_taken_out_of_a_layout_leaves_the_rest_where_a_plan_leaves_it() {
+    let geometry = WindowGeometry::new(Span::new(WindowOffset::new(2 << 20), 1 << 20).unwrap(), 64).unwrap();
+    let mut map = IovaMap::new();
+    for start in [0x1000, 0x3000, 0x8000_0000, 0x8000_1000, 0x8000_5000] {
+        let span = Span::new(Iova::new(start), 0x1000).unwrap();
+        let backing = Backing { handle: 1, offset: 0 };
+        map.insert(MappedRange::new(span, Access::ReadWrite, backing).unwrap()).unwrap();
+    }
+    let whole = WindowLayout::plan(&geometry, &map, &WindowLayout::new()).unwrap();
+    for (start, len, gone) in
+        [(0x3000, 0x1000, 1), (0x3800, 0x8000_0000, 3), (0x2000, 0x1000, 0), (0, u64::MAX, 5)]
+    {
+        let span = Span::new(Iova::new(start), len).unwrap();
+        let mut left = whole.clone();
+        assert_eq!(left.remove_overlapping(span), gone > 0);
+        let mut less = map.clone();
+        assert_eq!(less.remove_overlapping(span).len(), gone);
+        assert_eq!(left, WindowLayout::plan(&geometry, &less, &whole).unwrap());
+        // And so do the changes that lead there.
+        let mut changed = whole.clone();
+        difference(&whole, &left).iter().for_each(|change| changed.make(change));
+        assert_eq!(changed, left);
+        difference(&left, &whole).iter().for_each(|change| changed.make(change));
+        assert_eq!(changed, whole);
+    }
 }

@@ -149,27 +149,25 @@ impl Window {
         let Some(slot) = self.witness_slot().filter(|_| self.phase == Phase::Open) else {
             return;
         };
-        let changes = difference(&self.asked, desired);
-        if changes.iter().any(|change| matches!(change, Change::Unmap(_))) {
-            self.asked = self.asked.intersection(desired);
-            for change in changes {
-                if let Change::Unmap(placement) = change {
+        let mut revoked = false;
+        for change in difference(&self.asked, desired) {
+            // All unmaps come before all maps.
+            if matches!(change, Change::Map(_)) && revoked && !self.strict {
+                break;
+            }
+            self.asked.make(&change);
+            match change {
+                Change::Unmap(placement) => {
+                    revoked = true;
                     self.unmap(Content::Owner(placement), now, effects);
                 }
+                Change::Map(placement) => self.map(Content::Owner(placement), now, effects),
             }
-            if self.strict {
-                return self.reconcile(desired, now, effects);
-            }
+        }
+        if revoked && !self.strict {
             self.map(Content::Witness { slot: slot ^ 1 }, now, effects);
             self.phase = Phase::Revoking { deadline: now + self.timeout };
-            return;
         }
-        for change in changes {
-            if let Change::Map(placement) = change {
-                self.map(Content::Owner(placement), now, effects);
-            }
-        }
-        self.asked = desired.clone();
     }
 
     /// The VMM confirmed change `op`, or refused it.

@@ -7,6 +7,7 @@ use iommu::{
 use crate::config::OneWay;
 use crate::link::descriptor::MemoryFile;
 use crate::link::fault::Fault;
+use crate::link::owner::OwnerSession;
 use crate::link::state::Link;
 
 impl Link {
@@ -100,15 +101,17 @@ impl Link {
 
     /// Takes every shown range with a byte in one of these out of the window.
     pub(super) fn hide(&mut self, gone: &[Span<Iova>]) {
-        let mut changed = false;
         for span in gone {
-            changed |= self.shown.remove(*span);
+            if self.shown.remove(*span) {
+                // What stays keeps its place: nothing is to be worked out anew.
+                self.unsettled |= self.layout.remove_overlapping(*span);
+            }
             self.demand.lasting.retain(|start| !span.contains(*start));
             self.demand.probes.retain(|(page, _)| !span.contains(*page));
         }
-        if changed {
-            self.plan();
-        }
+        // Of an owner without an IOMMU the layout follows from its memory table.
+        let has_iommu = self.owner.as_ref().is_some_and(OwnerSession::has_iommu);
+        debug_assert!(!has_iommu || self.layout.len() == self.shown.map().len());
     }
 
     /// Works the layout out anew after something was taken out.
