@@ -240,12 +240,6 @@ impl<R: Clone + PartialEq> WindowLayout<R> {
         self.placements.len()
     }
 
-    /// The placements that are part of both layouts.
-    pub fn intersection(&self, other: &Self) -> Self {
-        let both = self.placements.iter().filter(|(_, placement)| other.has(placement));
-        Self { placements: both.map(|(iova, placement)| (*iova, placement.clone())).collect() }
-    }
-
     /// Whether the window is empty.
     pub fn is_empty(&self) -> bool {
         self.placements.is_empty()

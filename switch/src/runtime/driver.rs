@@ -298,7 +298,7 @@ impl LinkDriver {
         let Some(answer) = session.answer.take() else { return };
         let done = match reply {
             Reply::Done => Some(true),
-            Reply::Declined => Some(false),
+            Reply::Declined | Reply::Refused(_) => Some(false),
             _ => None,
         };
         let Answer { sender, acknowledge } = answer;
