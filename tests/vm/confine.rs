@@ -55,8 +55,9 @@ fn with_iommu(testbed: &mut Testbed<'_>) -> Result<()> {
     ensure!(found["with_secret"] == 0, "what the owner never mapped is in the window");
 
     let hammer = Program::start(&mut testbed.peer, "hammer --device auto")?;
-    let seen = revoke.wait(&mut testbed.owner, ALL_ROUNDS)?.pop().unwrap_or_default();
+    let seen = revoke.wait_lines(&mut testbed.owner, 2, ALL_ROUNDS)?;
     hammer.wait(&mut testbed.peer, COMMAND)?;
+    revoke.end(&mut testbed.owner)?;
     println!("revocations: {seen}");
     let millis = |figure: &str| seen[figure].as_f64().unwrap_or_default() / 1e3;
     println!(
