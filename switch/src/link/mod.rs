@@ -24,7 +24,7 @@ pub mod owner;
 pub mod peer;
 pub mod report;
 pub mod state;
-mod view;
+pub mod view;
 pub mod vring;
 pub mod window;
 

@@ -14,6 +14,6 @@ pub mod demand;
 pub mod denials;
 pub mod iotlb;
 pub mod listen;
-mod room;
+pub mod room;
 pub mod serve;
 pub mod shown;
