@@ -117,7 +117,10 @@ impl Link {
         let Some(owner) = self.owner.as_mut() else { return };
         match asked.outcome {
             // Known; or unmapped since, and asked for again if that is still wanted.
-            Some(true) if told => return,
+            Some(true) if told => {
+                self.demand.untold = 0;
+                return;
+            }
             // An update that answered something else was taken for the answer.
             Some(true) => {
                 let gone = asked.span().map_or_else(Vec::new, |page| owner.iotlb.forget(page));

@@ -1,5 +1,7 @@
 //! What of the known ranges is chosen to be shown, and what goes to make room for it.
 
+use std::collections::BTreeMap;
+
 use iommu::{
     Access, Iova, IovaMap, LARGE_PAGE_SIZE, LayoutError, MappedRange, PAGE_SIZE, Span, WindowLayout,
 };
@@ -58,11 +60,7 @@ impl Link {
             return Err(Fault::Iommu(reason.into()));
         }
         // What can never fit costs nobody its place.
-        let len = self.geometry.data().len();
-        if new.iter().any(|span| span.len() > len) || self.shown.most_room() == 0 {
-            let count = self.shown.map().len() + new.len();
-            return Err(Fault::Window(LayoutError::TooMany { count, max: self.config.max_mappings }));
-        }
+        WindowLayout::plan(&self.geometry, &joined(ranges), &WindowLayout::new())?;
         let mut plan =
             Err(LayoutError::TooMany { count: self.shown.map().len(), max: self.config.max_mappings });
         loop {
@@ -106,8 +104,16 @@ impl Link {
                 // What stays keeps its place: nothing is to be worked out anew.
                 self.unsettled |= self.layout.remove_overlapping(*span);
             }
-            self.demand.lasting.retain(|start| !span.contains(*start));
-            self.demand.probes.retain(|(page, _)| !span.contains(*page));
+        }
+        if !self.demand.lasting.is_empty() || !self.demand.probes.is_empty() {
+            // They come from one map and do not overlap: there may be very many.
+            let gone: BTreeMap<Iova, Span<Iova>> = gone.iter().map(|span| (span.start(), *span)).collect();
+            let stays = |iova: &Iova| {
+                let before = gone.range(..=*iova).next_back();
+                !before.is_some_and(|(_, span)| span.contains(*iova))
+            };
+            self.demand.lasting.retain(stays);
+            self.demand.probes.retain(|(page, _)| stays(page));
         }
         // Of an owner without an IOMMU the layout follows from its memory table.
         let has_iommu = self.owner.as_ref().is_some_and(OwnerSession::has_iommu);

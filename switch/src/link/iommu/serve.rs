@@ -206,6 +206,8 @@ impl Link {
             }
             self.hide_lesser(want.span, want.access);
             if self.show_for(&ranges, &[want.span]).is_err() {
+                // It is over, and keeps nobody waiting.
+                self.may_evict = true;
                 return done(abi::CTRL_NO_ROOM);
             }
         }

@@ -74,12 +74,6 @@ impl Shown {
         Ok(true)
     }
 
-    /// How many more ranges there is room for, when all that can go is gone.
-    pub fn most_room(&self) -> usize {
-        let pinned = self.facts.values().filter(|facts| facts.pinned).count();
-        self.max.saturating_sub(pinned)
-    }
-
     /// Notes that the ranges under `span` were asked for; `pin`: they stay until they
     /// are unmapped.
     pub fn touch(&mut self, span: Span<Iova>, pin: bool) {
