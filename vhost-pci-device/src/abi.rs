@@ -196,8 +196,9 @@ pub struct LinkHeader {
     /// Odd while the device changes the mapping table or `mapping_count`, even
     /// otherwise; larger after each change (section 7.2).
     pub table_generation: Le64,
-    /// Zero.
-    pub reserved: Le64,
+    /// The number that the link's doorbell page has as well ([`DoorbellHeader::link_id`]);
+    /// 0: the link has no doorbell function.
+    pub link_id: Le64,
 }
 
 /// Where the device puts the vring table, bytes from the start of the link area.
@@ -217,6 +218,7 @@ const _: () = {
     assert!(offset_of!(LinkHeader, mapping_count) == 32);
     assert!(offset_of!(LinkHeader, vring_count) == 40);
     assert!(offset_of!(LinkHeader, table_generation) == 48);
+    assert!(offset_of!(LinkHeader, link_id) == 56);
     assert!(MAPPING_TABLE as u64 + MAX_MAPPINGS as u64 * 32 <= LINK_LEN);
     assert!(VRING_TABLE as usize + MAX_VRINGS as usize * size_of::<Vring>() <= MAPPING_TABLE as usize);
 };
@@ -327,6 +329,10 @@ pub const MAX_MAP: u64 = 1 << 20;
 /// [`ControlRequest::flags`] of [`CTRL_ATTACH`]: the driver waits for interrupts.
 /// Without it, it polls.
 pub const ATTACH_F_INTERRUPT: u32 = 1 << 0;
+/// [`ControlRequest::flags`] of [`CTRL_ATTACH`]: the driver has the link's doorbell
+/// function, of which it has armed the first [`ControlRequest::len`] MSI-X vectors
+/// (section 12).
+pub const ATTACH_F_DOORBELL: u32 = 1 << 1;
 
 /// The device-readable part of a control buffer (section 9.2).
 #[repr(C)]
@@ -450,6 +456,78 @@ impl FaultKind {
         }
     }
 }
+
+// --- 12 The doorbell function ------------------------------------------------------------
+
+/// The PCI vendor of QEMU's `ivshmem-doorbell`.
+pub const DOORBELL_VENDOR_ID: u16 = 0x1af4;
+/// The PCI device number of QEMU's `ivshmem-doorbell`.
+pub const DOORBELL_DEVICE_ID: u16 = 0x1110;
+/// The doorbell register, bytes from the start of the function's BAR 0: 32 bits wide.
+pub const DOORBELL_REGISTER: u64 = 12;
+/// The function's BAR with the doorbell page.
+pub const DOORBELL_PAGE_BAR: u8 = 2;
+/// Length of the doorbell page, bytes.
+pub const DOORBELL_PAGE_LEN: u64 = PAGE_SIZE;
+/// `"VPDB"`, little-endian: [`DoorbellHeader::magic`].
+pub const DOORBELL_MAGIC: u32 = u32::from_le_bytes(*b"VPDB");
+
+/// The start of the doorbell page (section 12.2). Written by the device only.
+#[repr(C, align(64))]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, FromBytes, IntoBytes, Immutable, KnownLayout)]
+pub struct DoorbellHeader {
+    /// [`DOORBELL_MAGIC`].
+    pub magic: Le32,
+    /// [`ABI_VERSION`].
+    pub version: Le16,
+    /// Length of this header, bytes.
+    pub header_len: Le16,
+    /// The link whose notifications the function carries: [`LinkHeader::link_id`].
+    pub link_id: Le64,
+    /// Odd while the device changes the page, even otherwise; larger after each change.
+    pub generation: Le64,
+    /// Entries in use: one for each of the owner's vrings.
+    pub vring_count: Le32,
+    /// Where the entries start, bytes from the start of the page.
+    pub entries: Le32,
+    /// Zero.
+    pub reserved: [Le64; 4],
+}
+
+/// Where the device puts the entries, bytes from the start of the doorbell page.
+pub const DOORBELL_ENTRIES: u32 = 64;
+
+/// [`DoorbellEntry::flags`]: the owner's kicks arrive as MSI-X vector
+/// [`DoorbellEntry::vector`] of the doorbell function.
+pub const DOORBELL_F_KICK: u32 = 1 << 0;
+/// [`DoorbellEntry::flags`]: a store of [`DoorbellEntry::doorbell`] to the doorbell register is
+/// a call to the owner.
+pub const DOORBELL_F_CALL: u32 = 1 << 1;
+
+/// How the notifications of one of the owner's vrings go (section 12.2).
+#[repr(C)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, FromBytes, IntoBytes, Immutable, KnownLayout)]
+pub struct DoorbellEntry {
+    /// `DOORBELL_F_*` bits. What has no bit goes by the virtqueue of section 3.
+    pub flags: Le32,
+    /// An MSI-X vector of the doorbell function.
+    pub vector: Le32,
+    /// A value for the doorbell register.
+    pub doorbell: Le32,
+    /// Zero.
+    pub reserved: Le32,
+}
+
+const _: () = {
+    assert!(size_of::<DoorbellHeader>() == 64);
+    assert!(offset_of!(DoorbellHeader, link_id) == 8);
+    assert!(offset_of!(DoorbellHeader, generation) == 16);
+    assert!(offset_of!(DoorbellHeader, vring_count) == 24);
+    assert!(size_of::<DoorbellEntry>() == 16);
+    assert!(
+        DOORBELL_ENTRIES as u64 + MAX_VRINGS as u64 * size_of::<DoorbellEntry>() as u64 <= DOORBELL_PAGE_LEN
+    );
+};
 
 #[cfg(test)]
 mod tests {
