@@ -38,7 +38,7 @@ impl AsFd for Source {
 }
 
 /// A memfd of `len` bytes that can neither shrink nor grow.
-fn sealed_memfd(name: &std::ffi::CStr, len: u64, seals: SealFlag) -> io::Result<OwnedFd> {
+pub(super) fn sealed_memfd(name: &std::ffi::CStr, len: u64, seals: SealFlag) -> io::Result<OwnedFd> {
     let fd = memfd_create(name, MFdFlags::MFD_CLOEXEC | MFdFlags::MFD_ALLOW_SEALING)?;
     let file = File::from(fd);
     file.set_len(len)?;
@@ -48,7 +48,7 @@ fn sealed_memfd(name: &std::ffi::CStr, len: u64, seals: SealFlag) -> io::Result<
 
 /// Maps a memfd of the broker at its place in the window, so that addresses in it
 /// are window offsets.
-fn map(fd: &OwnedFd, offset: u64, len: u64) -> io::Result<GuestMemoryMmap> {
+pub(super) fn map(fd: &OwnedFd, offset: u64, len: u64) -> io::Result<GuestMemoryMmap> {
     let file = File::from(fd.try_clone()?);
     let range = (GuestAddress(offset), len as usize, Some(FileOffset::new(file, 0)));
     GuestMemoryMmap::from_ranges_with_files([range]).map_err(io::Error::other)

@@ -128,9 +128,9 @@ impl Drop for Channel {
     }
 }
 
-/// Whether the VMM has not read enough, or the host has too little at the moment: for the
-/// next answer to try again.
-fn is_passing(error: &io::Error) -> bool {
+/// Whether the VMM has not read enough, or the host has too little at the moment: to be
+/// tried again.
+pub(super) fn is_passing(error: &io::Error) -> bool {
     use rustix::io::Errno;
     [Errno::AGAIN, Errno::NOBUFS, Errno::NOMEM, Errno::TOOMANYREFS]
         .into_iter()

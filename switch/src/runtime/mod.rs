@@ -7,10 +7,12 @@
 //! | [`channel`] | the back-end channel to a VMM |
 //! | [`backend_message`] | its messages as bytes |
 //! | [`copy`] | copies between an owner's files and the control area |
+//! | [`doorbell`] | the connection to a peer's doorbell function |
 //! | [`areas`] | the broker's own memory in the window: link area, control area, witness |
 //! | [`control_ring`] | serves the control ring |
 //! | [`relay`] | the thread of a link that passes notifications on |
 //! | [`sockets`] | listening sockets and who may connect |
+//! | [`sys`] | the broker's only `unsafe` code |
 //! | [`broker`] | puts it all together and takes it down again |
 
 pub mod areas;
@@ -19,10 +21,12 @@ pub mod broker;
 pub mod channel;
 pub mod control_ring;
 pub mod copy;
+pub mod doorbell;
 pub mod driver;
 pub mod port;
 pub mod relay;
 pub mod sockets;
+mod sys;
 
 use std::os::unix::net::UnixStream;
 
