@@ -139,7 +139,11 @@ impl Driver {
             thread::sleep(Duration::from_millis(1));
         };
         let mut ring = ControlRing::new(&self.device)?;
-        ring.call(&self.device, Command::Attach { generation: link.generation, interrupt: false }, PATIENCE)?;
+        ring.call(
+            &self.device,
+            Command::Attach { generation: link.generation, interrupt: false, doorbell: None },
+            PATIENCE,
+        )?;
         self.ring = Some(ring);
         Ok(())
     }

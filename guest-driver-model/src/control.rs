@@ -52,6 +52,8 @@ pub enum Command {
         generation: u64,
         /// The driver waits for interrupts; otherwise it polls.
         interrupt: bool,
+        /// It has the link's doorbell function, with so many MSI-X vectors.
+        doorbell: Option<u16>,
     },
     /// The driver has let go of all vrings.
     Detach,
@@ -77,11 +79,14 @@ impl Command {
     fn to_abi(self) -> abi::ControlRequest {
         let request = |command: u16| abi::ControlRequest { command: command.into(), ..Default::default() };
         match self {
-            Self::Attach { generation, interrupt } => {
-                let flags = if interrupt { abi::ATTACH_F_INTERRUPT } else { 0 };
+            Self::Attach { generation, interrupt, doorbell } => {
+                let flag = |set, flag| if set { flag } else { 0 };
+                let flags = flag(interrupt, abi::ATTACH_F_INTERRUPT)
+                    | flag(doorbell.is_some(), abi::ATTACH_F_DOORBELL);
                 abi::ControlRequest {
                     flags: flags.into(),
                     value: generation.into(),
+                    len: doorbell.map_or(0, u64::from).into(),
                     ..request(abi::CTRL_ATTACH)
                 }
             }

@@ -34,7 +34,7 @@ const AREA: u64 = abi::CONTROL_OFFSET;
 const PATIENCE: Duration = Duration::from_secs(2);
 
 fn attach(generation: u64, interrupt: bool) -> Command {
-    Command::Attach { generation, interrupt }
+    Command::Attach { generation, interrupt, doorbell: None }
 }
 
 impl Fake {
@@ -165,4 +165,14 @@ fn another_control_area_is_noticed() {
     }
     device.window.zero(AREA, abi::CONTROL_LEN).unwrap();
     assert!(!ring.is_current());
+}
+
+#[test]
+fn an_attachment_says_how_many_vectors_the_doorbell_function_has() {
+    let attach = |doorbell| {
+        let request = Command::Attach { generation: 4, interrupt: true, doorbell }.to_abi();
+        (request.flags.value(), request.value.value(), request.len.value())
+    };
+    assert_eq!(attach(None), (abi::ATTACH_F_INTERRUPT, 4, 0));
+    assert_eq!(attach(Some(8)), (abi::ATTACH_F_INTERRUPT | abi::ATTACH_F_DOORBELL, 4, 8));
 }

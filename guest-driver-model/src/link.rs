@@ -187,6 +187,12 @@ impl LinkPage {
         self.area.load_u64_acquire(offset_of!(abi::LinkHeader, table_generation) as u64).unwrap_or(1)
     }
 
+    /// The number that the link's doorbell page has as well (12.2); 0: there is no doorbell
+    /// function, or no link area.
+    pub fn link_id(&self) -> u64 {
+        self.area.load_u64(offset_of!(abi::LinkHeader, link_id) as u64).unwrap_or(0)
+    }
+
     /// Whether the mapping table is still at `table_generation`, so that everything loaded
     /// from the window before this call was there when it was loaded (7.2: the generation
     /// becomes larger before a mapping goes).

@@ -15,7 +15,7 @@ use crate::control::{Command, ControlExchange, ControlRing};
 use crate::link::{LinkError, LinkPage};
 use crate::net::{Demand, PeerPort, receive_vring, transmit_vring};
 use crate::ring::Fault;
-use crate::transport::Transport;
+use crate::transport::{Pairing, Transport};
 
 /// Between two looks for a link, where no interrupt tells of it.
 const LINK_PAUSE: Duration = Duration::from_millis(1);
@@ -105,6 +105,8 @@ pub(super) struct Session<'a> {
     /// There while the control area is.
     control: Option<ControlRing>,
     live: Option<Live>,
+    /// The doorbell function, of which the device was told.
+    doorbell: Option<Pairing>,
     /// The generation that gave no port, and will not.
     refused: Option<u64>,
     tally: Tally,
@@ -125,6 +127,7 @@ impl<'a> Session<'a> {
             waiting: Waiting::default(),
             control: None,
             live: None,
+            doorbell: None,
             refused: None,
             tally: Tally::default(),
             quiet: Quiet::default(),
@@ -164,6 +167,13 @@ impl<'a> Session<'a> {
     pub fn check(&mut self) -> Result<(), ProgramError> {
         self.transport.check()?;
         self.hear_answers();
+        if let Some(generation) = self.live.as_ref().map(|live| live.port.generation()) {
+            let doorbell = self.transport.pair(self.page.link_id());
+            if doorbell != self.doorbell {
+                self.doorbell = doorbell;
+                self.tell(self.attach(generation));
+            }
+        }
         Ok(())
     }
 
@@ -260,7 +270,8 @@ impl<'a> Session<'a> {
         self.tally.links += 1;
         let broken = port.faults().next().is_some();
         self.live = Some(Live { port, asks, reported: Vec::new() });
-        self.tell(Command::Attach { generation, interrupt: self.interrupt });
+        self.doorbell = self.transport.pair(self.page.link_id());
+        self.tell(self.attach(generation));
         if broken {
             self.report_faults();
         }
@@ -284,6 +295,11 @@ impl<'a> Session<'a> {
         }
     }
 
+    fn attach(&self, generation: u64) -> Command {
+        let doorbell = self.doorbell.map(|doorbell| doorbell.vectors);
+        Command::Attach { generation, interrupt: self.interrupt, doorbell }
+    }
+
     /// Gives the device a command. It may answer or not: the link works all the same.
     fn tell(&mut self, command: Command) {
         self.renew_control();
@@ -305,7 +321,8 @@ impl<'a> Session<'a> {
         }
         self.control = ControlRing::new(self.transport).ok();
         if let (Some(control), Some(live)) = (&mut self.control, &self.live) {
-            let attach = Command::Attach { generation: live.port.generation(), interrupt: self.interrupt };
+            let (interrupt, doorbell) = (self.interrupt, self.doorbell.map(|doorbell| doorbell.vectors));
+            let attach = Command::Attach { generation: live.port.generation(), interrupt, doorbell };
             // A fresh ring has room.
             let _ = control.send(self.transport, attach);
         }
@@ -336,6 +353,7 @@ impl<'a> Session<'a> {
             std::thread::sleep(LINK_PAUSE);
             return;
         };
+        self.transport.follow_doorbell();
         let mut events = vec![control];
         let mut input = Vec::new();
         let mut kicked = Vec::new();
@@ -360,7 +378,7 @@ impl<'a> Session<'a> {
             let generation = self.page.generation();
             if !work && generation == live.port.generation() {
                 let kicks =
-                    kicked.iter().filter_map(|vring| self.transport.interrupt_fd(queue_of_vring(*vring)));
+                    kicked.iter().flat_map(|vring| self.transport.interrupt_fds(queue_of_vring(*vring)));
                 events.extend(kicks);
                 input.extend(program.input());
                 let most = pause.map_or(LONGEST_SLEEP, |pause| pause.min(LONGEST_PAUSE));

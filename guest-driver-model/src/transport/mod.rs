@@ -6,10 +6,12 @@
 //! | [`vfio`] | a PCI device in a guest, through VFIO, with interrupts |
 //! | [`model`] | no VM: a model of the peer's VMM connects to the broker |
 //!
-//! [`virtio_pci`] is what the first two share. [`card`] is no vhost-pci device but the
+//! [`doorbell`] is a second function beside the device, by which notifications need no help of
+//! the host. [`virtio_pci`] is what the first two share. [`card`] is no vhost-pci device but the
 //! other end: an owner's network card. Rings and packets are not known here.
 
 pub mod card;
+mod doorbell;
 pub mod error;
 pub mod model;
 pub mod ring_memory;
@@ -18,6 +20,8 @@ pub mod sysfs;
 pub mod vfio;
 pub mod virtio_pci;
 
+use std::array;
+use std::iter::Flatten;
 use std::os::fd::BorrowedFd;
 use std::time::Duration;
 
@@ -31,6 +35,19 @@ use crate::shm::SharedMemory;
 /// How long a broker may take to answer a vhost-user request. It waits for the other
 /// side's VMM, but not as long as this.
 pub(crate) const ANSWER_TIME: Duration = Duration::from_secs(10);
+
+/// The eventfds by which a queue's interrupts arrive: see [`Transport::interrupt_fds`].
+pub type InterruptFds<'a> = Flatten<array::IntoIter<Option<BorrowedFd<'a>>, 2>>;
+
+/// The doorbell function that a device has been paired with (12.3).
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Pairing {
+    /// Its MSI-X vectors: what ATTACH says.
+    pub vectors: u16,
+    /// Counts the pairings of a device: another number is another function, or the same one
+    /// plugged anew.
+    pub number: u32,
+}
 
 /// A started vhost-pci device.
 pub trait Transport: Send + Sync {
@@ -51,6 +68,23 @@ pub trait Transport: Send + Sync {
     /// A non-blocking eventfd that becomes readable by the queue's interrupt, or
     /// `None` if the driver has to poll. Queues may share one.
     fn interrupt_fd(&self, queue: u16) -> Option<BorrowedFd<'_>>;
+
+    /// Every eventfd that becomes readable by the queue's interrupts: its own, and that of the
+    /// doorbell function's vector. To wait for the queue is to wait for all of them.
+    fn interrupt_fds(&self, queue: u16) -> InterruptFds<'_> {
+        [self.interrupt_fd(queue), None].into_iter().flatten()
+    }
+
+    /// Looks for the doorbell function of the link with this number, or whether the one found is
+    /// still there (12.3). Costs some system calls: for once a second and once a link. After the
+    /// answer has changed the driver has to ATTACH, with this answer.
+    fn pair(&self, _link_id: u64) -> Option<Pairing> {
+        None
+    }
+
+    /// Does as the doorbell page says (12.2), if it has changed: a load if it has not. To be
+    /// called before the driver looks at the rings a last time and then waits.
+    fn follow_doorbell(&self) {}
 
     /// Whether the device is still there. Costs an exit or a system call: for once
     /// a second, not once a packet.

@@ -10,7 +10,7 @@ use std::os::unix::fs::FileExt;
 use std::path::{Path, PathBuf};
 
 use vhost_pci_device::abi::{
-    DeviceConfig, MAX_VRINGS, PCI_DEVICE_ID_STAND_IN, PCI_VENDOR_ID, QUEUE_VRING_FIRST,
+    DOORBELL_DEVICE_ID, DeviceConfig, MAX_VRINGS, PCI_DEVICE_ID_STAND_IN, PCI_VENDOR_ID, QUEUE_VRING_FIRST,
 };
 
 use super::sys::mapping::MappedRange;
@@ -32,6 +32,8 @@ pub enum Kind {
     VhostPci,
     /// A virtio network card, without its legacy interface: an owner's.
     NetworkCard,
+    /// The doorbell function of a link, beside a vhost-pci device.
+    Doorbell,
 }
 
 impl Kind {
@@ -40,6 +42,7 @@ impl Kind {
         match self {
             Self::VhostPci => PCI_DEVICE_ID_STAND_IN,
             Self::NetworkCard => PCI_DEVICE_ID_NETWORK,
+            Self::Doorbell => DOORBELL_DEVICE_ID,
         }
     }
 
@@ -48,6 +51,7 @@ impl Kind {
         match self {
             Self::VhostPci => "vhost-pci device",
             Self::NetworkCard => "virtio network card",
+            Self::Doorbell => "doorbell function",
         }
     }
 
@@ -56,6 +60,7 @@ impl Kind {
         match self {
             Self::VhostPci => "vhost-user-test-device-pci,virtio-id=38,...",
             Self::NetworkCard => "virtio-net-pci,disable-legacy=on,...",
+            Self::Doorbell => "ivshmem-doorbell,vectors=8,...",
         }
     }
 }

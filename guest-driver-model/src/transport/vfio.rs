@@ -5,23 +5,26 @@
 
 use std::fs;
 use std::io;
+use std::os::fd::BorrowedFd;
 use std::path::Path;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use vfio_bindings::bindings::vfio::{
-    VFIO_PCI_CONFIG_REGION_INDEX, VFIO_PCI_MSIX_IRQ_INDEX, VFIO_REGION_INFO_FLAG_MMAP,
+    VFIO_PCI_CONFIG_REGION_INDEX, VFIO_PCI_MSIX_IRQ_INDEX, VFIO_PCI_REQ_IRQ_INDEX, VFIO_REGION_INFO_FLAG_MMAP,
 };
 use vfio_ioctls::{VfioContainer, VfioDevice, VfioError, VfioRegionInfoCap};
-use vhost_pci_device::abi::{DeviceConfig, MAX_VRINGS, PAGE_SIZE, QUEUE_VRING_FIRST};
+use vhost_pci_device::abi::{DeviceConfig, MAX_VRINGS, PAGE_SIZE, QUEUE_VRING_FIRST, queue_of_vring};
 
+use super::doorbell::{ByVirtqueue, Doorbells};
 use super::sys::dma::DmaPages;
 use super::sys::event::Event;
 use super::sys::fd::borrow_device;
+use super::sys::irq::set_triggers;
 use super::sys::mapping::MappedRange;
 use super::sysfs::{Kind, PciDevice, first_of};
 use super::virtio_pci::{ConfigSpace, Function, PciAccess, QueuePages, Resources, VirtioPci, config_space};
-use super::{Transport, TransportError};
+use super::{InterruptFds, Pairing, Transport, TransportError};
 use crate::shm::SharedMemory;
 use crate::translate::Access;
 
@@ -33,8 +36,11 @@ const RING_IOVA: u64 = 16 << 20;
 /// How long udev or devtmpfs may take to make the group's node.
 const NODE_TIME: Duration = Duration::from_secs(2);
 
-/// The device, reached through VFIO.
-pub struct VfioTransport(VirtioPci);
+/// The device, reached through VFIO, and the doorbell function beside it.
+pub struct VfioTransport {
+    device: VirtioPci,
+    doorbells: Doorbells,
+}
 
 /// A VFIO device as a PCI function.
 pub(super) struct VfioPci {
@@ -71,11 +77,8 @@ impl VfioPci {
         let opened = Self { address, device: Arc::new(device), container };
         // VFIO enables memory, but not bus mastering: without it neither DMA nor MSI-X
         // arrives.
-        config_space::enable(&opened).map_err(|source| TransportError::Event {
-            device: opened.address.clone(),
-            what: "enabling bus mastering through VFIO",
-            source,
-        })?;
+        config_space::enable(&opened)
+            .map_err(|source| opened.event_error("enabling bus mastering through VFIO", source))?;
         Ok(opened)
     }
 
@@ -103,6 +106,40 @@ impl VfioPci {
     }
 }
 
+/// Interrupts, for what asks for them one by one.
+impl VfioPci {
+    /// Whether a kernel driver of this name leaves the device to VFIO.
+    pub(super) fn is_driver(name: &str) -> bool {
+        name == DRIVER
+    }
+
+    /// MSI-X vectors.
+    pub(super) fn msix_vectors(&self) -> u32 {
+        self.device.get_irq_info(VFIO_PCI_MSIX_IRQ_INDEX).map_or(0, |irq| irq.count)
+    }
+
+    /// Lets the MSI-X vectors from `first` on signal these eventfds; those without stay masked.
+    /// The first call names all vectors that will be used.
+    pub(super) fn arm(&self, first: u32, events: &[Option<&Event>]) -> Result<(), TransportError> {
+        set_triggers(&self.device, VFIO_PCI_MSIX_IRQ_INDEX, first, events)
+            .map_err(|source| self.event_error("enabling MSI-X vectors through VFIO", source))
+    }
+
+    /// An eventfd that is signalled when the kernel wants the device back.
+    pub(super) fn request_event(&self) -> Result<Event, TransportError> {
+        let event = Event::new();
+        let event =
+            event.map_err(|source| self.event_error("an eventfd for the kernel's requests", source))?;
+        set_triggers(&self.device, VFIO_PCI_REQ_IRQ_INDEX, 0, &[Some(&event)])
+            .map_err(|source| self.event_error("asking VFIO for the kernel's requests", source))?;
+        Ok(event)
+    }
+
+    fn event_error(&self, what: &'static str, source: io::Error) -> TransportError {
+        TransportError::Event { device: self.address.clone(), what, source }
+    }
+}
+
 impl VfioTransport {
     /// Starts the device at a PCI address, or, for `None`, the first vhost-pci device.
     /// Binds it to vfio-pci if it is not.
@@ -125,7 +162,16 @@ impl VfioTransport {
             interrupts: enable_msix(&opened.device, &opened.address)?,
             keep: Box::new(Keep { _rings: rings, _device: opened.device.clone() }),
         };
-        function.start(&opened, resources).map(Self)
+        let device = function.start(&opened, resources)?;
+        let doorbells = Doorbells::new(&opened.address, device.config().max_vrings.value())
+            .map_err(|source| opened.event_error("eventfds for the doorbell function", source))?;
+        Ok(Self { device, doorbells })
+    }
+}
+
+impl ByVirtqueue for VirtioPci {
+    fn notify(&self, vring: u16) {
+        self.doorbell(queue_of_vring(vring));
     }
 }
 
@@ -246,27 +292,43 @@ fn can_map(capabilities: &[VfioRegionInfoCap], offset: u64, len: u64) -> bool {
 
 impl Transport for VfioTransport {
     fn name(&self) -> &str {
-        self.0.name()
+        self.device.name()
     }
 
     fn config(&self) -> &DeviceConfig {
-        self.0.config()
+        self.device.config()
     }
 
     fn window(&self) -> &SharedMemory {
-        self.0.window()
+        self.device.window()
     }
 
     fn doorbell(&self, queue: u16) {
-        self.0.doorbell(queue);
+        match queue.checked_sub(QUEUE_VRING_FIRST) {
+            Some(vring) => self.doorbells.call(vring, &self.device),
+            None => self.device.doorbell(queue),
+        }
     }
 
-    fn interrupt_fd(&self, queue: u16) -> Option<std::os::fd::BorrowedFd<'_>> {
-        self.0.interrupt_fd(queue)
+    fn interrupt_fd(&self, queue: u16) -> Option<BorrowedFd<'_>> {
+        self.device.interrupt_fd(queue)
+    }
+
+    fn interrupt_fds(&self, queue: u16) -> InterruptFds<'_> {
+        let kick = queue.checked_sub(QUEUE_VRING_FIRST).and_then(|vring| self.doorbells.kick_fd(vring));
+        [self.interrupt_fd(queue), kick].into_iter().flatten()
+    }
+
+    fn pair(&self, link_id: u64) -> Option<Pairing> {
+        self.doorbells.pair(link_id)
+    }
+
+    fn follow_doorbell(&self) {
+        self.doorbells.follow(&self.device);
     }
 
     fn check(&self) -> Result<(), TransportError> {
-        self.0.check()
+        self.device.check()
     }
 }
 

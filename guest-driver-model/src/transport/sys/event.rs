@@ -23,6 +23,11 @@ impl Event {
         &self.0
     }
 
+    /// Whether it was signalled since this was last asked.
+    pub fn take(&self) -> bool {
+        self.0.read().is_ok()
+    }
+
     /// Makes it readable. A counter that is full is readable already.
     pub fn signal(&self) {
         let _ = self.0.write(1);

@@ -6,6 +6,7 @@
 pub mod dma;
 pub mod event;
 pub mod fd;
+pub mod irq;
 pub mod mapping;
 pub mod mmio;
 pub mod reservation;

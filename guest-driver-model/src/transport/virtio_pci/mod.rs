@@ -137,7 +137,7 @@ impl Function {
         let address = || pci.address().to_owned();
         // Until it is started, nothing of the window is used: map it first, so that
         // a failure leaves the device as it was.
-        let window = window(pci, self.capabilities.window)?;
+        let window = memory(pci, self.capabilities.window)?;
         let vectors = u16::try_from(resources.interrupts.len()).unwrap_or(u16::MAX);
         let window_len = self.capabilities.window.len;
         let started = initialise::start(&self.common, &self.config, window_len, &resources.rings, vectors)
@@ -243,10 +243,11 @@ pub(super) fn registers(pci: &dyn PciAccess, place: Place) -> Result<Mmio, Trans
     Mmio::new(Arc::new(mapping), into, place.len as usize).ok_or_else(error)
 }
 
-fn window(pci: &dyn PciAccess, place: Place) -> Result<SharedMemory, TransportError> {
+/// A part of a BAR that is memory.
+pub(super) fn memory(pci: &dyn PciAccess, place: Place) -> Result<SharedMemory, TransportError> {
     let (mapping, into) = map(pci, place)?;
     Arc::new(mapping).shared().part(into as u64, place.len).map_err(|_| TransportError::Capability {
         address: pci.address().to_owned(),
-        source: CapabilityError::Place { what: "window", place, bar_len: pci.bar_len(place.bar) },
+        source: CapabilityError::Place { what: "memory", place, bar_len: pci.bar_len(place.bar) },
     })
 }

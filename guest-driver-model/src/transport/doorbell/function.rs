@@ -1,0 +1,112 @@
+//! QEMU's `ivshmem-doorbell` function through VFIO: its register, its page, its vectors.
+
+use vhost_pci_device::abi;
+
+use super::page::{DoorbellPage, PageError};
+use crate::transport::TransportError;
+use crate::transport::sys::event::Event;
+use crate::transport::sys::mmio::Mmio;
+use crate::transport::sysfs::{Kind, PciDevice};
+use crate::transport::vfio::VfioPci;
+use crate::transport::virtio_pci::{self, PciAccess, Place, Registers};
+
+/// The BAR of the registers, and their length.
+const REGISTERS: Place = Place { bar: 0, offset: 0, len: 256 };
+const PAGE: Place = Place { bar: abi::DOORBELL_PAGE_BAR, offset: 0, len: abi::DOORBELL_PAGE_LEN };
+/// IVPosition, which reads as the function's own number: never all ones.
+const POSITION: u64 = 8;
+
+/// Why a function is not the link's, or cannot be used.
+#[derive(Debug, thiserror::Error)]
+pub enum FunctionError {
+    /// Another driver has it.
+    #[error("the driver {driver} has it: it stays with that driver")]
+    Driver {
+        /// The driver's name.
+        driver: String,
+    },
+    /// VFIO cannot have it.
+    #[error(transparent)]
+    Transport(#[from] TransportError),
+    /// Its page is not the link's.
+    #[error(transparent)]
+    Page(#[from] PageError),
+    /// It has no MSI-X vectors.
+    #[error("it has no MSI-X vectors: give it vectors=8")]
+    NoVectors,
+}
+
+/// The function of a link, opened. The device is last to go: VFIO does not let go of one
+/// whose registers are mapped.
+pub struct Function {
+    page: DoorbellPage,
+    registers: Mmio,
+    /// Readable when the kernel wants the function back, as for its removal.
+    wanted_back: Event,
+    vectors: u16,
+    pci: VfioPci,
+}
+
+impl Function {
+    /// Opens a function, if it is that of the link. Binds it to vfio-pci if no driver has it.
+    /// No vector is unmasked yet.
+    pub fn open(device: &PciDevice, link_id: u64) -> Result<Self, FunctionError> {
+        match device.driver() {
+            Some(driver) if !VfioPci::is_driver(&driver) => return Err(FunctionError::Driver { driver }),
+            _ => {}
+        }
+        let pci = VfioPci::open(device)?;
+        let page = DoorbellPage::new(virtio_pci::memory(&pci, PAGE)?, link_id)?;
+        // Among those that the vhost-pci function can have vrings.
+        let vectors = pci.msix_vectors().min(u32::from(abi::MAX_VRINGS) * 4) as u16;
+        if vectors == 0 {
+            return Err(FunctionError::NoVectors);
+        }
+        let registers = virtio_pci::registers(&pci, REGISTERS)?;
+        let wanted_back = pci.request_event()?;
+        // Allocates all: afterwards each can be unmasked by itself.
+        pci.arm(0, &vec![None; vectors.into()])?;
+        Ok(Self { page, registers, wanted_back, vectors, pci })
+    }
+
+    /// Functions that may be the link's.
+    pub fn candidates() -> Vec<PciDevice> {
+        PciDevice::candidates(Kind::Doorbell)
+    }
+
+    /// PCI address.
+    pub fn address(&self) -> &str {
+        self.pci.address()
+    }
+
+    /// The page.
+    pub fn page(&self) -> &DoorbellPage {
+        &self.page
+    }
+
+    /// MSI-X vectors.
+    pub fn vectors(&self) -> u16 {
+        self.vectors
+    }
+
+    /// Stores to the doorbell register.
+    pub fn ring(&self, value: u32) {
+        self.registers.write32(abi::DOORBELL_REGISTER, value);
+    }
+
+    /// Unmasks a vector, which then signals the eventfd.
+    pub fn arm(&self, vector: u16, event: &Event) -> Result<(), TransportError> {
+        self.pci.arm(vector.into(), &[Some(event)])
+    }
+
+    /// Why the function has to be let go, if it has to.
+    pub fn has_to_go(&self) -> Option<&'static str> {
+        if self.wanted_back.take() {
+            Some("the kernel wants it back, to unplug it or for another driver")
+        } else if self.registers.read32(POSITION) == u32::MAX {
+            Some("it answers no more (unplugged?)")
+        } else {
+            None
+        }
+    }
+}
