@@ -51,6 +51,18 @@ impl Process {
         self.child.id()
     }
 
+    /// How often its threads have gone to sleep until now. A program that sleeps all the time
+    /// adds nothing to that.
+    pub fn voluntary_switches(&self) -> Result<u64> {
+        let mut sum = 0;
+        for task in fs::read_dir(format!("/proc/{}/task", self.pid()))? {
+            let status = fs::read_to_string(task?.path().join("status"))?;
+            let count = status.lines().find_map(|line| line.strip_prefix("voluntary_ctxt_switches:"));
+            sum += count.context("the kernel counts no context switches")?.trim().parse::<u64>()?;
+        }
+        Ok(sum)
+    }
+
     /// What it has written until now.
     pub fn log(&self) -> String {
         fs::read(&self.log).map_or_else(

@@ -3,6 +3,7 @@
 
 mod boot;
 mod confine;
+mod doorbell;
 mod driver;
 mod figures;
 mod iommu;
@@ -33,6 +34,7 @@ struct Scenario {
 const SCENARIOS: &[Scenario] = &[
     boot::SCENARIO,
     ping::SCENARIO,
+    doorbell::SCENARIO,
     tcp::SCENARIO,
     restart::SCENARIO,
     driver::SCENARIO,

@@ -4,6 +4,9 @@
 use anyhow::Result;
 use vhost_pci_tests::{Guest, GuestConfig, Sandbox};
 
+/// The doorbell socket's name, beside the others.
+pub const DOORBELL_SOCKET: &str = "doorbell.sock";
+
 /// How the peer's driver learns of packets.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Mode {
@@ -72,12 +75,21 @@ pub struct Setup {
     pub config: &'static str,
     /// The owner's memory, MiB.
     pub owner_mib: u32,
+    /// MSI-X vectors of the peer's doorbell function, if it has one.
+    pub doorbell: Option<u16>,
 }
 
 impl From<Mode> for Setup {
     /// An owner without an IOMMU.
     fn from(mode: Mode) -> Self {
-        Self { mode, iommu: Iommu::None, driver: OwnerDriver::Kernel, config: "", owner_mib: 512 }
+        Self {
+            mode,
+            iommu: Iommu::None,
+            driver: OwnerDriver::Kernel,
+            config: "",
+            owner_mib: 512,
+            doorbell: None,
+        }
     }
 }
 
@@ -85,7 +97,7 @@ impl Setup {
     /// A polling peer, and an owner whose card a program works behind intel-iommu.
     pub const fn vfio(config: &'static str) -> Self {
         let driver = OwnerDriver::Vfio;
-        Self { mode: Mode::Poll, iommu: Iommu::Intel, driver, config, owner_mib: 512 }
+        Self { mode: Mode::Poll, iommu: Iommu::Intel, driver, config, owner_mib: 512, doorbell: None }
     }
 
     /// The broker's configuration.
@@ -93,11 +105,13 @@ impl Setup {
         let socket = |name: &str| sandbox.dir().join(name).display().to_string();
         format!(
             "control_socket = {:?}\n[[link]]\nname = \"vm\"\nowner_socket = {:?}\npeer_socket = {:?}\n\
-             queue_pairs = {}\n{}\n",
+             queue_pairs = {}\n{}\n{}\n",
             socket("control.sock"),
             socket("owner.sock"),
             socket("peer.sock"),
             self.mode.pairs(),
+            self.doorbell
+                .map_or(String::new(), |_| format!("doorbell_socket = {:?}", socket(DOORBELL_SOCKET))),
             self.config,
         )
     }
@@ -137,11 +151,27 @@ impl Setup {
             .file("/bin/vhost-pci-guest", sandbox.guest_program("vhost-pci-guest")?);
         match self.mode {
             Mode::Poll => guest.args(["-device", &device]).modules(["tun"]).spawn(),
-            Mode::Interrupt => with_iommu(guest, Iommu::Intel)
+            Mode::Interrupt => self
+                .with_doorbell(sandbox, with_iommu(guest, Iommu::Intel))
                 .args(["-device", &format!("{device},iommu_platform=on,ats=on")])
                 .modules(["tun", "vfio-pci"])
                 .spawn(),
         }
+    }
+
+    /// The guest with a doorbell function, if it shall have one: in a port of its own, so that
+    /// it can be unplugged.
+    fn with_doorbell<'s>(&self, sandbox: &Sandbox, guest: GuestConfig<'s>) -> GuestConfig<'s> {
+        let Some(vectors) = self.doorbell else { return guest };
+        let socket = sandbox.dir().join(DOORBELL_SOCKET);
+        guest.args([
+            "-device",
+            "pcie-root-port,id=bell-port,chassis=1,slot=1",
+            "-chardev",
+            &format!("socket,id=vpd,path={}", socket.display()),
+            "-device",
+            &format!("ivshmem-doorbell,id=bell,bus=bell-port,vectors={vectors},chardev=vpd"),
+        ])
     }
 }
 

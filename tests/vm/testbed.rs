@@ -93,7 +93,12 @@ impl<'s> Testbed<'s> {
     /// Pings the peer from the owner; fails if one of `count` is lost. Gives busybox's line of
     /// minimum/average/maximum.
     pub fn ping(&mut self, count: u32) -> Result<String> {
-        let command = format!("ping -c {count} -i 0.05 -W 5 {PEER}");
+        self.ping_every(count, 0.05)
+    }
+
+    /// The same, with so many seconds between two pings.
+    pub fn ping_every(&mut self, count: u32, interval: f64) -> Result<String> {
+        let command = format!("ping -c {count} -i {interval} -W 5 {PEER}");
         let output = self.owner.sh(&command, COMMAND + Duration::from_secs(count.into()))?;
         let received = format!("{count} packets transmitted, {count} packets received");
         if !output.text.contains(&received) {
@@ -113,6 +118,11 @@ impl<'s> Testbed<'s> {
             self.explain("no ping is answered")?;
         }
         Ok(from.elapsed())
+    }
+
+    /// Where the sockets and logs are.
+    pub fn sandbox(&self) -> &Sandbox {
+        self.sandbox
     }
 
     /// `vhost-pci-switch status --json`.
@@ -152,6 +162,12 @@ impl<'s> Testbed<'s> {
             counters["mappings_revoked"],
         );
         Ok(())
+    }
+
+    /// How often the broker's threads have gone to sleep until now: at least once for each thing
+    /// that one of them did.
+    pub fn broker_switches(&self) -> Result<u64> {
+        self.broker.voluntary_switches()
     }
 
     /// What the broker wrote.

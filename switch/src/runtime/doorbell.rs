@@ -78,8 +78,8 @@ impl fmt::Debug for Doorbell {
 }
 
 impl Doorbell {
-    /// Greets a VMM that connected, with a page of this link that has no entries. `ended` is
-    /// called, by a thread of this name, when the connection is over.
+    /// Greets a VMM that connected, with a page of this link that has no entries and generation
+    /// 0. `ended` is called, by a thread of this name, when the connection is over.
     ///
     /// # Errors
     /// When the host gives no memory, descriptor or thread, or the VMM has gone already.
@@ -93,7 +93,7 @@ impl Doorbell {
         let page = map(&fd, 0, abi::DOORBELL_PAGE_LEN)?;
         let mut clone = stream.try_clone()?;
         let mut doorbell = Self { stream, page, link_id, unsent: VecDeque::new() };
-        doorbell.publish(&[], 2)?;
+        doorbell.publish(&[], 0)?;
         // QEMU waits for these three before its VM goes on.
         doorbell.queue(PROTOCOL_VERSION, Attached::Nothing);
         doorbell.queue(OWN_ID.into(), Attached::Nothing);
