@@ -173,6 +173,7 @@ impl<'a> Session<'a> {
                 self.doorbell = doorbell;
                 self.tell(self.attach(generation));
             }
+            self.transport.follow_doorbell();
         }
         Ok(())
     }

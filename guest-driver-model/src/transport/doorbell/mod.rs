@@ -16,7 +16,7 @@ mod page;
 use std::collections::HashMap;
 use std::os::fd::{AsFd, BorrowedFd};
 use std::os::unix::fs::MetadataExt;
-use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Mutex, PoisonError, RwLock};
 use std::time::{Duration, Instant};
 use std::{fs, io};
@@ -54,6 +54,8 @@ struct Paired {
     number: u32,
     /// The page's generation that was followed last.
     followed: AtomicU64,
+    /// Kicks of some vring would get lost.
+    deaf: AtomicBool,
     /// By vector: the vring whose eventfd it signals.
     armed: Mutex<Vec<Option<u16>>>,
 }
@@ -103,7 +105,7 @@ impl Doorbells {
         let mut slot = self.paired.write().unwrap_or_else(PoisonError::into_inner);
         if let Some(paired) = &*slot {
             let why = match paired.link_id == link_id {
-                true => paired.function.has_to_go(),
+                true => paired.has_to_go(),
                 false => Some("the link is another one now"),
             };
             let Some(why) = why else { return Some(paired.pairing()) };
@@ -137,6 +139,15 @@ impl Paired {
         Pairing { vectors: self.function.vectors(), number: self.number }
     }
 
+    /// Why the function has to be let go, if it has to.
+    fn has_to_go(&self) -> Option<&'static str> {
+        // Relaxed: ordered with nothing.
+        match self.deaf.load(Ordering::Relaxed) {
+            true => Some("a vector that its page names cannot be used"),
+            false => self.function.has_to_go(),
+        }
+    }
+
     fn call(&self, vring: u16, virtqueue: &dyn ByVirtqueue) {
         self.function.page().ring(vring, |entry| match entry.doorbell {
             Some(value) => self.function.ring(value),
@@ -154,17 +165,19 @@ impl Paired {
         let mut armed = self.armed.lock().unwrap_or_else(PoisonError::into_inner);
         for (vring, kick) in (0..page.entries()).zip(kicks) {
             let Some(vector) = page.entry(vring).vector else { continue };
-            let slot = usize::try_from(vector).ok().and_then(|vector| armed.get_mut(vector));
-            let Some(slot) = slot else {
-                tracing::warn!(device, vring, vector, "the doorbell function has no such vector");
-                continue;
-            };
-            if *slot == Some(vring) {
-                continue;
-            }
-            match self.function.arm(vector as u16, kick) {
-                Ok(()) => *slot = Some(vring),
-                Err(error) => tracing::warn!(device, vring, vector, "{error}"),
+            match usize::try_from(vector).ok().and_then(|vector| armed.get_mut(vector)) {
+                None => {
+                    tracing::warn!(device, vring, vector, "the doorbell function has no such vector");
+                    self.deaf.store(true, Ordering::Relaxed);
+                }
+                Some(slot) if *slot == Some(vring) => {}
+                Some(slot) => match self.function.arm(vector as u16, kick) {
+                    Ok(()) => *slot = Some(vring),
+                    Err(error) => {
+                        tracing::warn!(device, vring, vector, "{error}");
+                        self.deaf.store(true, Ordering::Relaxed);
+                    }
+                },
             }
         }
         self.followed.store(generation, Ordering::Relaxed);
@@ -203,6 +216,7 @@ impl Search {
                         link_id,
                         number: self.pairings,
                         followed: AtomicU64::new(NONE),
+                        deaf: AtomicBool::new(false),
                         armed: Mutex::new(vec![None; vectors.into()]),
                     });
                 }
