@@ -15,6 +15,8 @@ mod bench;
 mod bring_up;
 #[path = "link_states/control.rs"]
 mod control;
+#[path = "link_states/doorbell.rs"]
+mod doorbell;
 #[path = "link_states/front_end.rs"]
 mod front_end;
 #[path = "link_states/iommu.rs"]
@@ -31,5 +33,7 @@ mod requests;
 mod revocation;
 #[path = "link_states/vmm.rs"]
 mod vmm;
+#[path = "link_states/wirer.rs"]
+mod wirer;
 #[path = "link_states/wiring.rs"]
 mod wiring;

@@ -12,7 +12,7 @@ use guest_driver_model::programs::device::DeviceArgs;
 use guest_driver_model::programs::peer_loop::{PeerArgs, run_until};
 use guest_driver_model::programs::sink::{Check, Sink};
 use guest_driver_model::programs::stop::Stop;
-use vhost_pci_switch::config::{Config, LinkConfig, OneWay, Profile};
+use vhost_pci_switch::config::{Config, LinkConfig, OneWay, Profile, WiringPolicy};
 use vhost_pci_switch::control::client;
 use vhost_pci_switch::link::report::LinkReport;
 use vhost_pci_switch::runtime::broker::Broker;
@@ -30,6 +30,8 @@ fn config(folder: &Path) -> Config {
         queue_pairs: 1,
         one_way: OneWay::Refuse,
         max_mappings: 16,
+        wiring: WiringPolicy::Direct,
+        doorbell_socket: None,
     };
     Config {
         control_socket: folder.join("control"),

@@ -61,6 +61,34 @@ pub struct LinkConfig {
     pub one_way: OneWay,
     /// Ranges that the window shows at once of an owner with an IOMMU.
     pub max_mappings: usize,
+    /// How notifications go.
+    pub wiring: WiringPolicy,
+    /// Where the peer's VMM connects its `ivshmem-doorbell`, if it has one.
+    pub doorbell_socket: Option<PathBuf>,
+}
+
+/// How a link's notifications go.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum WiringPolicy {
+    /// From kernel to kernel, where the peer's VMM can; else by the broker's relay. The peer's
+    /// VMM is handed the owner's eventfds.
+    #[default]
+    Direct,
+    /// All by the broker's relay. No VMM is handed another's eventfds.
+    Relay,
+}
+
+impl WiringPolicy {
+    /// Both.
+    pub const ALL: [Self; 2] = [Self::Direct, Self::Relay];
+
+    /// The name in the file.
+    pub const fn name(self) -> &'static str {
+        match self {
+            Self::Direct => "direct",
+            Self::Relay => "relay",
+        }
+    }
 }
 
 /// What becomes of ranges that the owner's IOMMU lets its device only read, or only

@@ -12,7 +12,7 @@ use vhost_pci_device::abi;
 
 use super::{
     Config, DEFAULT_CONFIRM_TIMEOUT, DEFAULT_MAX_MAPPINGS, DEFAULT_WINDOW, LinkConfig, MAX_MAX_MAPPINGS,
-    MAX_QUEUE_PAIRS, MAX_SOCKET_PATH, MAX_WINDOW, Mistake, OneWay, Profile, parse_size,
+    MAX_QUEUE_PAIRS, MAX_SOCKET_PATH, MAX_WINDOW, Mistake, OneWay, Profile, WiringPolicy, parse_size,
 };
 
 /// Confirmation timeouts that make sense, milliseconds.
@@ -148,6 +148,11 @@ impl<'t> Reader<'t> {
             }
             None => Some(DEFAULT_MAX_MAPPINGS),
         };
+        let wiring = self.wiring(&mut table);
+        let doorbell_socket = match table.entries.contains_key("doorbell_socket") {
+            true => self.socket(&mut table, "doorbell_socket").map(Some),
+            false => Some(None),
+        };
         self.unknown(
             table,
             &[
@@ -159,6 +164,8 @@ impl<'t> Reader<'t> {
                 "queue_pairs",
                 "one_way",
                 "max_mappings",
+                "wiring",
+                "doorbell_socket",
             ],
         );
         Some(LinkConfig {
@@ -170,6 +177,8 @@ impl<'t> Reader<'t> {
             queue_pairs: queue_pairs?,
             one_way: one_way?,
             max_mappings: max_mappings?,
+            wiring: wiring?,
+            doorbell_socket: doorbell_socket?,
         })
     }
 
@@ -227,6 +236,18 @@ impl<'t> Reader<'t> {
         if found.is_none() {
             let known = OneWay::ALL.map(OneWay::name).join("\", \"");
             self.mistake(line, format!("one_way is \"{name}\"; it must be one of \"{known}\""));
+        }
+        found
+    }
+
+    fn wiring(&mut self, table: &mut Table<'t>) -> Option<WiringPolicy> {
+        let Some((line, name)) = self.string(table, "wiring") else {
+            return Some(WiringPolicy::default());
+        };
+        let found = WiringPolicy::ALL.into_iter().find(|policy| policy.name() == name);
+        if found.is_none() {
+            let known = WiringPolicy::ALL.map(WiringPolicy::name).join("\", \"");
+            self.mistake(line, format!("wiring is \"{name}\"; it must be one of \"{known}\""));
         }
         found
     }

@@ -55,8 +55,13 @@ fn write_link(text: &mut String, link: &LinkReport) {
     for vring in &link.vrings {
         let _ = writeln!(
             text,
-            "  vring {}  {}, {} entries, notifications {}",
-            vring.index, vring.state, vring.size, vring.wiring
+            "  vring {}  {}, {} entries; kicks {}, calls {}{}",
+            vring.index,
+            vring.state,
+            vring.size,
+            vring.kicks,
+            vring.calls,
+            vring.relayed_because.as_ref().map_or(String::new(), |reason| format!(": {reason}")),
         );
     }
     let counters = &link.counters;

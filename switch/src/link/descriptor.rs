@@ -57,21 +57,34 @@ impl fmt::Debug for MemoryFile {
     }
 }
 
-/// An eventfd that a front-end sent: a kick, a call or an error. Two are equal
-/// when they came with the same message.
+/// An eventfd that a front-end sent: a kick, a call or an error. Two are equal when they are
+/// the same eventfd, however often it was sent; without the kernel's number for it, when they
+/// came with the same message.
 #[derive(Clone)]
-pub struct Eventfd(Arc<OwnedFd>);
+pub struct Eventfd {
+    fd: Arc<OwnedFd>,
+    number: Option<u64>,
+}
 
 impl Eventfd {
     /// Wraps a descriptor that was checked to be an eventfd.
     pub fn new(fd: OwnedFd) -> Self {
-        Self(Arc::new(fd))
+        Self { fd: Arc::new(fd), number: None }
+    }
+
+    /// The same, with the number that the kernel gives it (`eventfd-id`, proc_pid_fdinfo(5)).
+    pub fn with_number(self, number: Option<u64>) -> Self {
+        Self { number, ..self }
     }
 }
 
 impl PartialEq for Eventfd {
     fn eq(&self, other: &Self) -> bool {
-        Arc::ptr_eq(&self.0, &other.0)
+        match (self.number, other.number) {
+            // Both are open, so no number was given away anew.
+            (Some(one), Some(other)) => one == other,
+            _ => Arc::ptr_eq(&self.fd, &other.fd),
+        }
     }
 }
 
@@ -79,12 +92,12 @@ impl Eq for Eventfd {}
 
 impl AsFd for Eventfd {
     fn as_fd(&self) -> BorrowedFd<'_> {
-        self.0.as_fd()
+        self.fd.as_fd()
     }
 }
 
 impl fmt::Debug for Eventfd {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        write!(f, "Eventfd({})", self.0.as_raw_fd())
+        write!(f, "Eventfd({})", self.fd.as_raw_fd())
     }
 }

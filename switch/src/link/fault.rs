@@ -53,6 +53,12 @@ pub enum Fault {
     /// The peer's VMM did not confirm a change of its window in time.
     #[error("the peer's VMM did not confirm within {0} ms that the window changed")]
     Unconfirmed(u128),
+    /// The VMM with the link's doorbell function did not read what it was sent in time, or sent
+    /// something itself.
+    #[error(
+        "the VMM with the doorbell function did not read within {0} ms what it was sent; it was disconnected, and notifications are relayed"
+    )]
+    Doorbell(u128),
     /// The peer's driver broke a rule of the control ring.
     #[error("control ring: {0}")]
     ControlRing(String),
@@ -84,6 +90,7 @@ impl Fault {
             Self::Window(_) => "window_too_small",
             Self::Refused(_) => "window_refused",
             Self::Unconfirmed(_) => "window_unconfirmed",
+            Self::Doorbell(_) => "doorbell",
             Self::ControlRing(_) => "control_ring",
             Self::Ring { kind, .. } => match kind {
                 abi::FaultKind::AvailJump => "ring_avail_jump",

@@ -13,6 +13,9 @@ pub const PROTOCOL_FEATURES: u64 = 1 << 30;
 /// VIRTIO_F_ACCESS_PLATFORM: the owner's device is behind an IOMMU.
 pub const ACCESS_PLATFORM: u64 = bit(virtio_config::VIRTIO_F_ACCESS_PLATFORM);
 
+/// VHOST_USER_PROTOCOL_F_WIRING (`docs/vhost-user-extensions.md`): the peer's VMM takes the
+/// owner's eventfds, so that notifications need no thread.
+pub const PROTOCOL_WIRING: u64 = bit(60);
 /// VHOST_USER_PROTOCOL_F_SHMEM_STRICT (`docs/vhost-user-extensions.md`): the peer's VMM
 /// answers a change of the window when it has taken effect, and enforces its access.
 pub const PROTOCOL_SHMEM_STRICT: u64 = bit(61);
@@ -83,6 +86,7 @@ pub fn protocol_names(features: u64) -> Vec<String> {
     let mut names: Vec<String> = known.iter_names().map(|(name, _)| name.to_owned()).collect();
     let unknown = (0..64).filter(|number| features & !known.bits() & bit(*number) != 0);
     names.extend(unknown.map(|number| match bit(number) {
+        PROTOCOL_WIRING => "WIRING".to_owned(),
         PROTOCOL_SHMEM_STRICT => "SHMEM_STRICT".to_owned(),
         PROTOCOL_IOMMU_PUSH => "IOMMU_PUSH".to_owned(),
         _ => format!("bit {number}"),

@@ -6,15 +6,14 @@ use vhost_pci_device::abi;
 use zerocopy::IntoBytes;
 
 use super::message::{Generations, LinkContents};
-use crate::config::LinkConfig;
 
-/// The device-specific configuration space of a link's device.
-pub fn config_space(config: &LinkConfig) -> Vec<u8> {
+/// The device-specific configuration space of a device with a window of `window_len` bytes.
+pub fn config_space(window_len: u64, max_vrings: u16) -> Vec<u8> {
     abi::DeviceConfig {
         magic: abi::CONFIG_MAGIC.into(),
         version: abi::ABI_VERSION.into(),
-        max_vrings: config.max_vrings().into(),
-        window_len: config.window_len.into(),
+        max_vrings: max_vrings.into(),
+        window_len: window_len.into(),
         link_offset: abi::LINK_OFFSET.into(),
         link_len: abi::LINK_LEN.into(),
         control_offset: abi::CONTROL_OFFSET.into(),
@@ -46,8 +45,8 @@ pub fn allows(mappings: &[abi::Mapping], span: Span<Iova>, access: Access) -> bo
     }
 }
 
-/// The header for these contents, at these generations.
-pub fn header(contents: &LinkContents, generations: Generations) -> abi::LinkHeader {
+/// The header of a link for these contents, at these generations.
+pub fn header(contents: &LinkContents, generations: Generations, link_id: u64) -> abi::LinkHeader {
     abi::LinkHeader {
         magic: abi::LINK_MAGIC.into(),
         version: abi::ABI_VERSION.into(),
@@ -61,6 +60,6 @@ pub fn header(contents: &LinkContents, generations: Generations) -> abi::LinkHea
         mapping_table: abi::MAPPING_TABLE.into(),
         vring_count: (contents.vrings.len() as u32).into(),
         vring_table: abi::VRING_TABLE.into(),
-        ..abi::LinkHeader::default()
+        link_id: link_id.into(),
     }
 }

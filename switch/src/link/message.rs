@@ -10,9 +10,11 @@ use iommu::{Access, Iova, Placement, WindowOffset};
 use vhost_pci_device::abi;
 
 use super::descriptor::{Eventfd, MemoryFile};
+use super::doorbell::DoorbellMessage;
 use super::fault::Fault;
 use super::iommu::demand::Task;
 use super::iommu::iotlb::Piece;
+use super::wiring::{WireId, WireRequest};
 
 /// One of a link's two front-ends.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
@@ -271,8 +273,9 @@ pub enum Content {
 }
 
 impl Content {
-    /// Where it is in the window and how long it is, bytes.
-    pub fn place(&self) -> (WindowOffset, u64) {
+    /// Where it is in the window of a link whose window is `window_len` bytes long, and how
+    /// long it is, bytes.
+    pub fn place(&self, window_len: u64) -> (WindowOffset, u64) {
         match self {
             Self::LinkArea => (WindowOffset::new(abi::LINK_OFFSET), abi::LINK_LEN),
             Self::ControlArea => (WindowOffset::new(abi::CONTROL_OFFSET), abi::CONTROL_LEN),
@@ -281,9 +284,18 @@ impl Content {
                 (WindowOffset::new(offset), abi::PAGE_SIZE)
             }
             Self::Fence => (WindowOffset::new(abi::FENCE_OFFSET), abi::PAGE_SIZE),
-            Self::Owner(placement) => (placement.offset(), placement.window().len()),
+            Self::Owner(placement) => (shown_at(placement, window_len), placement.window().len()),
         }
     }
+}
+
+/// Where a range of the owner's is in the window: as the layout says, or in the read-only
+/// aperture, which is a window's length higher (`docs/vhost-user-extensions.md`, SHMEM_STRICT;
+/// no other VMM is asked for read-only ranges).
+pub fn shown_at(placement: &Placement<MemoryFile>, window_len: u64) -> WindowOffset {
+    let aperture = if placement.range().access().allows(Access::Write) { 0 } else { window_len };
+    // Both are at most the longest window.
+    WindowOffset::new(placement.offset().raw() + aperture)
 }
 
 /// A change of the peer's window, to be asked of its VMM.
@@ -357,6 +369,16 @@ pub enum Event {
     WindowDone(OpId, Result<(), String>),
     /// The kernel says that the peer's VMM holds the oldest witness page no more.
     WitnessGone,
+    /// The peer's VMM answered what it was asked about its wiring.
+    WireDone(WireId, Result<(), String>),
+    /// A VMM connected the link's doorbell function.
+    DoorbellConnected,
+    /// Another doorbell function connected beside the one that is served, and was turned away.
+    DoorbellTurnedAway,
+    /// The VMM with the doorbell function has read everything that it was sent.
+    DoorbellRead,
+    /// The doorbell function is gone.
+    DoorbellGone,
     /// The owner's VMM answered a miss: whether it has told the translation.
     MissDone(MissId, bool),
     /// The peer's driver gave a command, with so many bytes behind the request in the
@@ -389,6 +411,16 @@ pub enum Effect {
     Copy(CommandId, Task, Vec<Piece>),
     /// Ask the peer's VMM for a change of its window.
     Window(OpId, WindowOp),
+    /// Ask the peer's VMM for a change of its wiring.
+    WirePeer(WireId, WireRequest),
+    /// Send this to the VMM with the doorbell function.
+    Doorbell(DoorbellMessage),
+    /// Start to ask the kernel whether that VMM has read everything, until it has.
+    WatchDoorbell,
+    /// Let the doorbell page say this, at this generation of it.
+    PublishDoorbell(Vec<abi::DoorbellEntry>, u64),
+    /// End the connection of the doorbell function.
+    CloseDoorbell,
     /// Start to ask the kernel whether the oldest witness page that was not told to be
     /// gone is still held, until it is not or until `StopWatching`.
     WatchWitness,

@@ -9,17 +9,22 @@
 //! | [`peer`] | what the peer's front-end has told |
 //! | [`iommu`] | an owner with an IOMMU: what the peer asks for, what it is shown |
 //! | [`window`] | what the peer has mapped, and how that changes |
+//! | [`wiring`] | the owner's eventfds that the peer's VMM has |
+//! | [`doorbell`] | the same for a VMM that knows `ivshmem-doorbell` only |
+//! | [`notify`] | which way each notification goes |
 //! | [`link_page`] | the bytes that the peer's guest reads |
 //! | [`state`] | the link itself: it joins the others |
 //! | [`view`] | what follows from its state for the peer: link page, wires |
 //! | [`fault`], [`features`], [`report`] | errors, feature names, status |
 
 pub mod descriptor;
+pub mod doorbell;
 pub mod fault;
 pub mod features;
 pub mod iommu;
 pub mod link_page;
 pub mod message;
+pub mod notify;
 pub mod owner;
 pub mod peer;
 pub mod report;
@@ -27,6 +32,7 @@ pub mod state;
 pub mod view;
 pub mod vring;
 pub mod window;
+pub mod wiring;
 
 pub use fault::Fault;
 pub use message::{Effect, Event, Side};

@@ -12,6 +12,7 @@ use vhost_pci_device::abi;
 use super::descriptor::Eventfd;
 use super::fault::Fault;
 use super::features;
+use super::link_page;
 use super::message::{Reply, Request, VringBase};
 use crate::config::LinkConfig;
 
@@ -23,7 +24,7 @@ const MEMORY_SLOTS: u64 = 509;
 pub fn protocol_features() -> u64 {
     let standard =
         needed_protocol_features() | Protocol::MQ | Protocol::CONFIG | Protocol::CONFIGURE_MEM_SLOTS;
-    standard.bits() | features::PROTOCOL_SHMEM_STRICT
+    standard.bits() | features::PROTOCOL_SHMEM_STRICT | features::PROTOCOL_WIRING
 }
 
 /// Protocol features without which there is no window.
@@ -52,6 +53,13 @@ pub struct PeerQueue {
     enabled: bool,
 }
 
+impl PeerQueue {
+    /// Whether the VMM lets it notify.
+    pub fn is_enabled(&self) -> bool {
+        self.enabled
+    }
+}
+
 /// The driver in the peer's guest, since it attached.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct AttachedDriver {
@@ -59,6 +67,8 @@ pub struct AttachedDriver {
     pub generation: u64,
     /// Whether it waits for interrupts; otherwise it polls.
     pub interrupt: bool,
+    /// Vectors of the link's doorbell function that it waits for; 0: it uses none.
+    pub vectors: u32,
 }
 
 /// What the peer's front-end has told so far.
@@ -69,8 +79,9 @@ pub struct PeerSession {
     queues: Vec<PeerQueue>,
     started: bool,
     has_channel: bool,
-    config: Vec<u8>,
+    /// Of the link; a strict VMM has it twice.
     window_len: u64,
+    max_vrings: u16,
     /// The guest's driver.
     pub driver: Option<AttachedDriver>,
 }
@@ -84,8 +95,8 @@ impl PeerSession {
             queues: (0..=config.max_vrings()).map(|_| PeerQueue::default()).collect(),
             started: false,
             has_channel: false,
-            config: super::link_page::config_space(config),
             window_len: config.window_len,
+            max_vrings: config.max_vrings(),
             driver: None,
         }
     }
@@ -104,6 +115,17 @@ impl PeerSession {
     /// enforces its access.
     pub fn is_strict(&self) -> bool {
         self.protocol & features::PROTOCOL_SHMEM_STRICT != 0
+    }
+
+    /// Whether the front-end takes the owner's eventfds.
+    pub fn has_wiring(&self) -> bool {
+        self.protocol & features::PROTOCOL_WIRING != 0
+    }
+
+    /// Length of the VMM's window, bytes. One that enforces access has an aperture for
+    /// read-only ranges behind the other (`docs/vhost-user-extensions.md`, SHMEM_STRICT).
+    pub fn window_len(&self) -> u64 {
+        if self.is_strict() { 2 * self.window_len } else { self.window_len }
     }
 
     /// Whether the guest's driver has started the device.
@@ -150,8 +172,15 @@ impl PeerSession {
             Request::SetProtocolFeatures(acked) => {
                 features::check(acked, protocol_features())?;
                 features::check_needs(acked, features::PROTOCOL_SHMEM_STRICT, needed_protocol_features())?;
-                if self.started && (acked ^ self.protocol) & features::PROTOCOL_SHMEM_STRICT != 0 {
-                    return Err(Fault::OutOfOrder("SHMEM_STRICT changes while the device is started".into()));
+                let needs = Protocol::BACKEND_REQ | Protocol::REPLY_ACK;
+                features::check_needs(acked, features::PROTOCOL_WIRING, needs)?;
+                let ours = features::PROTOCOL_SHMEM_STRICT | features::PROTOCOL_WIRING;
+                let changed = (acked ^ self.protocol) & ours;
+                if self.started && changed != 0 {
+                    return Err(Fault::OutOfOrder(format!(
+                        "{} changes while the device is started",
+                        features::protocol_names(changed).join(", ")
+                    )));
                 }
                 self.protocol = acked;
                 Reply::Done
@@ -161,7 +190,7 @@ impl PeerSession {
             Request::GetConfig { offset, len } => Reply::Config(self.config_bytes(offset, len)),
             // The config space is read-only: a guest that writes it changes nothing.
             Request::SetConfig => Reply::Done,
-            Request::GetShmemConfig => Reply::ShmemLen(self.window_len),
+            Request::GetShmemConfig => Reply::ShmemLen(self.window_len()),
             // QEMU reports each range of the window back as memory of its VM. It drops them
             // by itself on a device reset, and QEMU 11.1.3 then crashes at the next start when
             // it wants to take back what it had reported and had accepted.
@@ -245,8 +274,8 @@ impl PeerSession {
 
     /// Bytes of the config space; zero past its end.
     fn config_bytes(&self, offset: u32, len: u32) -> Vec<u8> {
-        let from = (offset as usize).min(self.config.len());
-        let mut bytes: Vec<u8> = self.config[from..].iter().copied().take(len as usize).collect();
+        let config = link_page::config_space(self.window_len(), self.max_vrings);
+        let mut bytes: Vec<u8> = config.iter().copied().skip(offset as usize).take(len as usize).collect();
         bytes.resize(len as usize, 0);
         bytes
     }

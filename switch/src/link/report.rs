@@ -6,9 +6,13 @@ use iommu::Access;
 use serde::{Deserialize, Serialize};
 
 use super::features;
+use super::message::{Side, shown_at};
+use super::notify::Way;
 use super::owner::OwnerSession;
+use super::peer::PeerSession;
 use super::state::Link;
 use super::vring::Vring;
+use super::wiring::End;
 use crate::config::OneWay;
 
 /// One link, at one moment.
@@ -99,8 +103,12 @@ pub struct VringReport {
     pub avail: u64,
     /// IOVA of the used ring.
     pub used: u64,
-    /// How kicks reach the peer and calls the owner: `relayed` or `none`.
-    pub wiring: String,
+    /// How kicks reach the peer: `direct`, by the `doorbell` function, `relayed` or `none`.
+    pub kicks: String,
+    /// How calls reach the owner, likewise.
+    pub calls: String,
+    /// Why something is relayed that need not be.
+    pub relayed_because: Option<String>,
 }
 
 /// Counts since the broker started.
@@ -178,7 +186,7 @@ pub fn of(link: &Link) -> LinkReport {
 /// What a link that is not up waits for.
 fn waits_for(link: &Link) -> Option<&'static str> {
     let owner_runs = link.owner.as_ref().is_some_and(|owner| owner.vrings().iter().any(Vring::is_live));
-    let peer_runs = link.peer.as_ref().is_some_and(super::peer::PeerSession::is_started);
+    let peer_runs = link.peer.as_ref().is_some_and(PeerSession::is_started);
     match (&link.owner, &link.peer) {
         _ if link.is_up() => None,
         (None, _) => Some("the owner's VMM is not connected"),
@@ -232,7 +240,7 @@ fn window(link: &Link) -> WindowReport {
         .map(|(placement, confirmed)| MappingReport {
             iova: placement.range().iova().start().raw(),
             len: placement.window().len(),
-            window_offset: placement.offset().raw(),
+            window_offset: shown_at(placement, link.config.window_len).raw(),
             access: match link
                 .shown
                 .allowed(placement.range().iova().start())
@@ -247,7 +255,7 @@ fn window(link: &Link) -> WindowReport {
         })
         .collect();
     WindowReport {
-        len: link.config.window_len,
+        len: link.peer.as_ref().map_or(link.config.window_len, PeerSession::window_len),
         phase: link.window.phase_name().into(),
         mapped_bytes: link.window.owner_bytes(),
         largest_mapped_bytes: link.window.counters().largest,
@@ -266,6 +274,7 @@ fn vrings(link: &Link) -> Vec<VringReport> {
         .zip(owner.vrings())
         .map(|(index, vring)| {
             let config = vring.started();
+            let [kicks, calls] = [Side::Owner, Side::Peer].map(|from| link.way(End { vring: index, from }));
             VringReport {
                 index,
                 state: match config {
@@ -278,14 +287,28 @@ fn vrings(link: &Link) -> Vec<VringReport> {
                 desc: config.map_or(0, |config| config.desc.raw()),
                 avail: config.map_or(0, |config| config.avail.raw()),
                 used: config.map_or(0, |config| config.used.raw()),
-                wiring: match link.wires.iter().any(|wire| wire.vring == index) {
-                    true => "relayed",
-                    false => "none",
-                }
-                .into(),
+                kicks: way(kicks).into(),
+                calls: way(calls).into(),
+                relayed_because: because(kicks).or(because(calls)).map(Into::into),
             }
         })
         .collect()
+}
+
+fn way(way: Way) -> &'static str {
+    match way {
+        Way::None => "none",
+        Way::Direct => "direct",
+        Way::Doorbell => "doorbell",
+        Way::Relayed(_) => "relayed",
+    }
+}
+
+fn because(way: Way) -> Option<&'static str> {
+    match way {
+        Way::Relayed(reason) => reason,
+        Way::None | Way::Direct | Way::Doorbell => None,
+    }
 }
 
 fn counters(link: &Link) -> CountersReport {

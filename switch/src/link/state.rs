@@ -12,6 +12,7 @@ use iommu::{Iova, Span, WindowGeometry, WindowLayout, WindowOffset};
 use vhost_pci_device::abi;
 
 use super::descriptor::{Eventfd, MemoryFile};
+use super::doorbell::Doorbell;
 use super::fault::Fault;
 use super::iommu::demand::{Demand, DemandCounters};
 use super::iommu::listen::Refusal;
@@ -20,6 +21,7 @@ use super::message::{CommandId, Effect, Event, Generations, LinkContents, Log, R
 use super::owner::OwnerSession;
 use super::peer::{AttachedDriver, PeerChange, PeerSession};
 use super::window::Window;
+use super::wiring::Wiring;
 use crate::config::LinkConfig;
 
 /// Connections of a side that are all logged; of later ones only powers of two.
@@ -29,8 +31,7 @@ const LOGGED_CONNECTIONS: u64 = 32;
 #[derive(Debug)]
 pub(super) struct Pending {
     reply: Reply,
-    /// The addresses that it concerns; None: everything.
-    of: Option<Vec<Span<Iova>>>,
+    concerns: Concern,
     /// Until when a peer may hold it up whose device is stopped.
     peer_deadline: Instant,
     /// Until when the owner waits.
@@ -40,8 +41,19 @@ pub(super) struct Pending {
 impl Pending {
     /// Whether it waits for some addresses only, and not for all of the window.
     pub(super) fn is_of_some(&self) -> bool {
-        self.of.is_some()
+        !matches!(self.concerns, Concern::Everything)
     }
+}
+
+/// What of the owner's the peer must have lost before an owner's request is answered.
+#[derive(Debug)]
+enum Concern {
+    /// All that is not the owner's to show any more: memory and eventfds.
+    Everything,
+    /// Memory at these addresses.
+    Addresses(Vec<Span<Iova>>),
+    /// Eventfds that were replaced.
+    Eventfds,
 }
 
 /// Counts that the link itself keeps.
@@ -79,7 +91,13 @@ pub struct Link {
     /// Something happened that what the peer should see may follow from.
     pub(super) unsettled: bool,
     pub(super) generations: Generations,
+    /// What the relay has to pass on.
     pub(super) wires: Vec<Wire>,
+    /// What the peer's VMM has of the owner's eventfds.
+    pub(super) wiring: Wiring,
+    /// The doorbell function of the peer's VM, while it is connected.
+    pub(super) doorbell_function: Option<Doorbell>,
+    /// The control ring's.
     doorbell: Option<Eventfd>,
     pub(super) counters: Counters,
 }
@@ -116,6 +134,8 @@ impl Link {
             unsettled: false,
             generations: Generations { link: generation, table: generation },
             wires: Vec::new(),
+            wiring: Wiring::new(timeout),
+            doorbell_function: None,
             doorbell: None,
             counters: Counters::default(),
         })
@@ -162,6 +182,13 @@ impl Link {
                 }
             }
             Event::WitnessGone => self.window.witness_gone(now, &mut effects),
+            Event::WireDone(id, result) => self.wired(id, result, &mut effects),
+            Event::DoorbellConnected => self.doorbell_function = Some(Doorbell::new(self.timeout)),
+            Event::DoorbellTurnedAway => self.count(&Fault::Occupied, "doorbell", &mut effects),
+            Event::DoorbellRead => {
+                self.doorbell_function.iter_mut().for_each(Doorbell::read);
+            }
+            Event::DoorbellGone => self.doorbell_function = None,
             Event::MissDone(id, told) => self.miss_done(id, told, now, &mut effects),
             Event::Command(command, request, readable, writable) => {
                 self.command(command, &request, (readable, writable), now, &mut effects);
@@ -180,7 +207,9 @@ impl Link {
             true => pending.peer_deadline.min(pending.deadline),
             false => pending.deadline,
         });
-        self.window.deadline().into_iter().chain(pending).chain(self.demand.deadline()).min()
+        let doorbell = self.doorbell_function.as_ref().and_then(Doorbell::deadline);
+        let others = [pending, self.demand.deadline(), self.wiring.deadline(), doorbell];
+        self.window.deadline().into_iter().chain(others.into_iter().flatten()).min()
     }
 
     /// Whether a VMM is connected that may hold mappings and takes no changes.
@@ -205,12 +234,20 @@ impl Link {
         let status = match request.command.value() {
             abi::CTRL_ATTACH if request.value.value() != generation => abi::CTRL_STALE,
             abi::CTRL_ATTACH => {
-                let interrupt = request.flags.value() & abi::ATTACH_F_INTERRUPT != 0;
-                peer.driver = Some(AttachedDriver { generation, interrupt });
+                let has = |flag| request.flags.value() & flag != 0;
+                // An MSI-X table has 2048 entries at most.
+                let vectors = request.len.value().min(2048) as u32;
+                peer.driver = Some(AttachedDriver {
+                    generation,
+                    interrupt: has(abi::ATTACH_F_INTERRUPT),
+                    vectors: if has(abi::ATTACH_F_DOORBELL) { vectors } else { 0 },
+                });
+                self.unsettled = true;
                 abi::CTRL_OK
             }
             abi::CTRL_DETACH => {
                 peer.driver = None;
+                self.unsettled = true;
                 abi::CTRL_OK
             }
             abi::CTRL_FAULT => self.ring_fault(request, effects),
@@ -226,6 +263,12 @@ impl Link {
             _ => abi::CTRL_UNKNOWN,
         };
         effects.push(Effect::Answer(command, status, false));
+    }
+
+    /// Bytes of the window that have the owner's read-write memory: all, unless the peer's VMM
+    /// has a second aperture of that length for what is read-only.
+    pub fn window_len(&self) -> u64 {
+        self.config.window_len
     }
 
     /// Whether the peer's driver may use the owner's vrings.
@@ -258,6 +301,7 @@ impl Link {
             return;
         };
         self.counters.owner_messages += 1;
+        let replaces = matches!(request, Request::SetVringKick { .. } | Request::SetVringCall { .. });
         let takes_away = matches!(
             request,
             Request::GetVringBase { .. }
@@ -270,7 +314,7 @@ impl Link {
         );
         let changes_memory =
             matches!(request, Request::SetMemTable(_) | Request::AddMemReg(_) | Request::RemMemReg { .. });
-        let of = concerned(&request);
+        let concerns = concerned(&request);
         let starts = matches!(request, Request::SetVringKick { .. } | Request::SetVringEnable { .. });
         let taken = match request {
             Request::SetBackendChannel(stream) => owner.take_channel().map_err(Refusal::End).map(|()| {
@@ -295,11 +339,13 @@ impl Link {
                 self.count(&fault, Side::Owner.name(), effects);
                 effects.push(Effect::Reply(Side::Owner, Reply::Declined));
             }
-            Ok(reply) if takes_away => {
-                if self.owner.as_ref().is_some_and(|owner| owner.has_iommu() && !owner.is_running()) {
+            Ok(reply) if takes_away || replaces => {
+                if takes_away
+                    && self.owner.as_ref().is_some_and(|owner| owner.has_iommu() && !owner.is_running())
+                {
                     self.stop_demand(effects);
                 }
-                self.reply_when_confined(reply, of, now, effects);
+                self.reply_when_confined(reply, concerns, now, effects);
             }
             Ok(reply) => effects.push(Effect::Reply(Side::Owner, reply)),
         }
@@ -314,27 +360,37 @@ impl Link {
         Ok(())
     }
 
-    /// Answers the owner when the peer holds no more than the layout, of these addresses or
-    /// of all: what is taken out for another reason must not hold the owner up.
+    /// Answers the owner when the peer holds no more than it should of what the request
+    /// concerns: what is taken out for another reason must not hold the owner up.
     fn reply_when_confined(
         &mut self,
         reply: Reply,
-        of: Option<Vec<Span<Iova>>>,
+        concerns: Concern,
         now: Instant,
         effects: &mut Vec<Effect>,
     ) {
-        if self.window.is_confined_to(&self.layout, of.as_deref()) {
+        if self.is_confined(&concerns) {
             effects.push(Effect::Reply(Side::Owner, reply));
             return;
         }
         self.pending = Some(Pending {
             reply,
-            of,
+            concerns,
             // The peer's VMM has its time; then the kernel's word that its mappings are
             // gone has as much again.
             peer_deadline: now + self.timeout,
             deadline: now + 2 * self.timeout,
         });
+    }
+
+    /// Whether the peer holds no more of the owner's than it should.
+    fn is_confined(&self, concerns: &Concern) -> bool {
+        let has_lost = |of| self.window.is_confined_to(&self.layout, of);
+        match concerns {
+            Concern::Everything => has_lost(None) && self.is_wired_as_wanted(),
+            Concern::Addresses(addresses) => has_lost(Some(addresses)),
+            Concern::Eventfds => self.is_wired_as_wanted(),
+        }
     }
 
     fn peer_request(&mut self, request: Request, now: Instant, effects: &mut Vec<Effect>) {
@@ -343,6 +399,10 @@ impl Link {
         };
         self.counters.peer_messages += 1;
         let strict = peer.is_strict();
+        let stops = match request {
+            Request::GetVringBase { index } | Request::SetVringEnable { index, enable: false } => Some(index),
+            _ => None,
+        };
         let taken = match request {
             Request::SetBackendChannel(stream) => peer.take_channel(stream).map(|stream| {
                 effects.push(Effect::OpenChannel(Side::Peer, stream));
@@ -353,6 +413,9 @@ impl Link {
         match taken {
             Err(fault) => self.refuse(Side::Peer, &fault, effects),
             Ok((reply, change)) => {
+                if let Some(queue) = stops {
+                    self.wiring.queue_stopped(queue);
+                }
                 match change {
                     PeerChange::None => {}
                     PeerChange::Started => {
@@ -363,6 +426,7 @@ impl Link {
                     }
                     PeerChange::Stopped => {
                         self.demand.forget_peer();
+                        self.wiring.device_stopped();
                         self.window.stop(effects);
                     }
                 }
@@ -372,8 +436,13 @@ impl Link {
     }
 
     fn tick(&mut self, now: Instant, effects: &mut Vec<Effect>) {
-        if let Err(fault) = self.window.tick(now, effects) {
+        if let Err(fault) = self.window.tick(now, effects).and_then(|()| self.wiring.tick(now)) {
             self.peer_failed(&fault, effects);
+        }
+        if let Some(Err(fault)) = self.doorbell_function.as_ref().map(|doorbell| doorbell.tick(now)) {
+            self.count(&fault, "doorbell", effects);
+            self.doorbell_function = None;
+            effects.push(Effect::CloseDoorbell);
         }
         let overdue = self.pending.as_ref().is_some_and(|pending| now >= pending.peer_deadline);
         if overdue && self.silent_peer() {
@@ -391,7 +460,7 @@ impl Link {
     }
 
     /// The peer's VMM cannot be relied on: it loses its link.
-    fn peer_failed(&mut self, fault: &Fault, effects: &mut Vec<Effect>) {
+    pub(super) fn peer_failed(&mut self, fault: &Fault, effects: &mut Vec<Effect>) {
         self.count(fault, "peer", effects);
         self.failure = Some(fault.to_string());
         effects.push(Effect::Disconnect(Side::Peer));
@@ -416,6 +485,7 @@ impl Link {
             }
             Side::Peer if self.peer.take().is_some() => {
                 self.demand.forget_peer();
+                self.wiring.disconnected();
                 self.window.disconnect(effects);
             }
             Side::Peer => {}
@@ -438,11 +508,7 @@ impl Link {
             effects.push(Effect::Log(Log::Info("the link works again".into())));
         }
 
-        let wires = if up { self.wanted_wires() } else { Vec::new() };
-        if wires != self.wires {
-            effects.push(Effect::Wire(wires.clone()));
-            self.wires = wires;
-        }
+        self.settle_notifications(up, now, effects);
         let doorbell = self.peer.as_ref().filter(|peer| peer.is_started());
         let doorbell = doorbell.and_then(|peer| peer.control_queue()?.kick.clone());
         if doorbell != self.doorbell {
@@ -470,9 +536,8 @@ impl Link {
         self.answer_mapped(effects);
         effects.append(&mut changes);
 
-        let (window, layout) = (&self.window, &self.layout);
-        let answered = self.pending.take_if(|pending| window.is_confined_to(layout, pending.of.as_deref()));
-        if let Some(pending) = answered {
+        let answered = self.pending.as_ref().is_some_and(|pending| self.is_confined(&pending.concerns));
+        if let Some(pending) = self.pending.take_if(|_| answered) {
             effects.push(Effect::Reply(Side::Owner, pending.reply));
             // Commands may have waited for that.
             self.settle(now, effects);
@@ -498,14 +563,18 @@ impl Link {
     }
 }
 
-/// The addresses that a request of the owner's front-end concerns, where it says that.
-fn concerned(request: &Request) -> Option<Vec<Span<Iova>>> {
+/// What a request of the owner's front-end concerns that takes something away.
+fn concerned(request: &Request) -> Concern {
     let span = |iova, size| Span::new(Iova::new(iova), size).ok();
     match request {
-        Request::Iotlb(message) => Some(vec![span(message.iova, message.size)?]),
+        Request::Iotlb(message) => match span(message.iova, message.size) {
+            Some(span) => Concern::Addresses(vec![span]),
+            None => Concern::Everything,
+        },
         Request::IommuPush { reset: false, entries } => {
-            Some(entries.iter().filter_map(|entry| span(entry.iova, entry.size)).collect())
+            Concern::Addresses(entries.iter().filter_map(|entry| span(entry.iova, entry.size)).collect())
         }
-        _ => None,
+        Request::SetVringKick { .. } | Request::SetVringCall { .. } => Concern::Eventfds,
+        _ => Concern::Everything,
     }
 }

@@ -6,7 +6,7 @@ use vhost_pci_device::abi;
 
 use super::descriptor::{Eventfd, MemoryFile};
 use super::link_page;
-use super::message::{LinkContents, Side, Wire};
+use super::message::{LinkContents, Side, Wire, shown_at};
 use super::state::Link;
 use super::vring::Vring;
 use crate::config::OneWay;
@@ -72,7 +72,7 @@ impl Link {
         abi::Mapping {
             iova: range.iova().start().raw().into(),
             len: range.iova().len().into(),
-            window_offset: placement.offset().raw().into(),
+            window_offset: shown_at(placement, self.config.window_len).raw().into(),
             access: allowed.bits().into(),
             reserved: 0.into(),
         }

@@ -59,17 +59,18 @@ pub(super) fn map(fd: &OwnedFd, offset: u64, len: u64) -> io::Result<GuestMemory
 pub struct LinkArea {
     fd: OwnedFd,
     memory: GuestMemoryMmap,
+    link_id: u64,
 }
 
 impl LinkArea {
-    /// An area that says nothing yet.
+    /// An area that says nothing yet, of the link with this number (0: it has no doorbell).
     ///
     /// # Errors
     /// When the host gives no memory.
-    pub fn new() -> io::Result<Self> {
+    pub fn new(link_id: u64) -> io::Result<Self> {
         let fd = sealed_memfd(c"vhost-pci link area", abi::LINK_LEN, SealFlag::F_SEAL_SEAL)?;
         let memory = map(&fd, abi::LINK_OFFSET, abi::LINK_LEN)?;
-        Ok(Self { fd, memory })
+        Ok(Self { fd, memory, link_id })
     }
 
     /// Lets the area say this, from these generations on.
@@ -85,7 +86,7 @@ impl LinkArea {
             self.write(vring.as_bytes(), offset)?;
         }
         self.publish_table(&contents.mappings, generations.table)?;
-        let header = link_page::header(contents, Generations { link: changing, ..generations });
+        let header = link_page::header(contents, Generations { link: changing, ..generations }, self.link_id);
         self.write(header.as_bytes(), 0)?;
         self.store(std::mem::offset_of!(abi::LinkHeader, generation), generations.link)
     }
@@ -222,7 +223,7 @@ mod tests {
 
     #[test]
     fn a_published_link_page_has_the_contents_and_an_even_generation() {
-        let area = LinkArea::new().unwrap();
+        let area = LinkArea::new(77).unwrap();
         let contents = LinkContents {
             status: abi::LINK_S_UP,
             mappings: vec![abi::Mapping { iova: 4096.into(), ..Default::default() }],
@@ -234,7 +235,7 @@ mod tests {
         assert_eq!(page[..4], *b"VPLP");
         assert_eq!(u64::from_le_bytes(page[8..16].try_into().unwrap()), 42);
         assert_eq!(page[16], abi::LINK_S_UP as u8);
-        assert_eq!((page[32], page[48]), (1, 6));
+        assert_eq!((page[32], page[48], page[56]), (1, 6, 77));
         assert_eq!(page[abi::MAPPING_TABLE as usize + 1], 16);
     }
 

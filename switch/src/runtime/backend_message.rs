@@ -11,7 +11,10 @@ use vhost_pci_device::abi;
 use vm_memory::ByteValued;
 
 use super::areas::Source;
+use crate::link::Side;
+use crate::link::descriptor::Eventfd;
 use crate::link::message::IotlbMessage;
+use crate::link::wiring::WireRequest;
 
 /// Length of a header, bytes.
 pub const HEADER_LEN: usize = 12;
@@ -26,13 +29,27 @@ const IOTLB_MSG: u32 = 1;
 /// Length of `struct vhost_iotlb_msg`, bytes.
 const IOTLB_LEN: usize = 32;
 
+/// VHOST_USER_BACKEND_WIRE (`docs/vhost-user-extensions.md`), and its flags.
+const WIRE: u32 = 0x5650_0101;
+const WIRE_F_NOTIFY: u32 = 1 << 0;
+const WIRE_F_WIRE: u32 = 1 << 1;
+
+/// A descriptor that goes with a message.
+#[derive(Debug)]
+pub enum Descriptor {
+    /// SHMEM_MAP's.
+    File(Source),
+    /// WIRE's.
+    Eventfd(Eventfd),
+}
+
 /// A message with the descriptor that goes with it.
 #[derive(Debug)]
 pub struct Message {
     /// Header and payload.
     pub bytes: Vec<u8>,
-    /// For SHMEM_MAP.
-    pub file: Option<Source>,
+    /// What goes with it.
+    pub descriptor: Option<Descriptor>,
     /// What it asks for, for errors.
     pub what: String,
     /// Whether the VMM answers it.
@@ -75,7 +92,24 @@ fn shmem(code: BackendReq, request: VhostUserMMap, file: Option<Source>, what: S
     let payload = request.as_slice();
     let mut bytes = header(code as u32, FLAG_NEED_REPLY, payload.len());
     bytes.extend(payload);
-    Message { bytes, file, what, has_answer: true }
+    Message { bytes, descriptor: file.map(Descriptor::File), what, has_answer: true }
+}
+
+/// Asks to wire an end of a vring's notifications, or to take back what was wired.
+pub fn wire(request: WireRequest) -> Message {
+    let (queue, WireRequest { end, eventfd }) = (request.queue(), request);
+    let (notify, name) = match end.from {
+        Side::Owner => (0, "interrupt"),
+        Side::Peer => (WIRE_F_NOTIFY, "notification"),
+    };
+    let wire = if eventfd.is_some() { WIRE_F_WIRE } else { 0 };
+    let mut bytes = header(WIRE, FLAG_NEED_REPLY, 8);
+    for field in [u32::from(queue), notify | wire] {
+        bytes.extend(field.to_ne_bytes());
+    }
+    let action = if eventfd.is_some() { "wire" } else { "take back" };
+    let what = format!("{action} the {name} of virtqueue {queue}");
+    Message { bytes, descriptor: eventfd.map(Descriptor::Eventfd), what, has_answer: true }
 }
 
 /// Tells of a translation that is missing.
@@ -94,7 +128,7 @@ fn iotlb(kind: u8, page: Iova, access: Access, has_answer: bool) -> Message {
         bytes.extend(field.to_ne_bytes());
     }
     bytes.extend([access.bits() as u8, kind, 0, 0, 0, 0, 0, 0]);
-    Message { bytes, file: None, what: format!("translate {page}"), has_answer }
+    Message { bytes, descriptor: None, what: format!("translate {page}"), has_answer }
 }
 
 /// Whether a reply says that it was done; `None` if it is no reply.
@@ -118,13 +152,18 @@ pub fn acknowledgement(request: u32, done: bool) -> [u8; HEADER_LEN + REPLY_LEN]
 impl Message {
     /// The descriptor that goes with it.
     pub fn descriptor(&self) -> Option<std::os::fd::BorrowedFd<'_>> {
-        self.file.as_ref().map(AsFd::as_fd)
+        self.descriptor.as_ref().map(|descriptor| match descriptor {
+            Descriptor::File(source) => source.as_fd(),
+            Descriptor::Eventfd(eventfd) => eventfd.as_fd(),
+        })
     }
 }
 
 #[cfg(test)]
 mod tests {
+    #![allow(clippy::unwrap_used)]
     use super::*;
+    use crate::link::wiring::End;
 
     #[test]
     fn a_miss_has_the_layout_of_vhost_iotlb_msg() {
@@ -147,6 +186,18 @@ mod tests {
             message.bytes[..HEADER_LEN],
             [BackendReq::SHMEM_UNMAP as u8, 0, 0, 0, 9, 0, 0, 0, 40, 0, 0, 0]
         );
+    }
+
+    #[test]
+    fn a_wire_has_the_layout_of_the_extension() {
+        let end = End { vring: 4, from: Side::Peer };
+        let message = wire(WireRequest { end, eventfd: None });
+        let expected = [0x5650_0101_u32, 9, 8, 5, 1].map(u32::to_ne_bytes).concat();
+        assert_eq!((message.bytes.clone(), message.descriptor().is_none()), (expected, true));
+        let end = End { from: Side::Owner, ..end };
+        let eventfd = nix::sys::eventfd::EventFd::from_value(0).unwrap();
+        let message = wire(WireRequest { end, eventfd: Some(Eventfd::new(eventfd.into())) });
+        assert_eq!((message.bytes[16], message.descriptor().is_some()), (2, true));
     }
 
     #[test]

@@ -1,6 +1,7 @@
 //! The broker: makes the sockets, starts the links, their clocks and the acceptor, and takes
 //! all of it down again.
 
+use std::hash::{BuildHasher, RandomState};
 use std::io;
 use std::os::fd::AsFd;
 use std::path::PathBuf;
@@ -47,6 +48,7 @@ pub enum BrokerError {
 /// What a listening socket is for.
 enum Purpose {
     Link(LinkPort, Side),
+    Doorbell(LinkPort),
     Control,
 }
 
@@ -71,6 +73,9 @@ impl Broker {
         for (link, port) in config.links.iter().zip(&ports) {
             listeners.push((bind(&link.owner_socket)?, Purpose::Link(port.clone(), Side::Owner)));
             listeners.push((bind(&link.peer_socket)?, Purpose::Link(port.clone(), Side::Peer)));
+            if let Some(socket) = &link.doorbell_socket {
+                listeners.push((bind(socket)?, Purpose::Doorbell(port.clone())));
+            }
         }
         let mut broker = Self {
             ports: ports.clone(),
@@ -87,7 +92,8 @@ impl Broker {
             let link = Link::new(link_config.clone(), config.confirm_timeout, generation)
                 .map_err(|fault| BrokerError::Link { link: name.clone(), fault })?;
             let relay = Relay::new(&name, port.clone())?;
-            port.start(LinkDriver::new(&name, link, port.clone(), relay)?);
+            let link_id = if link_config.doorbell_socket.is_some() { new_link_id() } else { 0 };
+            port.start(LinkDriver::new(&name, link, link_id, port.clone(), relay)?);
             let clock = port.clone();
             let thread =
                 thread::Builder::new().name(format!("link {name}")).spawn(move || clock.run_clock())?;
@@ -130,6 +136,13 @@ impl Drop for Broker {
 fn first_generation() -> u64 {
     let up = clock_gettime(ClockId::CLOCK_BOOTTIME).map_or(Duration::ZERO, Duration::from);
     u64::try_from(up.as_micros()).unwrap_or(0) & !1
+}
+
+/// A number for a link that no other link has, of this broker or another: its guests find
+/// by it what belongs together.
+fn new_link_id() -> u64 {
+    // Its keys are random; that is all that is wanted of it.
+    RandomState::new().hash_one(()) | 1
 }
 
 struct Acceptor {
@@ -179,6 +192,7 @@ impl Acceptor {
             (Ok(Some(stream)), Purpose::Link(port, side)) => {
                 port.send(Input::Connected { side: *side, stream })
             }
+            (Ok(Some(stream)), Purpose::Doorbell(port)) => port.send(Input::DoorbellConnected(stream)),
             (Ok(Some(stream)), Purpose::Control) => server::serve(stream, &self.ports),
             (Ok(None), _) => {}
             (Err(error), _) => {

@@ -18,6 +18,7 @@ use rustix::net::{SendAncillaryBuffer, SendAncillaryMessage, SendFlags, sendmsg}
 use super::backend_message::{HEADER_LEN, Message, REPLY_LEN, is_done};
 use super::{ChannelId, Input, LinkPort, SessionId};
 use crate::link::message::{MissId, OpId, Reply};
+use crate::link::wiring::WireId;
 use crate::link::{Fault, Side};
 
 /// Requests that are sent and not answered, at most: descriptors on their way count
@@ -29,6 +30,8 @@ const MAX_OPEN: usize = 64;
 pub enum Asked {
     /// A change of the window.
     Window(OpId),
+    /// A change of the wiring.
+    Wire(WireId),
     /// A miss.
     Miss(MissId),
     /// Something that has no answer.

@@ -20,9 +20,11 @@ use super::backend_message::{self, Message};
 use super::channel::{Asked, Channel, send_later, send_now};
 use super::control_ring::ControlRing;
 use super::copy::copy;
+use super::doorbell::{Doorbell, End as DoorbellEnd};
 use super::relay::Relay;
 use super::{Answer, ChannelId, Input, LinkPort, SessionId};
 use crate::link::descriptor::Eventfd;
+use crate::link::doorbell::DoorbellMessage;
 use crate::link::iommu::demand::Task;
 use crate::link::iommu::iotlb::Piece;
 use crate::link::message::{CommandId, Content, Log, OpId, Reply, WindowOp, Wire};
@@ -75,6 +77,10 @@ pub struct LinkDriver {
     /// Those in the window, the oldest first.
     witnesses: VecDeque<Arc<Witness>>,
     watch: Option<Watch>,
+    doorbell_function: Option<(ChannelId, Doorbell)>,
+    /// Whether its VMM has read what it was sent.
+    doorbell_watch: Option<Watch>,
+    link_id: u64,
     wires: Vec<Wire>,
     doorbell: Option<Eventfd>,
     /// What VMMs did not take, or will not answer: applied when the effects that led to it
@@ -83,11 +89,12 @@ pub struct LinkDriver {
 }
 
 impl LinkDriver {
-    /// A driver for a link that nobody is connected to.
+    /// A driver for a link that nobody is connected to. `link_id`: what its pages name it
+    /// (`docs/vhost-pci-device.md`, 12.3).
     ///
     /// # Errors
     /// When the host gives no memory.
-    pub fn new(name: &str, link: Link, port: LinkPort, relay: Relay) -> io::Result<Self> {
+    pub fn new(name: &str, link: Link, link_id: u64, port: LinkPort, relay: Relay) -> io::Result<Self> {
         let mut driver = Self {
             name: name.into(),
             link,
@@ -97,11 +104,14 @@ impl LinkDriver {
             peer: None,
             next_session: 0,
             next_channel: 0,
-            link_area: LinkArea::new()?,
+            link_area: LinkArea::new(link_id)?,
             control_area: ControlArea::new()?,
             control_ring: ControlRing::new().map_err(io::Error::other)?,
             witnesses: VecDeque::new(),
             watch: None,
+            doorbell_function: None,
+            doorbell_watch: None,
+            link_id,
             wires: Vec::new(),
             doorbell: None,
             failed: VecDeque::new(),
@@ -113,8 +123,8 @@ impl LinkDriver {
 
     /// When [`Self::time_passed`] has something to do.
     pub fn next_wake(&self) -> Option<Instant> {
-        let watch = self.watch.as_ref().map(|watch| watch.next);
-        self.link.deadline().into_iter().chain(watch).min()
+        let watches = self.watch.iter().chain(&self.doorbell_watch).map(|watch| watch.next);
+        self.link.deadline().into_iter().chain(watches).min()
     }
 
     /// Takes an input.
@@ -141,6 +151,16 @@ impl LinkDriver {
                     let lost = channel.give_up();
                     self.give_up(lost);
                     self.run_effects(Vec::new());
+                }
+            }
+            Input::DoorbellConnected(stream) => self.doorbell_connected(stream),
+            Input::DoorbellEnded { channel, end } => {
+                if self.doorbell_function.take_if(|(open, _)| *open == channel).is_some() {
+                    if end == DoorbellEnd::Spoke {
+                        warn!(link = %self.name, "the doorbell function's VMM sent something, and was cut off");
+                    }
+                    self.doorbell_watch = None;
+                    self.apply(Event::DoorbellGone);
                 }
             }
             Input::ControlDoorbell => self.serve_control_ring(),
@@ -174,6 +194,35 @@ impl LinkDriver {
         self.apply(Event::Connected(side));
     }
 
+    fn doorbell_connected(&mut self, stream: UnixStream) {
+        if self.doorbell_function.is_some() {
+            drop(stream);
+            self.apply(Event::DoorbellTurnedAway);
+            return;
+        }
+        let port = self.port.clone();
+        self.next_channel += 1;
+        let channel = ChannelId(self.next_channel);
+        let ended = move |end| port.send(Input::DoorbellEnded { channel, end });
+        match Doorbell::new(stream, self.link_id, &self.name, ended) {
+            Ok(doorbell) => {
+                self.doorbell_function = Some((channel, doorbell));
+                self.apply(Event::DoorbellConnected);
+            }
+            Err(error) => warn!(link = %self.name, %error, "a doorbell function cannot be served"),
+        }
+    }
+
+    /// Sends what is left to send, and looks whether all is read.
+    fn look_at_doorbell(&mut self) {
+        let Some((_, doorbell)) = &mut self.doorbell_function else { return };
+        // That its VMM is gone comes by its own thread.
+        if doorbell.send().and_then(|()| doorbell.is_read()).unwrap_or(false) {
+            self.doorbell_watch = None;
+            self.apply(Event::DoorbellRead);
+        }
+    }
+
     /// A time may have come.
     pub fn time_passed(&mut self, now: Instant) {
         let longest = if self.link.deadline().is_some() { LOOK_WAITED_FOR } else { LOOK };
@@ -181,6 +230,11 @@ impl LinkDriver {
             watch.pause = (watch.pause * 2).min(longest);
             watch.next = now + watch.pause;
             self.look_at_witness();
+        }
+        if let Some(watch) = self.doorbell_watch.as_mut().filter(|watch| now >= watch.next) {
+            watch.pause = (watch.pause * 2).min(LOOK_WAITED_FOR);
+            watch.next = now + watch.pause;
+            self.look_at_doorbell();
         }
         if self.link.deadline().is_some_and(|deadline| now >= deadline) {
             self.apply(Event::Tick);
@@ -266,6 +320,31 @@ impl LinkDriver {
             }
             Effect::Copy(command, task, pieces) => self.copy(command, task, &pieces),
             Effect::Window(op, change) => self.change_window(op, change),
+            Effect::WirePeer(id, request) => {
+                self.ask(Side::Peer, Asked::Wire(id), backend_message::wire(request));
+            }
+            Effect::Doorbell(message) => {
+                if let Some((_, doorbell)) = &mut self.doorbell_function {
+                    match message {
+                        DoorbellMessage::OwnVector(eventfd) => doorbell.own_vector(&eventfd),
+                        DoorbellMessage::Peer(number, eventfd) => doorbell.peer_vector(number, &eventfd),
+                    }
+                }
+            }
+            Effect::WatchDoorbell => {
+                self.doorbell_watch = Some(Watch { next: Instant::now(), pause: FIRST_LOOK });
+            }
+            Effect::PublishDoorbell(entries, generation) => {
+                let published = self
+                    .doorbell_function
+                    .as_ref()
+                    .map(|(_, doorbell)| doorbell.publish(&entries, generation));
+                self.warn_of(published.unwrap_or(Ok(())), "the doorbell page cannot be written");
+            }
+            Effect::CloseDoorbell => {
+                self.doorbell_function = None;
+                self.doorbell_watch = None;
+            }
             Effect::WatchWitness => {
                 self.watch = Some(Watch { next: Instant::now() + FIRST_LOOK, pause: FIRST_LOOK });
             }
@@ -355,6 +434,10 @@ impl LinkDriver {
                 let result = if done { Ok(()) } else { Err(format!("{what}: its answer was no")) };
                 self.apply(Event::WindowDone(op, result));
             }
+            Some((Asked::Wire(id), what)) => {
+                let result = if done { Ok(()) } else { Err(what) };
+                self.apply(Event::WireDone(id, result));
+            }
             Some((Asked::Miss(id), _)) => self.apply(Event::MissDone(id, done)),
             Some((Asked::Nothing, _)) | None => self.run_effects(Vec::new()),
         }
@@ -364,6 +447,7 @@ impl LinkDriver {
         for (asked, what) in lost {
             self.failed.push_back(match asked {
                 Asked::Window(op) => Event::WindowDone(op, Err(format!("{what}: its channel is closed"))),
+                Asked::Wire(id) => Event::WireDone(id, Err(format!("{what}: its channel is closed"))),
                 // Not known, and not denied: deadlines, or a new channel, deal with it.
                 Asked::Miss(_) | Asked::Nothing => continue,
             });
@@ -398,12 +482,12 @@ impl LinkDriver {
     fn prepare(&mut self, change: WindowOp) -> io::Result<Message> {
         let content = match change {
             WindowOp::Unmap(content) => {
-                let (offset, len) = content.place();
+                let (offset, len) = content.place(self.link.window_len());
                 return Ok(backend_message::unmap(offset.raw(), len));
             }
             WindowOp::Map(content) => content,
         };
-        let (offset, len) = content.place();
+        let (offset, len) = content.place(self.link.window_len());
         let own = |fd: &dyn AsFd| -> io::Result<Source> {
             let fd: OwnedFd = fd.as_fd().try_clone_to_owned()?;
             Ok(Source::Own(Arc::new(fd)))

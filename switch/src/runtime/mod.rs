@@ -43,7 +43,7 @@ use crate::link::{Fault, Side};
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct SessionId(pub u64);
 
-/// Numbers the back-end channels of a link: a VMM may replace the one of its session.
+/// Numbers the back-end channels and doorbell connections of a link: a VMM may replace one.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct ChannelId(pub u64);
 
@@ -96,6 +96,15 @@ pub enum Input {
         session: SessionId,
         /// Which of its channels.
         channel: ChannelId,
+    },
+    /// A VMM connected the link's doorbell function.
+    DoorbellConnected(UnixStream),
+    /// The connection of a doorbell function ended.
+    DoorbellEnded {
+        /// Which connection.
+        channel: ChannelId,
+        /// How it ended.
+        end: doorbell::End,
     },
     /// The control ring's doorbell rang.
     ControlDoorbell,

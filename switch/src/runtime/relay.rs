@@ -218,6 +218,14 @@ impl Worker {
         for (_, route) in self.routes.drain() {
             // Fails only for a descriptor that is not waited for.
             let _ = self.epoll.delete(route.source.as_fd());
+            // What was passed on last may have reached an eventfd that its VMM had looked at
+            // for the last time.
+            if let Action::Signal { target, .. } = &route.action
+                && let Some(wire) = wires.iter().find(|wire| wire.source == route.source)
+                && wire.target != *target
+            {
+                signal(&wire.target);
+            }
         }
         let signals = wires.into_iter().map(|wire| {
             let action = Action::Signal { target: wire.target, from: wire.from };

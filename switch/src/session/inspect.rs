@@ -74,7 +74,8 @@ pub fn eventfd(file: File) -> Result<Eventfd, Fault> {
     }
     set_nonblocking(&fd)
         .map_err(|error| Fault::Descriptor(format!("an eventfd cannot be made non-blocking: {error}")))?;
-    Ok(Eventfd::new(fd))
+    let number = info.lines().find_map(|line| line.strip_prefix("eventfd-id:")?.trim().parse().ok());
+    Ok(Eventfd::new(fd).with_number(number))
 }
 
 /// Takes a descriptor as the stream for requests to the front-end. Others may not

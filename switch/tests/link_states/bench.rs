@@ -6,7 +6,7 @@ use std::time::{Duration, Instant};
 
 use iommu::{Access, Iova};
 use vhost_pci_device::abi;
-use vhost_pci_switch::config::{LinkConfig, OneWay, Profile};
+use vhost_pci_switch::config::{LinkConfig, OneWay, Profile, WiringPolicy};
 use vhost_pci_switch::link::descriptor::MemoryFile;
 use vhost_pci_switch::link::message::{
     CommandId, Content, Generations, LinkContents, MissId, OpId, Reply, Request, WindowOp, Wire,
@@ -17,8 +17,11 @@ use vhost_pci_switch::link::{Effect, Event, Link, Side};
 use crate::front_end::{Ask, Files, Region, Shared, peer_set_up, peer_start};
 use crate::iommu_owner::peer_driver::Commands;
 use crate::vmm::{Kind, Manner, Vmm, kind};
+use crate::wirer::Wirer;
 
 pub const TIMEOUT: Duration = Duration::from_millis(500);
+/// Of the link.
+pub const WINDOW_LEN: u64 = 64 << 20;
 /// Queues of the peer's device: control and two vrings.
 pub const QUEUES: u32 = 3;
 /// Two regions, as a machine with memory below and above a hole has.
@@ -28,6 +31,7 @@ pub struct Bench {
     pub link: Link,
     pub now: Instant,
     pub vmm: Vmm,
+    pub wirer: Wirer,
     pub files: Files,
     pub shared: Shared,
     /// Every effect since [`Self::forget`], in order.
@@ -41,6 +45,8 @@ pub struct Bench {
     pub miss: Option<(MissId, Iova, Access)>,
     /// Whether the peer's VMM negotiates SHMEM_STRICT.
     pub strict: bool,
+    /// Whether it negotiates WIRING.
+    pub wiring: bool,
     pub one_way: OneWay,
     pub wires: Vec<Wire>,
     watching: bool,
@@ -59,11 +65,13 @@ pub fn config() -> LinkConfig {
         name: "bench".into(),
         owner_socket: "/nowhere/owner".into(),
         peer_socket: "/nowhere/peer".into(),
-        window_len: 64 << 20,
+        window_len: WINDOW_LEN,
         profile: Profile::Net,
         queue_pairs: 1,
         one_way: OneWay::Refuse,
         max_mappings: 16,
+        wiring: WiringPolicy::Direct,
+        doorbell_socket: None,
     }
 }
 
@@ -79,6 +87,7 @@ impl Bench {
             link,
             now: Instant::now(),
             vmm: Vmm::default(),
+            wirer: Wirer::default(),
             files: Files::new(),
             shared: Shared::default(),
             trace: Vec::new(),
@@ -88,6 +97,7 @@ impl Bench {
             commands: Commands::default(),
             miss: None,
             strict: false,
+            wiring: false,
             one_way,
             wires: Vec::new(),
             watching: false,
@@ -143,11 +153,15 @@ impl Bench {
         self.connected[side as usize] = false;
         match side {
             Side::Owner => {
+                self.wirer.owner_leaves();
                 self.shared = Shared::default();
                 self.question = None;
                 self.miss = None;
             }
-            Side::Peer => self.vmm.leaves(),
+            Side::Peer => {
+                self.vmm.leaves();
+                self.wirer.leaves();
+            }
         }
     }
 
@@ -155,6 +169,7 @@ impl Bench {
     pub fn owner(&mut self, ask: Ask) {
         assert!(self.question.is_none(), "the owner is still waiting for {:?}", self.question);
         let request = ask.request(&self.files);
+        self.wirer.owner_asks(&request);
         self.shared.takes(&ask);
         self.question = Some(ask);
         self.owner_reply = None;
@@ -163,12 +178,14 @@ impl Bench {
 
     /// A request of the owner's that is not in [`Ask`].
     pub fn owner_raw(&mut self, request: Request) {
+        self.wirer.owner_asks(&request);
         self.owner_reply = None;
         self.question = Some(Ask::Features(0));
         self.apply(Event::Request(Side::Owner, request));
     }
 
     pub fn peer(&mut self, request: Request) {
+        self.wirer.tells(&request);
         self.peer_reply = None;
         self.apply(Event::Request(Side::Peer, request));
         assert!(self.peer_reply.is_some(), "the peer's front-end is always answered at once");
@@ -182,7 +199,7 @@ impl Bench {
 
     pub fn peer_up(&mut self) {
         self.connect(Side::Peer);
-        for request in peer_set_up(QUEUES, self.strict) {
+        for request in peer_set_up(QUEUES, self.strict, self.wiring) {
             self.peer(request);
         }
         self.peer_starts();
@@ -206,17 +223,21 @@ impl Bench {
 
     /// The VMM takes one change and its answer arrives.
     pub fn step(&mut self, manner: Manner) -> bool {
-        let acted = self.vmm.act(manner);
+        let acted = self.vmm.act(manner) | self.wirer.act(manner);
         self.look();
         acted | self.deliver()
     }
 
     pub fn deliver(&mut self) -> bool {
-        let Some((op, result)) = self.vmm.deliver() else {
-            return false;
-        };
-        self.apply(Event::WindowDone(op, result));
-        true
+        let (window, wired) = (self.vmm.deliver(), self.wirer.deliver());
+        let any = window.is_some() || wired.is_some();
+        if let Some((op, result)) = window {
+            self.apply(Event::WindowDone(op, result));
+        }
+        if let Some((id, result)) = wired {
+            self.apply(Event::WireDone(id, result));
+        }
+        any
     }
 
     /// A command of the peer's driver: its status, and what happened besides.
@@ -287,7 +308,7 @@ impl Bench {
         self.look();
     }
 
-    fn run(&mut self, effects: Vec<Effect>) {
+    pub fn run(&mut self, effects: Vec<Effect>) {
         for effect in effects {
             self.run_one(&effect);
             self.trace.push(effect);
@@ -310,11 +331,15 @@ impl Bench {
                 if ask.revokes() {
                     self.check_revoked(&ask);
                 }
+                if ask.waits_for_wiring() {
+                    self.wirer.check_answered();
+                }
                 self.owner_reply = Some(copy(reply));
             }
             Effect::Reply(Side::Peer, reply) => self.peer_reply = Some(copy(reply)),
             Effect::Disconnect(side) => self.closed(*side),
             Effect::Window(op, change) => self.window(*op, change),
+            Effect::WirePeer(id, request) => self.wirer.ask(*id, request.clone()),
             Effect::WatchWitness => self.watching = true,
             Effect::StopWatching => self.watching = false,
             Effect::Publish(contents, generations) => self.publish(contents, *generations),

@@ -5,7 +5,7 @@ use vhost_pci_device::abi;
 use vhost_pci_switch::link::message::{Content, Reply, Request, WindowOp};
 use vhost_pci_switch::link::{Effect, Side};
 
-use crate::bench::{Bench, QUEUES, REGIONS};
+use crate::bench::{Bench, QUEUES, REGIONS, WINDOW_LEN};
 use crate::front_end::{Ask, FEATURES, FRONTEND, Region, owner_protocol_features, peer_set_up};
 use crate::vmm::{Kind, Manner, kind};
 
@@ -21,7 +21,8 @@ fn asked_maps(bench: &Bench) -> Vec<(Kind, u64, u64)> {
         Effect::Window(_, WindowOp::Unmap(content)) => panic!("unmap of {content:?}"),
         _ => None,
     });
-    maps.map(|content| (kind(content), content.place().0.raw(), content.place().1)).collect()
+    maps.map(|content| (kind(content), content.place(WINDOW_LEN).0.raw(), content.place(WINDOW_LEN).1))
+        .collect()
 }
 
 fn expected_maps() -> Vec<(Kind, u64, u64)> {
@@ -208,7 +209,7 @@ fn a_peer_without_the_window_features_or_the_channel_is_refused_at_its_start() {
     let set_up = |skip: fn(&Request) -> bool| {
         let mut bench = Bench::new();
         bench.connect(Side::Peer);
-        for request in peer_set_up(QUEUES, false).into_iter().filter(|request| !skip(request)) {
+        for request in peer_set_up(QUEUES, false, false).into_iter().filter(|request| !skip(request)) {
             bench.peer(request);
         }
         bench.peer(Request::SetVringEnable { index: 0, enable: true });
@@ -269,7 +270,10 @@ fn ring_addresses_are_front_end_virtual_and_published_as_the_drivers() {
     assert!(bench.is_up());
     assert_eq!(bench.published.0.vrings[0].desc.value(), high.guest);
     assert_ne!(bench.published.0.vrings[0].desc.value(), FRONTEND + high.guest);
-    let maps: Vec<_> =
-        bench.vmm.owner_ranges().map(|range| Content::Owner(range.clone()).place().0.raw()).collect();
+    let maps: Vec<_> = bench
+        .vmm
+        .owner_ranges()
+        .map(|range| Content::Owner(range.clone()).place(WINDOW_LEN).0.raw())
+        .collect();
     assert_eq!(maps, [abi::DATA_OFFSET], "offset = IOVA - base");
 }

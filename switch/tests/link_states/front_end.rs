@@ -11,7 +11,7 @@ use nix::sys::eventfd::{EfdFlags, EventFd};
 use nix::sys::memfd::{MFdFlags, memfd_create};
 use vhost_pci_switch::link::descriptor::{Eventfd, MemoryFile};
 use vhost_pci_switch::link::features::{
-    ACCESS_PLATFORM, PROTOCOL_FEATURES, PROTOCOL_IOMMU_PUSH, PROTOCOL_SHMEM_STRICT,
+    ACCESS_PLATFORM, PROTOCOL_FEATURES, PROTOCOL_IOMMU_PUSH, PROTOCOL_SHMEM_STRICT, PROTOCOL_WIRING,
 };
 use vhost_pci_switch::link::iommu::demand::Task;
 use vhost_pci_switch::link::iommu::iotlb::Piece;
@@ -176,6 +176,13 @@ impl Ask {
     }
 
     /// Whether the owner may reuse memory as soon as this is answered.
+    pub fn waits_for_wiring(&self) -> bool {
+        matches!(
+            self,
+            Self::Kick(_) | Self::Call(_) | Self::Enable(_, false) | Self::Stop(_) | Self::ResetOwner
+        )
+    }
+
     pub fn revokes(&self) -> bool {
         matches!(
             self,
@@ -337,8 +344,8 @@ impl Shared {
 }
 
 /// What a peer's front-end asks before its guest's driver starts the device.
-pub fn peer_set_up(queues: u32, strict: bool) -> Vec<Request> {
-    let without = if strict { 0 } else { PROTOCOL_SHMEM_STRICT };
+pub fn peer_set_up(queues: u32, strict: bool, wiring: bool) -> Vec<Request> {
+    let without = if strict { 0 } else { PROTOCOL_SHMEM_STRICT } | if wiring { 0 } else { PROTOCOL_WIRING };
     let mut requests = vec![
         Request::GetFeatures,
         Request::GetProtocolFeatures,

@@ -127,7 +127,7 @@ fn take(bench: &mut Bench, step: Step) {
         Step::PeerUp => {
             if !bench.is_connected(Side::Peer) {
                 bench.connect(Side::Peer);
-                peer_all(bench, peer_set_up(QUEUES, false));
+                peer_all(bench, peer_set_up(QUEUES, false, bench.wiring));
                 peer_all(bench, peer_start(QUEUES));
             }
         }
@@ -145,7 +145,7 @@ fn take(bench: &mut Bench, step: Step) {
         Step::PeerCall(index) => peer_all(bench, [Request::SetVringCall { index, fd: Some(eventfd()) }]),
         Step::PeerChannelAgain => {
             // Only while nothing is on its way: what was sent on the old one is lost.
-            if bench.vmm.is_idle() {
+            if bench.vmm.is_idle() && bench.wirer.is_idle() {
                 let (stream, _) = std::os::unix::net::UnixStream::pair().unwrap();
                 peer_all(bench, [Request::SetBackendChannel(stream)]);
             }
@@ -156,7 +156,7 @@ fn take(bench: &mut Bench, step: Step) {
                 bench.step(manner);
             }
         }
-        Step::VmmActs(manner) => drop(bench.vmm.act(manner)),
+        Step::VmmActs(manner) => drop(bench.vmm.act(manner) | bench.wirer.act(manner)),
         Step::AnswerArrives => drop(bench.deliver()),
         Step::VmmCatchesUp => bench.vmm.catch_up(),
         Step::Wait(ms) => bench.wait(Duration::from_millis(ms)),
@@ -185,8 +185,9 @@ fn calm_down(bench: &mut Bench) {
     bench.work();
 }
 
-fn run(steps: Vec<Step>) {
+fn run(wiring: bool, steps: Vec<Step>) {
     let mut bench = Bench::new();
+    bench.wiring = wiring;
     for step in steps {
         take(&mut bench, step);
     }
@@ -209,13 +210,17 @@ fn run(steps: Vec<Step>) {
     bench.work();
     assert!(bench.is_up(), "{:?}", bench.report());
     assert_eq!(bench.report().state, "up");
+    assert_eq!(bench.wirer.count(), if wiring { 4 } else { 0 });
 }
 
 proptest! {
     #![proptest_config(ProptestConfig { cases: 600, failure_persistence: None, ..ProptestConfig::default() })]
 
     #[test]
-    fn whatever_happens_no_promise_is_broken_and_a_fresh_start_works(steps in vec(step(), 1..60)) {
-        run(steps);
+    fn whatever_happens_no_promise_is_broken_and_a_fresh_start_works(
+        wiring in any::<bool>(),
+        steps in vec(step(), 1..60),
+    ) {
+        run(wiring, steps);
     }
 }

@@ -236,7 +236,7 @@ fn requests_of_the_other_side_are_refused() {
 fn the_peers_memory_and_ring_addresses_are_not_looked_at() {
     let mut bench = Bench::new();
     bench.connect(Side::Peer);
-    for request in peer_set_up(3, false) {
+    for request in peer_set_up(3, false, false) {
         bench.peer(request);
     }
     let nonsense = RegionRequest { len: 0, ..bench.files.request(REGIONS[0]) };

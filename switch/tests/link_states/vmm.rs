@@ -7,7 +7,9 @@ use std::collections::VecDeque;
 use iommu::Placement;
 use vhost_pci_device::abi;
 use vhost_pci_switch::link::descriptor::MemoryFile;
-use vhost_pci_switch::link::message::{Content, OpId, WindowOp};
+use vhost_pci_switch::link::message::{Content, OpId, WindowOp, shown_at};
+
+use crate::bench::WINDOW_LEN;
 
 /// What a piece of the window is, told by its place.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -20,7 +22,7 @@ pub enum Kind {
 }
 
 pub fn kind(content: &Content) -> Kind {
-    match content.place().0.raw() {
+    match content.place(WINDOW_LEN).0.raw() {
         abi::LINK_OFFSET => Kind::LinkArea,
         abi::CONTROL_OFFSET => Kind::ControlArea,
         abi::FENCE_OFFSET => Kind::Fence,
@@ -222,7 +224,7 @@ impl Vmm {
         self.mapped.iter().filter_map(owner_range).any(|placement| {
             placement.range().iova().start().raw() == entry.iova.value()
                 && placement.window().len() == entry.len.value()
-                && placement.offset().raw() == entry.window_offset.value()
+                && shown_at(placement, WINDOW_LEN).raw() == entry.window_offset.value()
         })
     }
 
@@ -231,7 +233,7 @@ impl Vmm {
         let all = self.mapped.iter().map(|mapped| &mapped.content);
         // The fence comes and goes; what counts of it is its answer.
         let mut mapped: Vec<_> = all.filter(|content| kind(content) != Kind::Fence).collect();
-        mapped.sort_by_key(|content| content.place().0);
+        mapped.sort_by_key(|content| content.place(WINDOW_LEN).0);
         mapped.into_iter().map(kind).collect()
     }
 }
@@ -244,6 +246,6 @@ fn owner_range(mapped: &Mapped) -> Option<&Placement<MemoryFile>> {
 }
 
 fn overlap(one: &Content, other: &Content) -> bool {
-    let ((a, a_len), (b, b_len)) = (one.place(), other.place());
+    let ((a, a_len), (b, b_len)) = (one.place(WINDOW_LEN), other.place(WINDOW_LEN));
     a.raw() < b.raw() + b_len && b.raw() < a.raw() + a_len
 }

@@ -241,7 +241,7 @@ fn take(bench: &mut Bench, kind: Kind, step: Step) {
         }
         Step::PeerUp if !bench.is_connected(Side::Peer) => {
             bench.connect(Side::Peer);
-            peer_all(bench, peer_set_up(QUEUES, bench.strict));
+            peer_all(bench, peer_set_up(QUEUES, bench.strict, bench.wiring));
             peer_all(bench, peer_start(QUEUES));
         }
         Step::PeerLeaves => bench.leave(Side::Peer),
