@@ -49,6 +49,8 @@ pub struct Bench {
     pub wiring: bool,
     pub one_way: OneWay,
     pub wires: Vec<Wire>,
+    /// Whether a doorbell function is connected.
+    pub doorbell: bool,
     watching: bool,
     /// Witness pages in the window, the oldest first, by number.
     witnesses: VecDeque<u64>,
@@ -100,6 +102,7 @@ impl Bench {
             wiring: false,
             one_way,
             wires: Vec::new(),
+            doorbell: false,
             watching: false,
             witnesses: VecDeque::new(),
             next_witness: 0,
@@ -339,6 +342,7 @@ impl Bench {
             Effect::Reply(Side::Peer, reply) => self.peer_reply = Some(copy(reply)),
             Effect::Disconnect(side) => self.closed(*side),
             Effect::Window(op, change) => self.window(*op, change),
+            Effect::CloseDoorbell => self.doorbell = false,
             Effect::WirePeer(id, request) => self.wirer.ask(*id, request.clone()),
             Effect::WatchWitness => self.watching = true,
             Effect::StopWatching => self.watching = false,

@@ -7,8 +7,8 @@ use std::time::Duration;
 use proptest::collection::vec;
 use proptest::prelude::*;
 use vhost_pci_device::abi;
-use vhost_pci_switch::link::Side;
 use vhost_pci_switch::link::message::Request;
+use vhost_pci_switch::link::{Event, Side};
 
 use crate::bench::{Bench, QUEUES, REGIONS, TIMEOUT};
 use crate::front_end::{Ask, FEATURES, Region, eventfd, peer_set_up, peer_start};
@@ -39,6 +39,11 @@ enum Step {
     VmmCatchesUp,
     Wait(u64),
     Control(u16, u16, u32, bool),
+    /// The peer's driver attaches, with so many vectors of a doorbell function.
+    Attach(u64),
+    DoorbellConnects,
+    DoorbellReads,
+    DoorbellLeaves,
 }
 
 fn region() -> impl Strategy<Value = Region> {
@@ -85,6 +90,10 @@ fn step() -> impl Strategy<Value = Step> {
         4 => Just(Step::AnswerArrives),
         3 => Just(Step::VmmCatchesUp),
         3 => prop::sample::select(vec![1u64, 100, 260, 499, 500, 1000]).prop_map(Step::Wait),
+        2 => (0u64..6).prop_map(Step::Attach),
+        2 => Just(Step::DoorbellConnects),
+        2 => Just(Step::DoorbellReads),
+        1 => Just(Step::DoorbellLeaves),
         1 => (0u16..5, 0u16..4, 0u32..12, any::<bool>()).prop_map(|(c, v, k, current)| Step::Control(c, v, k, current)),
     ]
 }
@@ -169,10 +178,36 @@ fn take(bench: &mut Bench, step: Step) {
                 value: generation.into(),
                 ..Default::default()
             };
-            drop(bench.command(&request));
+            let (_, effects) = bench.command(&request);
+            bench.run(effects);
         }
+        Step::Attach(vectors) => attach(bench, vectors),
+        Step::DoorbellConnects if bench.doorbell => bench.apply(Event::DoorbellTurnedAway),
+        Step::DoorbellConnects => {
+            bench.doorbell = true;
+            bench.apply(Event::DoorbellConnected);
+        }
+        Step::DoorbellReads if bench.doorbell => bench.apply(Event::DoorbellRead),
+        Step::DoorbellLeaves if bench.doorbell => {
+            bench.doorbell = false;
+            bench.apply(Event::DoorbellGone);
+        }
+        Step::DoorbellReads | Step::DoorbellLeaves => {}
     }
     bench.look();
+}
+
+fn attach(bench: &mut Bench, vectors: u64) {
+    let flags = abi::ATTACH_F_INTERRUPT | if vectors > 0 { abi::ATTACH_F_DOORBELL } else { 0 };
+    let request = abi::ControlRequest {
+        command: abi::CTRL_ATTACH.into(),
+        flags: flags.into(),
+        value: bench.published.1.into(),
+        len: vectors.into(),
+        ..Default::default()
+    };
+    let (_, effects) = bench.command(&request);
+    bench.run(effects);
 }
 
 /// Lets time pass and everybody do what is left to do.
@@ -211,6 +246,14 @@ fn run(wiring: bool, steps: Vec<Step>) {
     assert!(bench.is_up(), "{:?}", bench.report());
     assert_eq!(bench.report().state, "up");
     assert_eq!(bench.wirer.count(), if wiring { 4 } else { 0 });
+    attach(&mut bench, 2);
+    if bench.doorbell {
+        bench.apply(Event::DoorbellRead);
+    }
+    for vring in bench.report().vrings {
+        assert!(vring.kicks != "none" && vring.calls != "none", "{vring:?}");
+        assert!(!wiring || vring.kicks == "direct", "{vring:?}");
+    }
 }
 
 proptest! {
