@@ -16,6 +16,7 @@ use super::doorbell::Doorbell;
 use super::fault::Fault;
 use super::iommu::demand::{Demand, DemandCounters};
 use super::iommu::listen::Refusal;
+use super::iommu::room::Room;
 use super::iommu::shown::Shown;
 use super::message::{CommandId, Effect, Event, Generations, LinkContents, Log, Reply, Request, Side, Wire};
 use super::owner::OwnerSession;
@@ -86,8 +87,8 @@ pub struct Link {
     pub(super) pending: Option<Pending>,
     pub(super) failure: Option<String>,
     pub(super) published: LinkContents,
-    /// Whether a command may still make room in the window before the link settles.
-    pub(super) may_evict: bool,
+    /// The room that commands may have before the link settles.
+    pub(super) room: Room,
     /// Something happened that what the peer should see may follow from.
     pub(super) unsettled: bool,
     pub(super) generations: Generations,
@@ -130,7 +131,7 @@ impl Link {
             pending: None,
             failure: None,
             published: LinkContents::default(),
-            may_evict: false,
+            room: Room::Taken,
             unsettled: false,
             generations: Generations { link: generation, table: generation },
             wires: Vec::new(),

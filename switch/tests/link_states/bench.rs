@@ -261,7 +261,11 @@ impl Bench {
 
     /// Everything that the VMM was asked is done and answered.
     pub fn work(&mut self) {
-        while self.step(Manner::Honest) {}
+        let mut steps = 0;
+        while self.step(Manner::Honest) {
+            steps += 1;
+            assert!(steps < 10_000, "the window is changed for ever: {:?}", self.report());
+        }
         self.vmm.catch_up();
         self.look();
     }

@@ -12,6 +12,30 @@ use crate::link::fault::Fault;
 use crate::link::owner::OwnerSession;
 use crate::link::state::Link;
 
+/// What room a command may have that wants ranges shown, in one pass along all commands.
+///
+/// One command at a time makes room, and until it is answered: two that exclude each other
+/// would take turns for ever.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(in crate::link) enum Room {
+    /// What others have, if need be.
+    Made,
+    /// What nobody has.
+    Free,
+    /// None.
+    Taken,
+}
+
+impl Room {
+    /// A command waits for what was made room for, or needs none: those behind it do not take
+    /// it away again.
+    pub(super) fn is_for_nobody_else(&mut self) {
+        if *self == Self::Made {
+            *self = Self::Free;
+        }
+    }
+}
+
 impl Link {
     /// A peer's device starts: what an earlier VMM was asked to map is not shown to one that
     /// would allow more or less with it.
@@ -80,6 +104,21 @@ impl Link {
                 }
             }
         }
+    }
+
+    /// Shows these known ranges where nothing has to go for them; says whether it could.
+    pub(super) fn show_if_free(&mut self, ranges: &[MappedRange<MemoryFile>]) -> bool {
+        let fresh =
+            |range: &&MappedRange<MemoryFile>| self.shown.map().overlapping(range.iova()).next().is_none();
+        let new: Vec<Span<Iova>> = ranges.iter().filter(fresh).map(MappedRange::iova).collect();
+        if self.add(ranges) && self.try_plan().is_ok() {
+            return true;
+        }
+        for span in new {
+            self.shown.remove(span);
+        }
+        self.plan();
+        false
     }
 
     /// Adds those of the ranges that are not shown, neighbours as one. Says whether there

@@ -7,7 +7,7 @@ use iommu::{Access, Iova, Span};
 use vhost_pci_device::abi;
 
 use super::demand::{Task, Want, want};
-use super::room::{allowed_as, mapped_as};
+use super::room::{Room, allowed_as, mapped_as};
 use crate::link::link_page;
 use crate::link::message::{CommandId, Effect};
 use crate::link::owner::OwnerSession;
@@ -53,7 +53,8 @@ impl Link {
             return;
         }
         let mut missing = self.serve_vrings(effects);
-        self.may_evict = self.pending.as_ref().is_none_or(Pending::is_of_some);
+        let may_evict = self.pending.as_ref().is_none_or(Pending::is_of_some);
+        self.room = if may_evict { Room::Made } else { Room::Taken };
         for want in std::mem::take(&mut self.demand.wants) {
             if now >= want.deadline {
                 effects.push(Effect::Answer(want.command, abi::CTRL_FAILED, false));
@@ -199,16 +200,26 @@ impl Link {
         if ranges.iter().any(|range| mapped_as(range, policy.0, policy.1).is_none()) {
             return done(abi::CTRL_COPY);
         }
-        // One command at a time makes room: two that exclude each other would take turns.
-        if !self.shown.covers_for(want.span, want.access) {
-            if !std::mem::take(&mut self.may_evict) {
-                return Served::Waits;
-            }
-            self.hide_lesser(want.span, want.access);
-            if self.show_for(&ranges, &[want.span]).is_err() {
-                // It is over, and keeps nobody waiting.
-                self.may_evict = true;
-                return done(abi::CTRL_NO_ROOM);
+        if self.shown.covers_for(want.span, want.access) {
+            self.room.is_for_nobody_else();
+        } else {
+            match self.room {
+                Room::Taken => return Served::Waits,
+                Room::Free => {
+                    self.hide_lesser(want.span, want.access);
+                    if !self.show_if_free(&ranges) {
+                        self.room = Room::Taken;
+                        return Served::Waits;
+                    }
+                }
+                Room::Made => {
+                    self.hide_lesser(want.span, want.access);
+                    if self.show_for(&ranges, &[want.span]).is_err() {
+                        // It is over, and keeps nobody waiting.
+                        return done(abi::CTRL_NO_ROOM);
+                    }
+                    self.room.is_for_nobody_else();
+                }
             }
         }
         self.shown.touch(want.span, false);

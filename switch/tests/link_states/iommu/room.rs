@@ -38,6 +38,34 @@ fn the_range_that_was_asked_for_longest_ago_makes_room() {
 }
 
 #[test]
+fn commands_that_exclude_each_other_are_served_one_after_the_other() {
+    let mut bench = with(3);
+    let maps: Vec<_> = (0..10).map(|index| bench.map(page(index), PAGE, 3)).collect();
+    for map in maps {
+        assert_eq!(bench.status(map), abi::CTRL_OK);
+    }
+    assert_eq!(bench.report().counters.mappings_evicted, 9);
+}
+
+#[test]
+fn commands_that_wait_for_a_link_that_is_down_do_not_take_turns_in_the_window() {
+    let mut bench = with(1);
+    bench.guest_unmaps(0, u64::MAX - PAGE + 1);
+    bench.guest_maps(0..64, RW);
+    bench.gives(abi::CTRL_MAP, page(0), 1, 3);
+    bench.gives(abi::CTRL_MAP, page(5), 1, 2);
+    bench.gives(abi::CTRL_MAP, page(5), 1, 1);
+    loop {
+        bench.work();
+        if !bench.try_answer_miss() {
+            break;
+        }
+    }
+    assert!(!bench.is_up());
+    assert!(bench.report().counters.mappings_evicted <= 2);
+}
+
+#[test]
 fn vrings_are_never_evicted() {
     let mut bench = with(3);
     for index in 0..30 {
