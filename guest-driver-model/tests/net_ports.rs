@@ -24,7 +24,7 @@ proptest! {
         lens in vec(prop_oneof![0_usize..200, 0_usize..2000, 0_usize..9000], 1..200),
         bursts in vec((0_usize..40, 1_usize..40), 1..10),
     ) {
-        let config = OwnerConfig { pairs: 1, ring_size: 1 << size_log, buffer_len, mergeable, indirect };
+        let config = OwnerConfig { pairs: 1, ring_size: 1 << size_log, buffer_len, mergeable, indirect, event_idx: true };
         let Joined { mut owner, mut peer, layout, .. } = join(config);
         let make = |limit: usize| -> Vec<_> {
             lens.iter().zip(0..).map(|(len, seed)| frame(seed, *len.min(&limit))).collect()
@@ -146,7 +146,8 @@ fn a_long_frame_waits_for_completions_and_not_for_ever() {
 
 #[test]
 fn the_owner_is_called_for_transmitted_packets_too() {
-    let Joined { mut owner, mut peer, .. } = join(OwnerConfig::default());
+    let config = OwnerConfig { event_idx: false, ..OwnerConfig::default() };
+    let Joined { mut owner, mut peer, .. } = join(config);
     assert!(owner.needs_kick(0), "the receive buffers were posted");
     let mut burst = PacketBurst::default();
     owner.tx_burst(0, [frame(1, 60).as_slice()]).unwrap();
@@ -184,13 +185,13 @@ fn links_that_are_no_network_card_in_use_give_no_port() {
     assert_eq!(port(&block).unwrap_err(), PortError::NotNetwork { device: 2 });
     let legacy = LinkWriter { features: 1 << 15, ..good.clone() };
     assert_eq!(port(&legacy).unwrap_err(), PortError::Legacy { features: 1 << 15 });
-    // VIRTIO_RING_F_EVENT_IDX, VIRTIO_F_RING_PACKED, VIRTIO_NET_F_GUEST_CSUM.
-    for bit in [29, 34, 1] {
+    // VIRTIO_F_RING_PACKED, VIRTIO_F_IN_ORDER, VIRTIO_NET_F_GUEST_CSUM.
+    for bit in [34, 35, 1] {
         let unknown = LinkWriter { features: good.features | 1 << bit, ..good.clone() };
         assert_eq!(port(&unknown).unwrap_err(), PortError::Unknown { features: 1 << bit });
     }
-    // VIRTIO_RING_F_INDIRECT_DESC, VIRTIO_F_ACCESS_PLATFORM.
-    for bit in [28, 33] {
+    // VIRTIO_RING_F_INDIRECT_DESC, VIRTIO_RING_F_EVENT_IDX, VIRTIO_F_ACCESS_PLATFORM.
+    for bit in [28, 29, 33] {
         let known = LinkWriter { features: 1 << 32 | 1 << bit, ..good.clone() };
         assert!(port(&known).is_ok());
     }

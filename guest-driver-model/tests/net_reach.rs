@@ -17,8 +17,14 @@ use proptest::collection::vec;
 use proptest::prelude::{Just, ProptestConfig, any, prop_oneof, proptest};
 use vhost_pci_device::abi::{self, FaultKind};
 
-const DEFAULT: OwnerConfig =
-    OwnerConfig { pairs: 1, ring_size: 64, buffer_len: 2048, mergeable: true, indirect: false };
+const DEFAULT: OwnerConfig = OwnerConfig {
+    pairs: 1,
+    ring_size: 64,
+    buffer_len: 2048,
+    mergeable: true,
+    indirect: false,
+    event_idx: true,
+};
 
 fn frames(count: u64, len: usize) -> Vec<Vec<u8>> {
     (0..count).map(|seed| frame(seed, len)).collect()
@@ -47,7 +53,7 @@ proptest! {
         lens in vec(prop_oneof![0_usize..200, 0_usize..2000, 0_usize..9000], 1..60),
         bursts in vec((0_usize..40, 1_usize..40), 1..6),
     ) {
-        let config = OwnerConfig { pairs: 1, ring_size: 1 << size_log, buffer_len, mergeable, indirect };
+        let config = OwnerConfig { pairs: 1, ring_size: 1 << size_log, buffer_len, mergeable, indirect, event_idx: true };
         let mut asked = 0;
         let rule = move |request: &Request| {
             asked += 1;

@@ -9,7 +9,7 @@ use std::sync::mpsc;
 
 use guest_driver_model::ring::{
     Buffer, ChainBurst, Completion, DeviceRing, Direction, DriverRing, IndirectTables, Place, RingConfig,
-    RingPlaces,
+    RingFeatures, RingPlaces,
 };
 use guest_driver_model::shm::SharedMemory;
 use guest_driver_model::translate::Translation;
@@ -24,14 +24,18 @@ struct Halves {
     device: DeviceRing,
 }
 
-fn halves(size: u16, indirect: bool) -> Halves {
+const PLAIN: RingFeatures = RingFeatures { indirect: false, event_idx: false };
+const EVENT_IDX: RingFeatures = RingFeatures { indirect: false, event_idx: true };
+
+fn halves(size: u16, features: RingFeatures) -> Halves {
     let views = TwoViews::new(8 << 20);
     let (places, end) = RingPlaces::at(0, size);
-    let tables = indirect.then_some(IndirectTables { offset: end, entries: size.min(8) });
-    let driver = DriverRing::new(1, &places, &views.owner, IOVA, tables).unwrap();
+    let tables = features.indirect.then_some(IndirectTables { offset: end, entries: size.min(8) });
+    let fresh = if features.event_idx { DriverRing::with_event_idx } else { DriverRing::new };
+    let driver = fresh(1, &places, &views.owner, IOVA, tables).unwrap();
     let config = RingConfig::try_from(&places.info(IOVA)).unwrap();
     let translation = Translation::new(&[views.mapping()]);
-    let device = DeviceRing::new(1, &config, &views.window, translation, indirect).unwrap();
+    let device = DeviceRing::new(1, &config, &views.window, translation, features).unwrap();
     Halves { views, driver, device }
 }
 
@@ -55,10 +59,11 @@ proptest! {
     fn buffers_arrive_as_described_and_come_back_once(
         size_log in 0_u32..7,
         indirect in any::<bool>(),
+        event_idx in any::<bool>(),
         chains in vec(chain(), 1..200),
         bursts in vec((1_usize..20, 1_usize..20, any::<bool>()), 8),
     ) {
-        let Halves { mut driver, mut device, .. } = halves(1 << size_log, indirect);
+        let Halves { mut driver, mut device, .. } = halves(1 << size_log, RingFeatures { indirect, event_idx });
         let mut burst = ChainBurst::default();
         let mut completions = Vec::new();
         let mut expected = Vec::new();
@@ -103,7 +108,7 @@ proptest! {
 #[test]
 fn a_ring_works_on_after_its_indices_wrap_three_times() {
     for size in [1, 2, 64, 32_768] {
-        let Halves { mut driver, mut device, .. } = halves(size, false);
+        let Halves { mut driver, mut device, .. } = halves(size, EVENT_IDX);
         let mut burst = ChainBurst::default();
         let mut completions = Vec::new();
         let (mut added, mut back) = (0_u64, 0_u64);
@@ -130,7 +135,7 @@ fn a_ring_works_on_after_its_indices_wrap_three_times() {
 
 #[test]
 fn a_device_made_anew_goes_on_where_the_used_ring_is() {
-    let Halves { views, mut driver, mut device } = halves(8, false);
+    let Halves { views, mut driver, mut device } = halves(8, PLAIN);
     for token in 0..6 {
         driver.add(&[Buffer::writable(0x40_0000, 64)], token).unwrap();
     }
@@ -146,7 +151,7 @@ fn a_device_made_anew_goes_on_where_the_used_ring_is() {
     let (places, _) = RingPlaces::at(0, 8);
     let config = RingConfig::try_from(&places.info(IOVA)).unwrap();
     let translation = Translation::new(&[views.mapping()]);
-    let mut device = DeviceRing::new(1, &config, &views.window, translation, false).unwrap();
+    let mut device = DeviceRing::new(1, &config, &views.window, translation, PLAIN).unwrap();
     burst.clear();
     assert_eq!(device.pop_burst(8, Direction::Both, &mut burst), Ok(4));
     for chain in burst.iter() {
@@ -160,7 +165,7 @@ fn a_device_made_anew_goes_on_where_the_used_ring_is() {
 
 #[test]
 fn suppressed_notifications_are_not_asked_for() {
-    let Halves { mut driver, mut device, .. } = halves(8, false);
+    let Halves { mut driver, mut device, .. } = halves(8, PLAIN);
     assert!(!driver.needs_kick() && !device.needs_call(), "nothing has happened yet");
     let post = |driver: &mut DriverRing| {
         driver.add(&[Buffer::writable(0x40_0000, 64)], 0).unwrap();
@@ -191,10 +196,65 @@ fn suppressed_notifications_are_not_asked_for() {
     assert_eq!(device.set_kicks(true), Ok(false));
 }
 
+#[test]
+fn by_event_indices_each_sleep_is_ended_once() {
+    let Halves { mut driver, mut device, .. } = halves(8, EVENT_IDX);
+    assert!(!driver.needs_kick() && !device.needs_call(), "nothing has happened yet");
+    let post = |driver: &mut DriverRing, count: u64| {
+        for token in 0..count {
+            driver.add(&[Buffer::writable(0x40_0000, 64)], token).unwrap();
+        }
+        driver.publish();
+        driver.needs_kick()
+    };
+    // As the ring is made: the first entry is waited for.
+    assert!(post(&mut driver, 1));
+    assert!(!post(&mut driver, 1), "whoever was woken for the first one finds the second");
+    assert_eq!(device.set_kicks(true), Ok(true), "chains are waiting: do not sleep");
+    assert!(!post(&mut driver, 1), "nobody sleeps");
+
+    let complete = |device: &mut DeviceRing, count: usize| {
+        let mut burst = ChainBurst::default();
+        assert_eq!(device.pop_burst(count, Direction::Both, &mut burst), Ok(count));
+        for chain in burst.iter() {
+            device.push_used(chain.head, 0);
+        }
+        assert!(!device.needs_call(), "not flushed yet");
+        device.flush_used();
+        device.needs_call()
+    };
+    assert!(complete(&mut device, 1));
+    assert!(!complete(&mut device, 1));
+    assert_eq!(driver.set_calls(true), Ok(true), "completions are waiting: do not sleep");
+    assert_eq!(driver.reap(8, &mut Vec::new()), Ok(2));
+    assert_eq!(driver.set_calls(true), Ok(false));
+    assert!(complete(&mut device, 1));
+    assert_eq!(driver.reap(8, &mut Vec::new()), Ok(1));
+    assert_eq!(device.set_kicks(true), Ok(false));
+    assert_eq!(driver.set_calls(true), Ok(false));
+    assert!(post(&mut driver, 5) && complete(&mut device, 5));
+    // Awake: nothing is asked for, however much there is to do.
+    assert_eq!(driver.reap(8, &mut Vec::new()), Ok(5));
+    assert_eq!((device.set_kicks(false), driver.set_calls(false)), (Ok(false), Ok(false)));
+    for _ in 0..100_000 {
+        assert!(!post(&mut driver, 3) && !complete(&mut device, 3));
+        assert_eq!(driver.reap(8, &mut Vec::new()), Ok(3));
+    }
+}
+
 /// Both sides sleep whenever they may. A lost wake-up is a time-out.
 #[test]
 fn no_wake_up_is_lost_when_both_sides_sleep() {
-    let Halves { mut driver, mut device, views: _views } = halves(4, false);
+    both_sides_sleep(PLAIN);
+}
+
+#[test]
+fn no_wake_up_is_lost_when_both_sides_sleep_by_event_indices() {
+    both_sides_sleep(EVENT_IDX);
+}
+
+fn both_sides_sleep(features: RingFeatures) {
+    let Halves { mut driver, mut device, views: _views } = halves(4, features);
     let (kick, kicked) = mpsc::channel();
     let (call, called) = mpsc::channel();
     let wait = |signal: &mpsc::Receiver<()>| {
@@ -274,7 +334,7 @@ fn the_control_ring_fits_its_page() {
         window_offset: 0,
         access: guest_driver_model::link::Access::READ_WRITE,
     };
-    let mut device = DeviceRing::new(0, &config, &area, Translation::new(&[whole]), false).unwrap();
+    let mut device = DeviceRing::new(0, &config, &area, Translation::new(&[whole]), PLAIN).unwrap();
     area.write(abi::CONTROL_BUFFERS, b"a request of thirty-two bytes...").unwrap();
     let response = abi::CONTROL_BUFFERS + 32;
     driver.add(&[Buffer::readable(abi::CONTROL_BUFFERS, 32), Buffer::writable(response, 8)], 7).unwrap();

@@ -229,7 +229,7 @@ fn indirect_tables_that_the_specification_forbids_are_refused() {
 #[test]
 fn an_indirect_table_without_the_feature_is_refused() {
     let mut ring = HandRing::new(8);
-    ring.indirect = false;
+    ring.features.indirect = false;
     ring.descriptor_at(DATA, IOVA + 2 * DATA, 64, 0, 0);
     ring.descriptor(0, DATA, 16, INDIRECT, 0);
     assert_eq!(fault_of(&ring, Direction::Both), FaultKind::Indirect);

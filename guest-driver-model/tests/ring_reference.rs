@@ -10,7 +10,8 @@ use std::os::fd::AsFd;
 
 use guest_driver_model::link::{Access, Mapping};
 use guest_driver_model::ring::{
-    Buffer, ChainBurst, Completion, DeviceRing, Direction, DriverRing, IndirectTables, RingConfig, RingPlaces,
+    Buffer, ChainBurst, Completion, DeviceRing, Direction, DriverRing, IndirectTables, RingConfig,
+    RingFeatures, RingPlaces,
 };
 use guest_driver_model::shm::SharedMemory;
 use guest_driver_model::translate::Translation;
@@ -30,23 +31,25 @@ struct Bench {
     reference: Queue,
 }
 
-fn bench(size: u16, indirect: bool) -> Bench {
+fn bench(size: u16, features: RingFeatures) -> Bench {
     let file = File::from(memfd(LEN as u64));
     let memory = SharedMemory::map(file.as_fd(), 0, LEN).unwrap();
     let range = (GuestAddress(0), LEN, Some(FileOffset::new(file, 0)));
     let reference_memory = GuestMemoryMmap::from_ranges_with_files([range]).unwrap();
     // virtio-queue takes address 0 for "not set".
     let (places, end) = RingPlaces::at(4096, size);
-    let tables = indirect.then_some(IndirectTables { offset: end, entries: size.min(8) });
-    let driver = DriverRing::new(0, &places, &memory, 0, tables).unwrap();
+    let tables = features.indirect.then_some(IndirectTables { offset: end, entries: size.min(8) });
+    let fresh = if features.event_idx { DriverRing::with_event_idx } else { DriverRing::new };
+    let driver = fresh(0, &places, &memory, 0, tables).unwrap();
     let whole = Mapping { iova: 0, len: LEN as u64, window_offset: 0, access: Access::READ_WRITE };
     let config = RingConfig::try_from(&places.info(0)).unwrap();
-    let ours = DeviceRing::new(0, &config, &memory, Translation::new(&[whole]), indirect).unwrap();
+    let ours = DeviceRing::new(0, &config, &memory, Translation::new(&[whole]), features).unwrap();
     let mut reference = Queue::new(256).unwrap();
     reference.set_size(size);
     reference.try_set_desc_table_address(GuestAddress(places.desc)).unwrap();
     reference.try_set_avail_ring_address(GuestAddress(places.avail)).unwrap();
     reference.try_set_used_ring_address(GuestAddress(places.used)).unwrap();
+    reference.set_event_idx(features.event_idx);
     reference.set_ready(true);
     assert!(reference.is_valid(&reference_memory));
     Bench { memory, reference_memory, driver, ours, reference }
@@ -73,7 +76,7 @@ proptest! {
         reversed in any::<bool>(),
     ) {
         let Bench { reference_memory: memory, mut driver, mut ours, mut reference, memory: _memory } =
-            bench(1 << size_log, indirect);
+            bench(1 << size_log, RingFeatures { indirect, event_idx: false });
         let mut burst = ChainBurst::default();
         let mut waiting = chains.iter().zip(0_u64..).peekable();
         while waiting.peek().is_some() {
@@ -121,7 +124,8 @@ proptest! {
 
 #[test]
 fn flags_mean_the_same_to_the_reference() {
-    let Bench { memory, reference_memory, mut driver, mut ours, mut reference } = bench(8, false);
+    let Bench { memory, reference_memory, mut driver, mut ours, mut reference } =
+        bench(8, RingFeatures::default());
     memory.write(0x8_0000, b"for the device").unwrap();
     for calls in [true, false, true] {
         driver.set_calls(calls).unwrap();
@@ -151,4 +155,51 @@ fn flags_mean_the_same_to_the_reference() {
         driver.publish();
         assert_eq!(driver.needs_kick(), kicks);
     }
+}
+
+/// Any bursts in both directions, with both sides asking to be notified or not at any moment:
+/// whatever the reference decides ours decides, and the other way round.
+#[test]
+fn event_indices_mean_the_same_to_the_reference() {
+    let features = RingFeatures { indirect: false, event_idx: true };
+    let Bench { reference_memory, mut driver, mut ours, mut reference, memory: _memory } =
+        bench(16, features);
+    let mut state = 1_u32;
+    let mut random = |below: u32| {
+        state = state.wrapping_mul(1_664_525).wrapping_add(1_013_904_223);
+        (state >> 16) % below
+    };
+    let (mut kicks, mut calls) = (0, 0);
+    // More than once round the index.
+    for _ in 0..40_000 {
+        let posted = 1 + random(4);
+        for _ in 0..posted {
+            driver.add(&[Buffer::readable(0x8_0000, 14)], 0).unwrap();
+        }
+        driver.publish();
+        // The reference asks for kicks only when it has nothing to do.
+        let kicked = driver.needs_kick();
+        kicks += u32::from(kicked);
+        let mut burst = ChainBurst::default();
+        assert_eq!(ours.pop_burst(8, Direction::DeviceReads, &mut burst), Ok(posted as usize));
+        for chain in burst.iter() {
+            let theirs = reference.pop_descriptor_chain(&reference_memory).unwrap();
+            assert_eq!(theirs.head_index(), chain.head);
+            reference.add_used(&reference_memory, chain.head, 0).unwrap();
+            ours.push_used(chain.head, 0);
+        }
+        ours.flush_used();
+        assert_eq!(ours.needs_call(), {
+            let called = reference.needs_notification(&reference_memory).unwrap();
+            calls += u32::from(called);
+            called
+        });
+        driver.reap(16, &mut Vec::new()).unwrap();
+        let asleep = random(4) == 0;
+        assert_eq!(driver.set_calls(asleep), Ok(false));
+        if random(4) == 0 {
+            assert!(!reference.enable_notification(&reference_memory).unwrap());
+        }
+    }
+    assert!((5_000..15_000).contains(&kicks) && (5_000..15_000).contains(&calls), "{kicks} {calls}");
 }

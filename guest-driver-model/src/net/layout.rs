@@ -7,12 +7,11 @@
 
 use virtio_bindings::virtio_config::VIRTIO_F_VERSION_1;
 use virtio_bindings::virtio_net::VIRTIO_NET_F_MRG_RXBUF;
-use virtio_bindings::virtio_ring::VIRTIO_RING_F_INDIRECT_DESC;
 
 use super::header::{HEADER_LEN, MAX_FRAME};
 use crate::link::VringInfo;
 use crate::ring::layout::is_valid_size;
-use crate::ring::{IndirectTables, RingPlaces};
+use crate::ring::{IndirectTables, RingFeatures, RingPlaces};
 
 const PAGE: u64 = 4096;
 /// Pieces of the longest indirect buffer.
@@ -33,11 +32,13 @@ pub struct OwnerConfig {
     /// Packets in several pieces are transmitted through indirect tables
     /// (VIRTIO_F_INDIRECT_DESC).
     pub indirect: bool,
+    /// Each side names the entry that it wants to be notified of (VIRTIO_F_EVENT_IDX).
+    pub event_idx: bool,
 }
 
 impl Default for OwnerConfig {
     fn default() -> Self {
-        Self { pairs: 1, ring_size: 256, buffer_len: 2048, mergeable: true, indirect: false }
+        Self { pairs: 1, ring_size: 256, buffer_len: 2048, mergeable: true, indirect: false, event_idx: true }
     }
 }
 
@@ -45,9 +46,8 @@ impl OwnerConfig {
     /// The virtio features that a driver with this configuration accepts, as far as
     /// this crate's data path cares.
     pub fn features(&self) -> u64 {
-        1 << VIRTIO_F_VERSION_1
-            | u64::from(self.mergeable) << VIRTIO_NET_F_MRG_RXBUF
-            | u64::from(self.indirect) << VIRTIO_RING_F_INDIRECT_DESC
+        let ring = RingFeatures { indirect: self.indirect, event_idx: self.event_idx };
+        1 << VIRTIO_F_VERSION_1 | u64::from(self.mergeable) << VIRTIO_NET_F_MRG_RXBUF | ring.bits()
     }
 
     /// Buffers that a frame takes when it is transmitted.

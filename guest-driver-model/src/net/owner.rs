@@ -78,7 +78,8 @@ impl<M: BufferMapping> OwnerPort<M> {
             let [receive, transmit] = both else { return None };
             let mut ring = |vring: u16, at: &VringLayout| {
                 let (iova_base, mapping) = vring_mapping(vring);
-                DriverRing::new(vring, &at.places, memory, iova_base, at.tables).map(|ring| (ring, mapping))
+                let fresh = if config.event_idx { DriverRing::with_event_idx } else { DriverRing::new };
+                fresh(vring, &at.places, memory, iova_base, at.tables).map(|ring| (ring, mapping))
             };
             // A layout has at most 2^14 pairs.
             let pair = pair as u16;
@@ -169,7 +170,8 @@ impl<M: BufferMapping> OwnerPort<M> {
     }
 
     /// Asks the device for calls of the vring, or not to call. Returns whether
-    /// completions are waiting already: who gets `true` must not sleep.
+    /// completions are waiting already: who gets `true` must not sleep. To be asked for
+    /// before each sleep.
     pub fn set_calls(&mut self, vring: u16, enabled: bool) -> Result<bool, DriverFault> {
         self.ring(vring).map_or(Ok(false), |ring| ring.set_calls(enabled))
     }

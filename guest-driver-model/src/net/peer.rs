@@ -10,7 +10,6 @@ use std::time::Duration;
 use virtio_bindings::virtio_config::{VIRTIO_F_ACCESS_PLATFORM, VIRTIO_F_VERSION_1};
 use virtio_bindings::virtio_ids::VIRTIO_ID_NET;
 use virtio_bindings::virtio_net::VIRTIO_NET_F_MRG_RXBUF;
-use virtio_bindings::virtio_ring::VIRTIO_RING_F_INDIRECT_DESC;
 
 use super::burst::PacketBurst;
 use super::reach::{Demand, LiveVring, Reach, Tables, on_miss};
@@ -19,7 +18,7 @@ use super::transmit::Transmitter;
 use super::{Counters, receive_vring, transmit_vring};
 use crate::control::{Exchange, Nobody};
 use crate::link::{LinkPage, LinkSnapshot, VringInfo};
-use crate::ring::{ChainBurst, DeviceRing, Fault, OnMiss, RingConfig};
+use crate::ring::{ChainBurst, DeviceRing, Fault, OnMiss, RingConfig, RingFeatures};
 use crate::shm::SharedMemory;
 
 /// The most packets of one burst, whatever the budget.
@@ -28,7 +27,7 @@ pub const MAX_BURST: usize = 256;
 /// The features that a port serves.
 const SERVED: u64 = 1 << VIRTIO_F_VERSION_1
     | 1 << VIRTIO_F_ACCESS_PLATFORM
-    | 1 << VIRTIO_RING_F_INDIRECT_DESC
+    | RingFeatures::BITS
     | 1 << VIRTIO_NET_F_MRG_RXBUF;
 
 /// Why a link gives no port.
@@ -79,11 +78,11 @@ impl PortVring {
         if !info.enabled {
             return Self::Absent;
         }
-        let indirect_allowed = snapshot.has_feature(VIRTIO_RING_F_INDIRECT_DESC);
+        let features = RingFeatures::of(snapshot.features);
         let ring = RingConfig::try_from(info)
             .map_err(|kind| Fault { kind, vring, value: u64::from(info.size) })
             .and_then(|config| {
-                DeviceRing::new(vring, &config, window, tables.translation().clone(), indirect_allowed)
+                DeviceRing::new(vring, &config, window, tables.translation().clone(), features)
             });
         match ring {
             Ok(ring) => Self::Live(Box::new(LiveVring::new(ring.on_miss(on_miss(snapshot)), tables))),
@@ -289,7 +288,8 @@ impl PeerPort {
     }
 
     /// Asks the owner's driver for kicks of the vring, or not to kick. Returns whether
-    /// chains are waiting already: who gets `true` must not sleep.
+    /// chains are waiting already: who gets `true` must not sleep. To be asked for before
+    /// each sleep.
     pub fn set_kicks(&mut self, vring: u16, enabled: bool) -> Result<bool, Fault> {
         let Some(live) = Self::live(&mut self.vrings, vring)? else {
             return Ok(false);

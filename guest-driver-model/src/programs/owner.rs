@@ -80,6 +80,9 @@ pub struct OwnerArgs {
     /// Transmit long packets by indirect descriptors
     #[arg(long)]
     pub indirect: bool,
+    /// Do without VIRTIO_F_EVENT_IDX
+    #[arg(long)]
+    pub no_event_idx: bool,
     /// Length of the memory, MiB
     #[arg(long, default_value_t = 64)]
     pub memory_mib: u64,
@@ -197,6 +200,7 @@ impl<'a, A: Addressing> Owner<'a, A> {
             buffer_len: args.buffer_len,
             mergeable: !args.no_mergeable,
             indirect: args.indirect,
+            event_idx: !args.no_event_idx,
         };
         let memory = OwnerMemory::new(args.memory_mib << 20, args.guest_start)
             .map_err(|source| ProgramError::System { what: "the owner's memory", source })?;

@@ -41,6 +41,9 @@ pub struct CardArgs {
     /// Transmit long packets by indirect descriptors
     #[arg(long)]
     pub indirect: bool,
+    /// Do without VIRTIO_F_EVENT_IDX
+    #[arg(long)]
+    pub no_event_idx: bool,
 }
 
 /// What `vfio-owner` can be told.
@@ -103,6 +106,7 @@ impl CardPort {
             buffer_len: args.buffer_len,
             mergeable: !args.no_mergeable,
             indirect: args.indirect,
+            event_idx: !args.no_event_idx,
         };
         let address = Some(args.device.as_str()).filter(|address| *address != "auto");
         let mut card = Card::open(address)?;

@@ -17,7 +17,8 @@ use vhost_pci_device::abi::FaultKind;
 use virtio_bindings::virtio_ring::{VRING_AVAIL_F_NO_INTERRUPT, VRING_USED_F_NO_NOTIFY};
 
 use super::chain::{ChainBurst, Descriptor, Direction};
-use super::index::{Consumer, Producer, Word};
+use super::features::RingFeatures;
+use super::index::{Consumer, Producer, Wish, Word};
 use super::layout::{DESC_LEN, FLAGS_AT, INDEX_AT, RingConfig, SLOTS_AT};
 use super::miss::{Finding, Miss, OnMiss};
 use super::walk::{Broken, Lookup, Stop, Walk};
@@ -53,7 +54,7 @@ pub struct DeviceRing {
     size: u16,
     /// Descriptors that one chain may have.
     chain_limit: u16,
-    indirect_allowed: bool,
+    indirect: bool,
     desc: Slots<16>,
     avail: Slots<2>,
     used: Slots<8>,
@@ -76,14 +77,14 @@ impl DeviceRing {
     /// (`docs/vhost-pci-device.md`, 8.2): what was available but not used before is
     /// popped again.
     ///
-    /// `indirect_allowed`: the driver accepted VIRTIO_F_INDIRECT_DESC.
+    /// `features`: what the driver accepted.
     /// Errors: [`FaultKind::Geometry`].
     pub fn new(
         vring: u16,
         config: &RingConfig,
         window: &SharedMemory,
         translation: Translation,
-        indirect_allowed: bool,
+        features: RingFeatures,
     ) -> Result<Self, Fault> {
         let geometry = |value| Fault { kind: FaultKind::Geometry, vring, value };
         let places = config.place(&translation).map_err(|_| geometry(u64::from(config.size())))?;
@@ -94,26 +95,26 @@ impl DeviceRing {
         let used_index = word(places.used + INDEX_AT)?;
         // The one load of the used index: afterwards the private copy counts.
         let start = Word::load(&used_index);
+        let (kicks, calls) = match features.event_idx {
+            true => (
+                Wish::Event { word: word(places.avail_event())? },
+                Wish::Event { word: word(places.used_event())? },
+            ),
+            false => (
+                Wish::Flag { word: word(places.used + FLAGS_AT)?, bit: VRING_USED_F_NO_NOTIFY as u16 },
+                Wish::Flag { word: word(places.avail + FLAGS_AT)?, bit: VRING_AVAIL_F_NO_INTERRUPT as u16 },
+            ),
+        };
         Ok(Self {
             vring,
             size: places.size,
             chain_limit: places.size.min(MAX_CHAIN),
-            indirect_allowed,
+            indirect: features.indirect,
             desc: Slots::new(window, places.desc, places.size).map_err(outside)?,
             avail: Slots::new(window, places.avail + SLOTS_AT, places.size).map_err(outside)?,
             used: Slots::new(window, places.used + SLOTS_AT, places.size).map_err(outside)?,
-            available: Consumer::new(
-                word(places.avail + INDEX_AT)?,
-                word(places.used + FLAGS_AT)?,
-                VRING_USED_F_NO_NOTIFY as u16,
-                start,
-            ),
-            completed: Producer::new(
-                used_index,
-                word(places.avail + FLAGS_AT)?,
-                VRING_AVAIL_F_NO_INTERRUPT as u16,
-                start,
-            ),
+            available: Consumer::new(word(places.avail + INDEX_AT)?, kicks, start),
+            completed: Producer::new(used_index, calls, start),
             window: window.clone(),
             lookup: Lookup::new(translation),
             ahead: ChainBurst::default(),
@@ -305,7 +306,7 @@ impl DeviceRing {
     ) -> Result<(), Stop> {
         let wrong = (FaultKind::Indirect, u64::from(descriptor.len));
         let count = descriptor.len / DESC_LEN;
-        if !self.indirect_allowed
+        if !self.indirect
             || descriptor.next().is_some()
             || count == 0
             || count > u32::from(limit)
@@ -390,15 +391,16 @@ impl DeviceRing {
     }
 
     /// Whether the driver wants a call for what was flushed since this was last
-    /// asked (2.7.7.2, without EVENT_IDX). Linux drivers of network cards rely on calls of
-    /// their transmit queues, too.
+    /// asked (2.7.7). Linux drivers of network cards rely on calls of their transmit queues,
+    /// too.
     #[inline]
     pub fn needs_call(&mut self) -> bool {
         self.completed.needs_notification()
     }
 
     /// Asks the driver for kicks, or not to kick (2.7.10). Returns whether chains are
-    /// waiting already: after enabling, who gets `true` must pop, not sleep.
+    /// waiting already: after enabling, who gets `true` must pop, not sleep. To be enabled
+    /// before each sleep: with VIRTIO_F_EVENT_IDX the driver kicks once for each time.
     pub fn set_kicks(&mut self, enabled: bool) -> Result<bool, Fault> {
         self.available.set_notifications(enabled);
         Ok(self.poll_avail()? > 0)

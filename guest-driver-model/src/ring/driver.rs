@@ -10,7 +10,7 @@ use std::fmt;
 use virtio_bindings::virtio_ring::{VRING_AVAIL_F_NO_INTERRUPT, VRING_USED_F_NO_NOTIFY};
 
 use super::chain::Descriptor;
-use super::index::{Consumer, Producer};
+use super::index::{Consumer, Producer, Wish};
 use super::layout::{DESC_LEN, FLAGS_AT, INDEX_AT, RingPlaces, SLOTS_AT, avail_len, desc_len, used_len};
 use crate::shm::{SharedMemory, ShmError, Slots, Word16};
 
@@ -150,6 +150,39 @@ impl DriverRing {
         iova_base: u64,
         indirect: Option<IndirectTables>,
     ) -> Result<Self, ShmError> {
+        let kicks = Wish::Flag {
+            word: Word16::new(memory, places.used + FLAGS_AT)?,
+            bit: VRING_USED_F_NO_NOTIFY as u16,
+        };
+        let calls = Wish::Flag {
+            word: Word16::new(memory, places.avail + FLAGS_AT)?,
+            bit: VRING_AVAIL_F_NO_INTERRUPT as u16,
+        };
+        Self::with_wishes(vring, places, memory, iova_base, indirect, (kicks, calls))
+    }
+
+    /// As [`Self::new`], where VIRTIO_F_EVENT_IDX was negotiated.
+    pub fn with_event_idx(
+        vring: u16,
+        places: &RingPlaces,
+        memory: &SharedMemory,
+        iova_base: u64,
+        indirect: Option<IndirectTables>,
+    ) -> Result<Self, ShmError> {
+        let kicks = Wish::Event { word: Word16::new(memory, places.avail_event())? };
+        let calls = Wish::Event { word: Word16::new(memory, places.used_event())? };
+        Self::with_wishes(vring, places, memory, iova_base, indirect, (kicks, calls))
+    }
+
+    /// `kicks` is the device's word, `calls` this side's.
+    fn with_wishes(
+        vring: u16,
+        places: &RingPlaces,
+        memory: &SharedMemory,
+        iova_base: u64,
+        indirect: Option<IndirectTables>,
+        (kicks, calls): (Wish<Word16>, Wish<Word16>),
+    ) -> Result<Self, ShmError> {
         // One slot at least, so that no slice below is empty; others than powers of
         // two are rounded down, as `Slots` does.
         let size = 1_u16 << places.size.clamp(1, super::layout::MAX_SIZE).ilog2();
@@ -169,18 +202,8 @@ impl DriverRing {
             desc: Slots::new(memory, places.desc, size)?,
             avail: Slots::new(memory, places.avail + SLOTS_AT, size)?,
             used: Slots::new(memory, places.used + SLOTS_AT, size)?,
-            made_available: Producer::new(
-                Word16::new(memory, places.avail + INDEX_AT)?,
-                Word16::new(memory, places.used + FLAGS_AT)?,
-                VRING_USED_F_NO_NOTIFY as u16,
-                0,
-            ),
-            completed: Consumer::new(
-                Word16::new(memory, places.used + INDEX_AT)?,
-                Word16::new(memory, places.avail + FLAGS_AT)?,
-                VRING_AVAIL_F_NO_INTERRUPT as u16,
-                0,
-            ),
+            made_available: Producer::new(Word16::new(memory, places.avail + INDEX_AT)?, kicks, 0),
+            completed: Consumer::new(Word16::new(memory, places.used + INDEX_AT)?, calls, 0),
             // Neither value is ever written: each slot's first store takes place.
             desc_shadow: vec![[u64::MAX; 2]; entries].into(),
             avail_shadow: vec![u16::MAX; entries].into(),
@@ -329,14 +352,16 @@ impl DriverRing {
     }
 
     /// Whether the device wants a kick for what was published since this was last
-    /// asked (2.7.10, without EVENT_IDX).
+    /// asked (2.7.10).
     #[inline]
     pub fn needs_kick(&mut self) -> bool {
         self.made_available.needs_notification()
     }
 
     /// Asks the device for calls, or not to call (2.7.7). Returns whether completions
-    /// are waiting already: after enabling, who gets `true` must reap, not sleep.
+    /// are waiting already: after enabling, who gets `true` must reap, not sleep. To be
+    /// enabled before each sleep: with VIRTIO_F_EVENT_IDX the device calls once for each
+    /// time.
     pub fn set_calls(&mut self, enabled: bool) -> Result<bool, DriverFault> {
         self.completed.set_notifications(enabled);
         Ok(self.poll_used()? > 0)

@@ -6,7 +6,10 @@ use std::os::fd::AsFd;
 
 use nix::sys::memfd::{MFdFlags, memfd_create};
 
-use super::{Buffer, ChainBurst, DeviceRing, Direction, DriverRing, IndirectTables, RingConfig, RingPlaces};
+use super::{
+    Buffer, ChainBurst, DeviceRing, Direction, DriverRing, IndirectTables, RingConfig, RingFeatures,
+    RingPlaces,
+};
 use crate::shm::{SharedMemory, trace};
 use crate::translate::{Access, Mapping, Translation};
 
@@ -31,7 +34,8 @@ fn rings(indirect: bool) -> (DriverRing, DeviceRing) {
     let driver = DriverRing::new(0, &places, &memory, 0, tables).unwrap();
     let whole = Mapping { iova: 0, len: 1 << 20, window_offset: 0, access: Access::READ_WRITE };
     let config = RingConfig::try_from(&places.info(0)).unwrap();
-    let device = DeviceRing::new(0, &config, &memory, Translation::new(&[whole]), indirect).unwrap();
+    let features = RingFeatures { indirect, event_idx: false };
+    let device = DeviceRing::new(0, &config, &memory, Translation::new(&[whole]), features).unwrap();
     (driver, device)
 }
 

@@ -96,6 +96,16 @@ pub struct RingPlaces {
 }
 
 impl RingPlaces {
+    /// Where the driver's event index is, `used_event` (2.7.7): behind the available ring.
+    pub const fn used_event(&self) -> u64 {
+        self.avail + SLOTS_AT + 2 * self.size as u64
+    }
+
+    /// Where the device's event index is, `avail_event` (2.7.10): behind the used ring.
+    pub const fn avail_event(&self) -> u64 {
+        self.used + SLOTS_AT + USED_ELEMENT_LEN as u64 * self.size as u64
+    }
+
     /// The three areas from `offset` on, each on cache lines of its own, and the
     /// first offset behind them. `offset` is a multiple of 64.
     pub fn at(offset: u64, size: u16) -> (Self, u64) {
@@ -187,6 +197,8 @@ mod tests {
             let (places, end) = RingPlaces::at(4096, size);
             assert!(places.desc + u64::from(desc_len(size)) <= places.avail);
             assert!(places.avail + u64::from(avail_len(size)) <= places.used);
+            assert_eq!(places.used_event() + 2, places.avail + u64::from(avail_len(size)));
+            assert_eq!(places.avail_event() + 2, places.used + u64::from(used_len(size)));
             assert!(places.used + u64::from(used_len(size)) <= end);
             assert!(RingConfig::try_from(&places.info(0)).is_ok());
         }

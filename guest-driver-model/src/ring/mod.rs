@@ -3,6 +3,7 @@
 //!
 //! | module | what it holds |
 //! |---|---|
+//! | [`features`] | what of the format is negotiated |
 //! | [`layout`] | geometry: sizes, alignments, where the three areas are |
 //! | [`index`] | index publication and notification suppression; nothing else orders memory |
 //! | [`chain`] | what a popped burst of descriptor chains is |
@@ -13,13 +14,14 @@
 //!
 //! What a port does with a ring is five operations: pop a burst of chains, push used
 //! entries, flush them, ask whether to notify, and (un)suppress notifications. None of
-//! them shows the ring's format. EVENT_IDX is thus another way to answer two questions
-//! in [`index`], IN_ORDER another way to push and reap, and a packed ring another
+//! them shows the ring's format. EVENT_IDX is another way to answer two questions in
+//! [`index`]; IN_ORDER would be another way to push and reap, and a packed ring another
 //! `DeviceRing` that fills the same [`ChainBurst`]: no second data path.
 
 pub mod chain;
 pub mod device;
 pub mod driver;
+pub mod features;
 pub mod index;
 pub mod layout;
 pub mod miss;
@@ -28,6 +30,7 @@ pub mod walk;
 pub use chain::{Chain, ChainBurst, Direction, Place, Segment};
 pub use device::{DeviceRing, Fault};
 pub use driver::{AddError, Buffer, Completion, DriverFault, DriverFaultKind, DriverRing, IndirectTables};
+pub use features::RingFeatures;
 pub use layout::{RingConfig, RingPlaces};
 pub use miss::{Finding, Miss, OnMiss, Want};
 

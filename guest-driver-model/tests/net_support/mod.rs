@@ -11,7 +11,7 @@ use std::sync::atomic::{AtomicBool, Ordering};
 
 use guest_driver_model::link::{Access, LinkPage, LinkSnapshot, Mapping, VringInfo};
 use guest_driver_model::net::{OwnerConfig, OwnerLayout, OwnerPort, PacketBurst, PeerPort};
-use guest_driver_model::ring::{DeviceRing, Fault, RingConfig, RingPlaces};
+use guest_driver_model::ring::{DeviceRing, Fault, RingConfig, RingFeatures, RingPlaces};
 use guest_driver_model::shm::SharedMemory;
 use guest_driver_model::translate::Translation;
 use nix::sys::memfd::{MFdFlags, memfd_create};
@@ -180,7 +180,7 @@ pub struct HandRing {
     pub views: TwoViews,
     pub places: RingPlaces,
     pub mappings: Vec<Mapping>,
-    pub indirect: bool,
+    pub features: RingFeatures,
 }
 
 impl HandRing {
@@ -190,12 +190,12 @@ impl HandRing {
         let (places, end) = RingPlaces::at(0, size);
         assert!(end <= 64 << 10);
         let mappings = vec![views.mapping()];
-        Self { views, places, mappings, indirect: true }
+        Self { views, places, mappings, features: RingFeatures { indirect: true, event_idx: true } }
     }
 
     pub fn device(&self) -> Result<DeviceRing, Fault> {
         let config = RingConfig::try_from(&self.places.info(IOVA)).unwrap();
-        DeviceRing::new(3, &config, &self.views.window, Translation::new(&self.mappings), self.indirect)
+        DeviceRing::new(3, &config, &self.views.window, Translation::new(&self.mappings), self.features)
     }
 
     /// Writes a descriptor at an offset of the owner's memory.

@@ -32,6 +32,7 @@ pub fn offered_to_owner(profile: Profile) -> u64 {
     let transport = bit(virtio_config::VIRTIO_F_VERSION_1)
         | bit(virtio_config::VIRTIO_F_ACCESS_PLATFORM)
         | bit(virtio_ring::VIRTIO_RING_F_INDIRECT_DESC)
+        | bit(virtio_ring::VIRTIO_RING_F_EVENT_IDX)
         | PROTOCOL_FEATURES;
     match profile {
         Profile::Net => transport | bit(virtio_net::VIRTIO_NET_F_MRG_RXBUF),
@@ -110,3 +111,21 @@ const NAMES: &[(u32, &str)] = &[
     (virtio_config::VIRTIO_F_RING_PACKED, "VIRTIO_F_RING_PACKED"),
     (virtio_config::VIRTIO_F_IN_ORDER, "VIRTIO_F_IN_ORDER"),
 ];
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn an_owner_is_offered_what_the_peers_driver_serves_and_nothing_else() {
+        let offered = names(offered_to_owner(Profile::Net) & !PROTOCOL_FEATURES, Profile::Net);
+        let served = [
+            "VIRTIO_NET_F_MRG_RXBUF",
+            "VIRTIO_F_INDIRECT_DESC",
+            "VIRTIO_F_EVENT_IDX",
+            "VIRTIO_F_VERSION_1",
+            "VIRTIO_F_ACCESS_PLATFORM",
+        ];
+        assert_eq!(offered, served);
+    }
+}
