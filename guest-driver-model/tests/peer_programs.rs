@@ -19,7 +19,7 @@ use guest_driver_model::programs::generate::{GenArgs, Generate};
 use guest_driver_model::programs::peer_loop::{PeerArgs, PeerProgram, run_on, run_until};
 use guest_driver_model::programs::stop::Stop;
 use guest_driver_model::programs::traffic::Traffic;
-use guest_driver_model::programs::waiting::{Mode, WaitArgs};
+use guest_driver_model::programs::waiting::{Wait, WaitArgs};
 use guest_driver_model::programs::{self, ProgramError};
 use guest_driver_model::shm::SharedMemory;
 use guest_driver_model::transport::{Transport, TransportError};
@@ -103,6 +103,8 @@ impl Transport for Device {
 
 /// An owner, its link, and the peer's device.
 struct Bench {
+    /// How programs wait where the device has interrupts.
+    wait: Wait,
     views: TwoViews,
     layout: OwnerLayout,
     link: LinkWriter,
@@ -120,7 +122,7 @@ impl Bench {
         let layout = OwnerLayout::new(config, 0, len).unwrap();
         let link = LinkWriter::new(config.features(), vec![views.mapping()], layout.infos(IOVA));
         let device = Device::new(&views.window);
-        Self { views, layout, link, device }
+        Self { wait: Wait::Interrupt, views, layout, link, device }
     }
 
     fn with_interrupts() -> Self {
@@ -147,8 +149,8 @@ impl Bench {
         mut program: P,
         test: impl FnOnce(&Stop),
     ) -> (Result<(), ProgramError>, Traffic, Duration) {
-        let mode = if self.device.interrupt.is_some() { Mode::Interrupt } else { Mode::Poll };
-        let args = PeerArgs { wait: WaitArgs { mode, idle_us: 0 }, ..PeerArgs::default() };
+        let wait = if self.device.interrupt.is_some() { self.wait } else { Wait::Poll };
+        let args = PeerArgs { wait: WaitArgs { wait, idle_us: 0 }, ..PeerArgs::default() };
         let stop = Stop::default();
         thread::scope(|scope| {
             let peer = scope.spawn(|| {
@@ -170,6 +172,9 @@ impl Bench {
         })
     }
 }
+
+/// Those that sleep.
+const WAITS: [Wait; 2] = [Wait::Interrupt, Wait::Adaptive(Duration::from_micros(20))];
 
 fn wait_for(what: &str, mut done: impl FnMut() -> bool) {
     let deadline = Instant::now() + Duration::from_secs(20);
@@ -286,7 +291,7 @@ fn a_device_that_is_gone_ends_the_program() {
 #[test]
 fn interrupts_are_not_waited_for_where_there_are_none() {
     let bench = Bench::new();
-    let wait = WaitArgs { mode: Mode::Interrupt, idle_us: 0 };
+    let wait = WaitArgs { wait: Wait::Interrupt, idle_us: 0 };
     let args = PeerArgs { wait, ..PeerArgs::default() };
     let mut program = Echo::new(&EchoArgs::default());
     let result = run_on(&bench.device, &args, "echo", &mut program, &Stop::default());
@@ -297,8 +302,14 @@ fn interrupts_are_not_waited_for_where_there_are_none() {
 /// that its owner does not notify. Each packet that is slept over costs a second.
 #[test]
 fn work_that_arrives_before_the_kicks_are_asked_for_is_not_slept_over() {
+    for wait in WAITS {
+        arrives_before_the_kicks_are_asked_for(wait);
+    }
+}
+
+fn arrives_before_the_kicks_are_asked_for(wait: Wait) {
     const EXCHANGES: u32 = 200;
-    let bench = Bench::with_interrupts();
+    let bench = Bench { wait, ..Bench::with_interrupts() };
     let mut owner = bench.owner();
     bench.link.write(&bench.views.window);
     let interrupt = bench.device.interrupt.as_ref().unwrap().as_fd().try_clone_to_owned().unwrap();
@@ -332,7 +343,13 @@ fn work_that_arrives_before_the_kicks_are_asked_for_is_not_slept_over() {
 /// asleep.
 #[test]
 fn each_packet_wakes_a_sleeping_driver() {
-    let bench = Bench::with_interrupts();
+    for wait in WAITS {
+        each_packet_wakes(wait);
+    }
+}
+
+fn each_packet_wakes(wait: Wait) {
+    let bench = Bench { wait, ..Bench::with_interrupts() };
     let mut owner = bench.owner();
     bench.link.write(&bench.views.window);
     let mut asleep = 0;

@@ -25,7 +25,7 @@ pub enum ProgramError {
     #[error(transparent)]
     Transport(#[from] TransportError),
     /// The device has no interrupts.
-    #[error("{device} has no interrupts here: use --vfio, or --mode poll")]
+    #[error("{device} has no interrupts here: use --vfio, or --wait poll")]
     NoInterrupts {
         /// The device's name.
         device: String,

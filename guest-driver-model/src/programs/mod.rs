@@ -11,6 +11,7 @@
 //! | [`peer_loop`] | the main loop of the peers |
 //! | [`device`], [`wire`], [`waiting`], [`stop`], [`traffic`], [`quiet`] | its parts |
 //! | [`pattern`], [`source`] | packets that can be checked |
+//! | [`unrest`] | pauses, for tests of waking up |
 //!
 //! Results go to stdout, messages to stderr (`RUST_LOG` chooses which). Exit status 0
 //! means that the program did what it was asked until it was asked to end; packets
@@ -33,6 +34,7 @@ pub mod stop;
 mod sys;
 pub mod tap;
 pub mod traffic;
+pub mod unrest;
 pub mod vfio_owner;
 pub mod waiting;
 pub mod wire;
@@ -143,11 +145,13 @@ mod tests {
     #[test]
     fn a_device_or_a_socket_is_chosen_not_both() {
         let parse = |line: &str| Args::try_parse_from(line.split(' '));
-        assert!(parse("sink --socket /x --mode interrupt --seconds 2 --json").is_ok());
+        assert!(parse("sink --socket /x --wait interrupt --seconds 2 --json").is_ok());
+        assert!(parse("echo --socket /x --wait adaptive=20 --pauses-us 2000").is_ok());
+        assert!(parse("echo --socket /x --wait sometimes").is_err());
         assert!(parse("tap --device auto --vfio --ifname vp1 --mtu 9000").is_ok());
         assert!(parse("echo --device auto --socket /x").is_err());
         assert!(parse("gen --vfio").is_err());
-        assert!(parse("owner --socket /x --mode echo-check --guest-start 0").is_ok());
+        assert!(parse("owner --socket /x --mode echo-check --wait adaptive --guest-start 0").is_ok());
         assert!(parse("owner --socket /x --guest-start x").is_err());
     }
 }

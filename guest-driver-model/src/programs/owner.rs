@@ -9,8 +9,10 @@ use super::sink::Check;
 use super::source::{Source, SourceArgs};
 use super::stop::Stop;
 use super::traffic::{ReportArgs, Reporter, Traffic};
-use super::waiting::{Mode, Pause, WaitArgs, sleep};
+use super::unrest::{Unrest, UnrestArgs};
+use super::waiting::{Idle, Sleeps, Wait, WaitArgs};
 use super::wire::{BURST, Sent};
+use crate::net::owner::BufferMapping;
 use crate::net::{OwnerConfig, OwnerLayout, OwnerPort, PacketBurst, receive_vring, transmit_vring};
 use crate::owner::{
     Addressing, DmaError, IommuCounts, IommuDriver, IommuLink, IommuProtocol, Kicks, OwnerIommu, OwnerMemory,
@@ -53,9 +55,10 @@ pub struct OwnerArgs {
     /// What to do
     #[arg(long = "mode", value_enum, default_value_t)]
     pub work: Work,
-    /// How to find out about work
-    #[arg(long = "wait", value_enum, default_value_t)]
-    pub wait: Mode,
+    /// How to find out about work: `poll` looks all the time, `interrupt` sleeps until
+    /// notified, `adaptive` looks for so long after the last packet (50 us) and then sleeps
+    #[arg(long, default_value_t, value_name = "poll|interrupt|adaptive[=MICROSECONDS]")]
+    pub wait: Wait,
     /// When polling has found nothing for a while, sleep this long between looks
     #[arg(long, default_value_t = 0, value_name = "MICROSECONDS")]
     pub idle_us: u64,
@@ -115,6 +118,9 @@ pub struct OwnerArgs {
     /// When the broker is gone, wait for it to come back instead of ending
     #[arg(long)]
     pub reconnect: bool,
+    /// Whether to pause.
+    #[command(flatten)]
+    pub unrest: UnrestArgs,
     /// How to report.
     #[command(flatten)]
     pub report: ReportArgs,
@@ -132,6 +138,8 @@ fn address(text: &str) -> Result<u64, String> {
 const ROUNDS: u32 = 64;
 /// The longest sleep.
 const LONGEST_SLEEP: Duration = Duration::from_secs(1);
+/// The same when all that is left is to see the last packets home.
+const LAST_SLEEP: Duration = Duration::from_millis(10);
 /// Between two tries to have the broker back.
 const RECONNECT_PAUSE: Duration = Duration::from_millis(200);
 /// How long packets on their way may take at the end.
@@ -187,6 +195,7 @@ struct Owner<'a, A: Addressing> {
     received: PacketBurst,
     checkers: Vec<Checker>,
     traffic: Traffic,
+    sleeps: Sleeps,
 }
 
 impl<'a, A: Addressing> Owner<'a, A> {
@@ -220,6 +229,7 @@ impl<'a, A: Addressing> Owner<'a, A> {
             sources,
             received: PacketBurst::with_capacity(BURST, 2048),
             traffic: Traffic::default(),
+            sleeps: Sleeps::default(),
             args,
             memory,
             layout,
@@ -262,7 +272,7 @@ impl<'a, A: Addressing> Owner<'a, A> {
     }
 
     fn traffic(&self) -> Traffic {
-        self.traffic.judged_by(&self.checkers)
+        self.traffic.judged_by(&self.checkers).with_sleeps(self.sleeps)
     }
 
     fn connect(&mut self) -> Result<(), ProgramError> {
@@ -300,23 +310,15 @@ impl<'a, A: Addressing> Owner<'a, A> {
             // What was published before the start, and nobody was kicked for.
             vmm.kick(vring);
         }
-        let polling = self.args.wait == Mode::Poll;
-        self.set_calls(!polling);
+        // They are asked for before each sleep.
+        let vrings: Vec<_> = (0..self.places.len() as u16).collect();
+        set_calls(&mut self.port, &vrings, false);
         Ok(())
     }
 
-    fn set_calls(&mut self, enabled: bool) -> bool {
-        let mut work = false;
-        for vring in 0..self.places.len() as u16 {
-            // A fault shows again with the next burst.
-            work |= self.port.set_calls(vring, enabled).unwrap_or(false);
-        }
-        work
-    }
-
     fn serve(&mut self, reporter: &mut Reporter, stop: &Stop) -> Result<(), ProgramError> {
-        let wait = WaitArgs { mode: self.args.wait, idle_us: self.args.idle_us };
-        let mut pause = Pause::default();
+        let mut idle = Idle::new(WaitArgs { wait: self.args.wait, idle_us: self.args.idle_us });
+        let mut unrest = Unrest::new(self.args.unrest);
         let mut rounds = 0;
         let (mut checked, mut restarted) = (Instant::now(), Instant::now());
         let mut ending: Option<Instant> = None;
@@ -330,13 +332,12 @@ impl<'a, A: Addressing> Owner<'a, A> {
             };
             rounds += 1;
             if moved > 0 {
-                pause.reset();
-            } else if wait.mode == Mode::Interrupt {
+                idle.reset();
+            } else if idle.rest() {
                 self.sleep(ending.is_some());
                 rounds = ROUNDS;
-            } else {
-                pause.rest(&wait);
             }
+            unrest.after_round();
             let enough = self
                 .args
                 .packets
@@ -409,17 +410,23 @@ impl<'a, A: Addressing> Owner<'a, A> {
         Ok(moved)
     }
 
+    /// Sleeps until the device calls.
     fn sleep(&mut self, ending: bool) {
-        if !self.set_calls(true)
-            && let Some(vmm) = &self.vmm
-        {
-            let calls: Vec<_> =
-                (0..self.places.len() as u16).filter_map(|vring| vmm.call_fd(vring)).collect();
-            let longest = if ending { Duration::from_millis(10) } else { LONGEST_SLEEP };
+        let Some(vmm) = &self.vmm else { return };
+        let port = &mut self.port;
+        // What was transmitted is news only to who waits for its buffers.
+        let transmits =
+            |(pair, source): (u16, &Source)| (ending || source.is_blocked()).then_some(transmit_vring(pair));
+        let receives = (0..self.args.pairs).map(receive_vring);
+        let vrings: Vec<_> = receives.chain((0..).zip(&self.sources).filter_map(transmits)).collect();
+        // First the calls are asked for, then all that they could tell is looked at.
+        if !set_calls(port, &vrings, true) {
+            let calls: Vec<_> = vrings.iter().filter_map(|vring| vmm.call_fd(*vring)).collect();
+            let longest = if ending { LAST_SLEEP } else { LONGEST_SLEEP };
             let patience = self.sources.iter().map(Source::patience).fold(longest, Duration::min);
-            sleep(&calls, &[], patience);
+            self.sleeps.sleep(&calls, &[], patience, || !ending && set_calls(port, &vrings, true));
         }
-        self.set_calls(false);
+        set_calls(port, &vrings, false);
     }
 
     /// Whether packets that are on their way have arrived, or have had their time.
@@ -462,4 +469,11 @@ impl<'a, A: Addressing> Owner<'a, A> {
             tracing::warn!("stopping: {error}");
         }
     }
+}
+
+/// Asks the device for calls of all of the vrings, or of none. Whether one has completions
+/// already, of which no call will tell.
+fn set_calls<M: BufferMapping>(port: &mut OwnerPort<M>, vrings: &[u16], enabled: bool) -> bool {
+    // A fault shows again with the next burst.
+    vrings.iter().fold(false, |work, vring| work | port.set_calls(*vring, enabled).unwrap_or(false))
 }

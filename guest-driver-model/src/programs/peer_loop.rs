@@ -10,13 +10,15 @@ use super::device::DeviceArgs;
 use super::session::{Session, Tally};
 use super::stop::Stop;
 use super::traffic::{ReportArgs, Reporter, Traffic};
-use super::waiting::{Mode, Pause, WaitArgs};
+use super::unrest::{Unrest, UnrestArgs};
+use super::waiting::{Idle, WaitArgs};
 use super::wire::Wire;
 use crate::transport::{Transport, TransportError};
 
 /// Rounds between two looks at the clock.
 const ROUNDS: u32 = 64;
-/// The longest sleep: an interrupt that gets lost costs no more than this.
+/// The longest sleep. Nothing but the look at the clock depends on it: who sleeps is woken
+/// for each packet.
 pub(super) const LONGEST_SLEEP: Duration = Duration::from_secs(1);
 /// Between two tries to have the device back.
 const RECONNECT_PAUSE: Duration = Duration::from_millis(200);
@@ -29,6 +31,9 @@ pub struct PeerArgs {
     /// How to wait.
     #[command(flatten)]
     pub wait: WaitArgs,
+    /// Whether to pause.
+    #[command(flatten)]
+    pub unrest: UnrestArgs,
     /// How to report.
     #[command(flatten)]
     pub report: ReportArgs,
@@ -166,7 +171,7 @@ impl<'a> Peer<'a> {
         transport: &dyn Transport,
         program: &mut dyn PeerProgram,
     ) -> Result<(), ProgramError> {
-        let mut session = Session::new(transport, self.args.wait.mode == Mode::Interrupt)?;
+        let mut session = Session::new(transport, self.args.wait.wait.needs_interrupts())?;
         let result = self.serve(&mut session, program);
         program.link_lost();
         self.tally += session.tally();
@@ -179,20 +184,20 @@ impl<'a> Peer<'a> {
         session: &mut Session<'_>,
         program: &mut dyn PeerProgram,
     ) -> Result<(), ProgramError> {
-        let mut pause = Pause::default();
+        let mut idle = Idle::new(self.args.wait);
+        let mut unrest = Unrest::new(self.args.unrest);
         let mut rounds = 0_u32;
         let mut checked = Instant::now();
         loop {
             let moved = session.round(program)?;
             rounds += 1;
             if moved > 0 {
-                pause.reset();
-            } else if !session.is_live() || self.args.wait.mode == Mode::Interrupt {
+                idle.reset();
+            } else if !session.is_live() || idle.rest() {
                 session.sleep(program);
                 rounds = ROUNDS;
-            } else {
-                pause.rest(&self.args.wait);
             }
+            unrest.after_round();
             let limit = self.args.packets;
             let enough = limit.is_some_and(|limit| {
                 let traffic = program.traffic();
@@ -216,5 +221,6 @@ impl<'a> Peer<'a> {
 }
 
 fn traffic(program: &dyn PeerProgram, tally: Tally) -> Traffic {
-    Traffic { faults: tally.faults, links: tally.links, ..program.traffic().with_demand(tally.demand) }
+    let traffic = program.traffic().with_demand(tally.demand).with_sleeps(tally.sleeps);
+    Traffic { faults: tally.faults, links: tally.links, ..traffic }
 }

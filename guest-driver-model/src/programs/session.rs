@@ -9,7 +9,7 @@ use vhost_pci_device::abi::{self, queue_of_vring};
 use super::ProgramError;
 use super::peer_loop::{LONGEST_SLEEP, PeerProgram};
 use super::quiet::Quiet;
-use super::waiting::sleep;
+use super::waiting::{Sleeps, sleep};
 use super::wire::Wire;
 use crate::control::{Command, ControlExchange, ControlRing};
 use crate::link::{LinkError, LinkPage};
@@ -37,6 +37,8 @@ pub(super) struct Tally {
     pub links: u64,
     /// What the device was asked for.
     pub demand: Demand,
+    /// How the program slept.
+    pub sleeps: Sleeps,
 }
 
 impl Add for Tally {
@@ -47,6 +49,7 @@ impl Add for Tally {
             faults: self.faults + other.faults,
             links: self.links + other.links,
             demand: self.demand + other.demand,
+            sleeps: self.sleeps + other.sleeps,
         }
     }
 }
@@ -63,6 +66,26 @@ struct Live {
     /// The owner has an IOMMU, so the device is asked for what the window does not show.
     asks: bool,
     reported: Vec<Fault>,
+}
+
+impl Live {
+    /// The vrings that the program sleeps for.
+    fn waited_for(&self, program: &dyn PeerProgram) -> Vec<u16> {
+        let of_pair = |pair| {
+            let packets = program.takes_packets(pair).then_some(transmit_vring(pair));
+            let buffers = program.waits_for_buffers(pair).then_some(receive_vring(pair));
+            packets.into_iter().chain(buffers)
+        };
+        (0..self.port.pairs()).flat_map(of_pair).collect()
+    }
+
+    /// Asks for kicks of all of the vrings, or of none. Whether one has work already, of which
+    /// no kick will tell.
+    fn set_kicks(&mut self, vrings: &[u16], enabled: bool) -> bool {
+        // A fault shows again with the next burst.
+        let set = |work, vring: &u16| work | self.port.set_kicks(*vring, enabled).unwrap_or(false);
+        vrings.iter().fold(false, set)
+    }
 }
 
 /// For a link area that does not appear.
@@ -349,49 +372,36 @@ impl<'a> Session<'a> {
     }
 
     /// Sleeps until the owner kicks, the link changes, or the program has input.
-    pub fn sleep(&mut self, program: &mut dyn PeerProgram) {
+    pub fn sleep(&mut self, program: &dyn PeerProgram) {
         let Some(control) = self.transport.interrupt_fd(abi::QUEUE_CONTROL) else {
             std::thread::sleep(LINK_PAUSE);
             return;
         };
         self.transport.follow_doorbell();
         let mut events = vec![control];
-        let mut input = Vec::new();
-        let mut kicked = Vec::new();
-        if let Some(live) = &mut self.live {
-            for pair in 0..live.port.pairs() {
-                if program.takes_packets(pair) {
-                    kicked.push(transmit_vring(pair));
-                }
-                if program.waits_for_buffers(pair) {
-                    kicked.push(receive_vring(pair));
-                }
-            }
-            // Enabling every kick before looking at any ring would miss none either,
-            // but one that has work already needs no sleep.
-            let mut work = false;
-            for vring in &kicked {
-                work |= live.port.set_kicks(*vring, true).unwrap_or(false);
-            }
-            // What waits for the device to be asked again is no work yet.
-            let pause = live.port.pause();
-            let work = work && pause.is_none();
-            let generation = self.page.generation();
-            if !work && generation == live.port.generation() {
-                let kicks =
-                    kicked.iter().flat_map(|vring| self.transport.interrupt_fds(queue_of_vring(*vring)));
-                events.extend(kicks);
-                input.extend(program.input());
-                let most = pause.map_or(LONGEST_SLEEP, |pause| pause.min(LONGEST_PAUSE));
-                let most = most.min(program.patience());
-                sleep(&events, &input, most);
-            }
-            for vring in &kicked {
-                let _ = live.port.set_kicks(*vring, false);
-            }
+        let Some(live) = &mut self.live else {
+            // A change of the link page interrupts; but look now and then.
+            sleep(&events, &[], LINK_SLEEP);
             return;
+        };
+        // First the kicks are asked for, then all that they could tell is looked at once
+        // more: what comes after that is told, and ends the sleep however late it begins.
+        let vrings = live.waited_for(program);
+        let work = live.set_kicks(&vrings, true);
+        // What waits for the device to be asked again is no work yet.
+        let pause = live.port.pause();
+        let generation = live.port.generation();
+        if (!work || pause.is_some()) && self.page.generation() == generation {
+            // One eventfd a queue, where the device has them: none is shared by choice.
+            events
+                .extend(vrings.iter().flat_map(|vring| self.transport.interrupt_fds(queue_of_vring(*vring))));
+            let input: Vec<_> = program.input().into_iter().collect();
+            let most = pause.map_or(LONGEST_SLEEP, |pause| pause.min(LONGEST_PAUSE));
+            let page = &self.page;
+            self.tally.sleeps.sleep(&events, &input, most.min(program.patience()), || {
+                pause.is_none() && live.set_kicks(&vrings, true) && page.generation() == generation
+            });
         }
-        // Without a link: a change of the link page interrupts; but look now and then.
-        sleep(&events, &input, LINK_SLEEP);
+        live.set_kicks(&vrings, false);
     }
 }

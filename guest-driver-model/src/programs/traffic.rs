@@ -6,6 +6,7 @@ use std::time::{Duration, Instant};
 use serde::Serialize;
 
 use super::pattern::Checker;
+use super::waiting::Sleeps;
 use super::wire::Sent;
 use crate::net::Demand;
 
@@ -47,6 +48,13 @@ pub struct Traffic {
     pub put_off: u64,
     /// Times that the mapping table was read because it had changed.
     pub table_reads: u64,
+    /// Times that the program slept until notified.
+    pub sleeps: u64,
+    /// Of these, those that a notification, or other input, ended.
+    pub notified: u64,
+    /// Of these, those that the clock ended although there was work: a notification was
+    /// lost.
+    pub rescued: u64,
 }
 
 impl Traffic {
@@ -72,6 +80,11 @@ impl Traffic {
             table_reads: demand.table_reads,
             ..self
         }
+    }
+
+    /// These counters with how the program slept.
+    pub fn with_sleeps(self, sleeps: Sleeps) -> Self {
+        Self { sleeps: sleeps.count, notified: sleeps.notified, rescued: sleeps.rescued, ..self }
     }
 
     /// What was asked of the device, if anything: for the end of a line.

@@ -14,7 +14,7 @@ use super::sink::Check;
 use super::source::{Source, SourceArgs};
 use super::stop::Stop;
 use super::traffic::{ReportArgs, Reporter, Traffic};
-use super::waiting::{Mode, Pause, WaitArgs};
+use super::waiting::{Idle, Wait, WaitArgs};
 use super::wire::{BURST, Sent};
 use crate::net::{OwnerConfig, OwnerLayout, OwnerPort, PacketBurst, receive_vring, transmit_vring};
 use crate::ring::DriverFault;
@@ -195,14 +195,13 @@ impl<'a> VfioOwner<'a> {
     }
 
     fn serve(&mut self, reporter: &mut Reporter, stop: &Stop) -> Result<(), ProgramError> {
-        let wait = WaitArgs { mode: Mode::Poll, idle_us: self.args.idle_us };
-        let mut pause = Pause::default();
+        let mut idle = Idle::new(WaitArgs { wait: Wait::Poll, idle_us: self.args.idle_us });
         let mut rounds = 0;
         let mut ending: Option<Instant> = None;
         loop {
             match self.round(ending.is_none())? {
-                0 => pause.rest(&wait),
-                _ => pause.reset(),
+                0 => drop(idle.rest()),
+                _ => idle.reset(),
             }
             rounds += 1;
             let moved = self.traffic.tx_packets.max(self.traffic.rx_packets);
