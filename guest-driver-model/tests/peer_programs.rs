@@ -36,6 +36,8 @@ struct Device {
     gone: Mutex<bool>,
     /// What all queues share, as under QEMU; there if the device has interrupts.
     interrupt: Option<EventFd>,
+    /// By queue, for those that have one of their own.
+    own_interrupts: Vec<EventFd>,
     /// What happens when the driver asks for the interrupt of queue 0.
     at_sleep: Mutex<Option<Box<dyn FnMut() + Send>>>,
 }
@@ -44,11 +46,31 @@ impl Device {
     fn new(window: &SharedMemory) -> Self {
         let config = device_config(window);
         let (doorbells, gone) = (Mutex::default(), Mutex::default());
-        Self { config, window: window.clone(), doorbells, gone, interrupt: None, at_sleep: Mutex::default() }
+        Self {
+            config,
+            window: window.clone(),
+            doorbells,
+            gone,
+            interrupt: None,
+            own_interrupts: Vec::new(),
+            at_sleep: Mutex::default(),
+        }
     }
 
     fn interrupt(&self) {
         self.interrupt.as_ref().unwrap().write(1).unwrap();
+    }
+
+    /// The first command in the control ring, which is to be ATTACH: number, flags, value.
+    fn attach(&self) -> (u16, u32, u64) {
+        let at = abi::CONTROL_OFFSET + abi::CONTROL_DESC;
+        let head = self.window.load_u16(abi::CONTROL_OFFSET + abi::CONTROL_AVAIL + 4).unwrap();
+        let request = self.window.load_u64(at + 16 * u64::from(head)).unwrap();
+        (
+            self.window.load_u16(request).unwrap(),
+            self.window.load_u32(request + 4).unwrap(),
+            self.window.load_u64(request + 16).unwrap(),
+        )
     }
 
     /// The commands in the control ring: number and vring, kind, value.
@@ -91,7 +113,7 @@ impl Transport for Device {
         {
             at_sleep();
         }
-        self.interrupt.as_ref().map(AsFd::as_fd)
+        self.own_interrupts.get(usize::from(queue)).or(self.interrupt.as_ref()).map(AsFd::as_fd)
     }
     fn check(&self) -> Result<(), TransportError> {
         match *self.gone.lock().unwrap() {
@@ -127,8 +149,7 @@ impl Bench {
 
     fn with_interrupts() -> Self {
         let mut bench = Self::new();
-        let flags = EfdFlags::EFD_NONBLOCK | EfdFlags::EFD_CLOEXEC;
-        bench.device.interrupt = Some(EventFd::from_flags(flags).unwrap());
+        bench.device.interrupt = Some(eventfd());
         bench
     }
 
@@ -171,6 +192,10 @@ impl Bench {
             peer.join().unwrap()
         })
     }
+}
+
+fn eventfd() -> EventFd {
+    EventFd::from_flags(EfdFlags::EFD_NONBLOCK | EfdFlags::EFD_CLOEXEC).unwrap()
 }
 
 /// Those that sleep.
@@ -379,6 +404,73 @@ fn each_packet_wakes(wait: Wait) {
     result.unwrap();
     assert_eq!((traffic.rx_packets, traffic.tx_packets), (200, 200));
     assert!(asleep > 0, "the driver never asked for a kick");
+}
+
+/// A device with a vector for each queue.
+#[test]
+fn a_queue_that_has_an_interrupt_of_its_own_wakes_a_sleeping_driver_by_it() {
+    let mut bench = Bench::with_interrupts();
+    bench.device.own_interrupts = (0..5).map(|_| eventfd()).collect();
+    let mut owner = bench.owner();
+    bench.link.write(&bench.views.window);
+    let (result, _) = bench.echo(|_| {
+        let packet = frame(1, 60);
+        let mut back = PacketBurst::default();
+        for pair in [0, 1, 1, 0, 1] {
+            let asleep = asleep_at(&bench, transmit_vring(pair));
+            wait_for("the driver to fall asleep", asleep);
+            owner.tx_burst(pair, [packet.as_slice()]).unwrap();
+            assert!(owner.needs_kick(transmit_vring(pair)));
+            let start = Instant::now();
+            let own = &bench.device.own_interrupts[usize::from(abi::queue_of_vring(transmit_vring(pair)))];
+            own.write(1).unwrap();
+            back.clear();
+            wait_for("the echo", || owner.rx_burst(pair, &mut back, 64).unwrap() > 0);
+            assert!(start.elapsed() < Duration::from_millis(500), "{:?}", start.elapsed());
+        }
+    });
+    result.unwrap();
+}
+
+/// Whether the driver has asked for a kick by the next entry of a vring.
+fn asleep_at(bench: &Bench, vring: u16) -> impl FnMut() -> bool {
+    let places = bench.layout.vrings()[usize::from(vring)].places;
+    let word = |at| bench.views.owner.load_u16(at).unwrap();
+    move || word(places.avail_event()) == word(places.avail + 2)
+}
+
+#[test]
+fn an_adaptive_driver_asks_for_no_kicks_while_it_looks_and_for_one_when_it_sleeps() {
+    let packet = frame(1, 60);
+    for (time, kicked) in [(Duration::from_secs(3600), false), (Duration::from_millis(1), true)] {
+        let bench = Bench { wait: Wait::Adaptive(time), ..Bench::with_interrupts() };
+        let mut owner = bench.owner();
+        bench.link.write(&bench.views.window);
+        let (result, _) = bench.echo(|_| {
+            let mut back = PacketBurst::default();
+            wait_for("the ATTACH", || !bench.device.commands().is_empty());
+            let mut asleep = asleep_at(&bench, transmit_vring(0));
+            for _ in 0..20 {
+                // Long enough to find out, though not to be sure.
+                let start = Instant::now();
+                while !asleep() && (kicked || start.elapsed() < Duration::from_millis(5)) {
+                    assert!(start.elapsed() < Duration::from_secs(20), "the driver does not fall asleep");
+                    thread::yield_now();
+                }
+                owner.tx_burst(0, [packet.as_slice()]).unwrap();
+                assert_eq!(owner.needs_kick(transmit_vring(0)), kicked);
+                if kicked {
+                    bench.device.interrupt();
+                }
+                back.clear();
+                wait_for("the echo", || owner.rx_burst(0, &mut back, 64).unwrap() > 0);
+            }
+        });
+        result.unwrap();
+        let told = (abi::CTRL_ATTACH, 1, 2);
+        let attach = bench.device.attach();
+        assert_eq!(attach, told, "the device was not told that its interrupts are waited for");
+    }
 }
 
 #[test]

@@ -415,3 +415,30 @@ fn what_cannot_be_described_is_not_added() {
     assert_eq!(driver.add(&[piece], 0), Err(AddError::Full));
     assert_eq!((driver.free(), driver.in_flight()), (0, 2));
 }
+
+/// Whatever an owner says of the calls that it wants: it gets them or not, and that is all.
+#[test]
+fn an_event_index_decides_about_calls_and_nothing_else() {
+    let ring = HandRing::new(8);
+    ring.descriptor(0, 0x1_0000, 64, 0, 0);
+    (0..8).for_each(|slot| ring.avail_slot(slot, 0));
+    let mut device = ring.device().unwrap();
+    let mut burst = ChainBurst::default();
+    let mut calls = 0;
+    for index in 0..=u16::MAX {
+        // Also this side's own word, which the owner can write as well.
+        for at in [ring.places.used_event(), ring.places.avail_event()] {
+            ring.views.owner.store_u16(at, index.wrapping_mul(40_503)).unwrap();
+        }
+        ring.avail_index(index.wrapping_add(1));
+        assert_eq!(device.set_kicks(index % 3 == 0), Ok(true));
+        burst.clear();
+        assert_eq!(device.pop_burst(8, Direction::DeviceReads, &mut burst), Ok(1));
+        device.push_used(0, 0);
+        device.flush_used();
+        calls += u32::from(device.needs_call());
+        assert_eq!(ring.used_index(), index.wrapping_add(1));
+    }
+    // 40503 is odd, so that each value was there once.
+    assert!(calls < 10, "{calls} times the value was the one that asks for a call");
+}
