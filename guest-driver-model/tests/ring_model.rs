@@ -95,7 +95,7 @@ fn street<const BARRIERS: bool>(suppression: Suppression, bit: u16, start: u16) 
     };
     let mut consumer = Consumer::new(index.clone(), wish(word.clone()), start);
     // As a driver that takes a ring over and finds work to do.
-    consumer.set_notifications(false);
+    consumer.ask_for_none();
     Street {
         producer: Producer::new(index, wish(word), start),
         consumer,
@@ -140,6 +140,8 @@ struct Receiver<const BARRIERS: bool> {
     slots: StdArc<[Modelled<BARRIERS>]>,
     eventfd: Eventfd,
     wait: Wait,
+    /// It is worth its while to take so many items; it leaves fewer where they are.
+    wanted: u16,
 }
 
 impl<const BARRIERS: bool> Receiver<BARRIERS> {
@@ -148,6 +150,9 @@ impl<const BARRIERS: bool> Receiver<BARRIERS> {
         let index = self.consumer.observe();
         self.consumer.accept(index);
         let mut items = Vec::new();
+        if self.consumer.known() < self.wanted {
+            return items;
+        }
         while self.consumer.known() > 0 {
             items.push(self.slots[usize::from(self.consumer.next() % 4)].load());
             self.consumer.advance();
@@ -172,11 +177,11 @@ impl<const BARRIERS: bool> Receiver<BARRIERS> {
                 thread::yield_now();
                 continue;
             }
-            self.consumer.set_notifications(true);
-            if self.consumer.observe() == self.consumer.next() {
+            self.consumer.ask_for(self.wanted);
+            if self.consumer.observe().wrapping_sub(self.consumer.next()) < self.wanted {
                 self.eventfd.wait();
             }
-            self.consumer.set_notifications(false);
+            self.consumer.ask_for_none();
         }
     }
 }
@@ -185,7 +190,7 @@ impl<const BARRIERS: bool> Street<BARRIERS> {
     fn ends(self, wait: Wait) -> (Sender<BARRIERS>, Receiver<BARRIERS>) {
         let Self { producer, consumer, slots, eventfd } = self;
         let sender = Sender { producer, slots: slots.clone(), eventfd: eventfd.clone() };
-        (sender, Receiver { consumer, slots, eventfd, wait })
+        (sender, Receiver { consumer, slots, eventfd, wait, wanted: 1 })
     }
 }
 
@@ -238,6 +243,25 @@ fn no_wake_up_is_lost_between_polling_and_sleeping() {
     for suppression in BOTH {
         one_way::<true>(suppression, 1, 0xffff, Wait::Adaptive(2), &[1, 1]);
         one_way::<true>(suppression, 1, 0, Wait::Adaptive(3), &[1, 2]);
+    }
+}
+
+/// A consumer that wants two items together is woken for the second, or for both.
+#[test]
+fn no_wake_up_is_lost_when_more_than_one_item_is_waited_for() {
+    for suppression in BOTH {
+        for bursts in [&[1, 1], &[2, 0], &[1, 2]] {
+            check(3, move || {
+                let (mut sender, mut receiver) = street::<true>(suppression, 1, 0xffff).ends(Wait::Interrupt);
+                receiver.wanted = 2;
+                let producer = thread::spawn(move || {
+                    sender.send(0..bursts[0]);
+                    sender.send(bursts[0]..bursts[0] + bursts[1]);
+                });
+                assert!(receiver.receive().starts_with(&[0, 1]));
+                producer.join().unwrap();
+            });
+        }
     }
 }
 

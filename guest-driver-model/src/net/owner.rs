@@ -175,6 +175,19 @@ impl<M: BufferMapping> OwnerPort<M> {
     pub fn set_calls(&mut self, vring: u16, enabled: bool) -> Result<bool, DriverFault> {
         self.ring(vring).map_or(Ok(false), |ring| ring.set_calls(enabled))
     }
+
+    /// Asks the device to call when most of what is being transmitted on a pair is done, for
+    /// who waits for room: one call, if VIRTIO_F_EVENT_IDX was negotiated, however many
+    /// bursts that takes. Returns whether it is done already.
+    pub fn set_calls_for_room(&mut self, pair: u16) -> Result<bool, DriverFault> {
+        let Some(pair) = self.pairs.get_mut(usize::from(pair)) else {
+            return Ok(false);
+        };
+        let ring = &mut pair.transmit.ring;
+        // As many as Linux waits for (virtqueue_enable_cb_delayed).
+        let most = ring.in_flight() / 4 * 3;
+        ring.set_calls_after(most)
+    }
 }
 
 /// The receive queue: each buffer is posted by itself and its number is its token.

@@ -474,6 +474,11 @@ impl<'a, A: Addressing> Owner<'a, A> {
 /// Asks the device for calls of all of the vrings, or of none. Whether one has completions
 /// already, of which no call will tell.
 fn set_calls<M: BufferMapping>(port: &mut OwnerPort<M>, vrings: &[u16], enabled: bool) -> bool {
-    // A fault shows again with the next burst.
-    vrings.iter().fold(false, |work, vring| work | port.set_calls(*vring, enabled).unwrap_or(false))
+    vrings.iter().fold(false, |work, vring| {
+        let transmits = enabled && vring % 2 == 1;
+        let set =
+            if transmits { port.set_calls_for_room(vring / 2) } else { port.set_calls(*vring, enabled) };
+        // A fault shows again with the next burst.
+        work | set.unwrap_or(false)
+    })
 }

@@ -402,7 +402,11 @@ impl DeviceRing {
     /// waiting already: after enabling, who gets `true` must pop, not sleep. To be enabled
     /// before each sleep: with VIRTIO_F_EVENT_IDX the driver kicks once for each time.
     pub fn set_kicks(&mut self, enabled: bool) -> Result<bool, Fault> {
-        self.available.set_notifications(enabled);
+        if enabled {
+            self.available.ask_for(1);
+        } else {
+            self.available.ask_for_none();
+        }
         Ok(self.poll_avail()? > 0)
     }
 

@@ -363,8 +363,19 @@ impl DriverRing {
     /// enabled before each sleep: with VIRTIO_F_EVENT_IDX the device calls once for each
     /// time.
     pub fn set_calls(&mut self, enabled: bool) -> Result<bool, DriverFault> {
-        self.completed.set_notifications(enabled);
+        if enabled {
+            return self.set_calls_after(1);
+        }
+        self.completed.ask_for_none();
         Ok(self.poll_used()? > 0)
+    }
+
+    /// Asks the device to call when `count` completions are waiting, not for each of them,
+    /// if VIRTIO_F_EVENT_IDX was negotiated. As many buffers must be in flight. Returns
+    /// whether they are waiting already.
+    pub fn set_calls_after(&mut self, count: u16) -> Result<bool, DriverFault> {
+        let asked = self.completed.ask_for(count);
+        Ok(self.poll_used()? >= asked)
     }
 
     /// How many buffers the device has given back: one acquire load of the used

@@ -107,6 +107,8 @@ const LAG: u16 = 0x1000;
 /// How far behind it may fall. A producer can be a whole ring (2^15 entries) ahead of
 /// what is known, and must not come round to it: `TOO_FAR` and a ring are less than 2^16.
 const TOO_FAR: u16 = 0x6000;
+/// How far ahead it may be. What is further than `TOO_FAR` and a ring behind is ahead.
+const MOST_AHEAD: u16 = 0x1000;
 
 /// The producer's end of a street.
 #[derive(Clone, Debug)]
@@ -192,7 +194,7 @@ pub struct Consumer<W> {
 
 impl<W: Word> Consumer<W> {
     /// A consumer that goes on at `start`. Its `wish` stays what it is until
-    /// [`Self::set_notifications`] is called for the first time.
+    /// [`Self::ask_for`] or [`Self::ask_for_none`] is called for the first time.
     pub fn new(index: W, wish: Wish<W>, start: u16) -> Self {
         Self { index, wish, next: start, seen: start, event: start.wrapping_sub(LAG) }
     }
@@ -219,9 +221,10 @@ impl<W: Word> Consumer<W> {
     #[inline]
     pub fn accept(&mut self, index: u16) {
         self.seen = index;
-        // The entry there was seen long ago, so that it makes no difference to anybody
-        // who waits. Once in many thousand entries, and nothing is loaded for it.
-        if index.wrapping_sub(self.event) > TOO_FAR {
+        // An entry that was seen long ago: it makes no difference to anybody who waits.
+        // Once in many thousand entries, and nothing is loaded for it.
+        let behind = index.wrapping_sub(self.event);
+        if behind > TOO_FAR && behind <= u16::MAX - MOST_AHEAD {
             self.leave_event_behind();
         }
     }
@@ -246,171 +249,36 @@ impl<W: Word> Consumer<W> {
         self.next = self.next.wrapping_sub(count);
     }
 
-    /// Asks the other side to notify, or not to. After allowing it, the caller must
-    /// look at the index once more before it sleeps.
+    /// Asks the other side to notify when `count` entries are there to be taken, or as many
+    /// as can be asked for together. Returns how many that is, at least 1. The caller must
+    /// then look at the index once more, and sleep only if they are not.
     ///
-    /// It is to be allowed before each sleep: with an event index the other side notifies
-    /// once, when it publishes the next entry. One notification can come although it was
-    /// just disallowed.
+    /// To be called before each sleep: with an event index the other side notifies once.
+    /// By a flag it can only be asked to notify of every entry.
     #[inline]
-    pub fn set_notifications(&mut self, enabled: bool) {
-        match (&self.wish, enabled) {
-            (Wish::Flag { word, bit }, _) => word.store(if enabled { 0 } else { *bit }),
-            (Wish::Event { word }, true) => {
-                self.event = self.next;
+    pub fn ask_for(&mut self, count: u16) -> u16 {
+        let count = count.clamp(1, MOST_AHEAD);
+        match &self.wish {
+            Wish::Flag { word, .. } => word.store(0),
+            Wish::Event { word } => {
+                self.event = self.next.wrapping_add(count - 1);
                 word.store(self.event);
             }
-            (Wish::Event { .. }, false) => self.leave_event_behind(),
         }
-        if enabled {
-            W::full_barrier();
+        W::full_barrier();
+        count
+    }
+
+    /// Asks the other side not to notify. One notification can come all the same.
+    #[inline]
+    pub fn ask_for_none(&mut self) {
+        match &self.wish {
+            Wish::Flag { word, bit } => word.store(*bit),
+            Wish::Event { .. } => self.leave_event_behind(),
         }
     }
 }
 
 #[cfg(test)]
-mod tests {
-    use std::cell::{Cell, RefCell};
-
-    use super::*;
-
-    thread_local! {
-        static LOG: RefCell<Vec<String>> = const { RefCell::new(Vec::new()) };
-    }
-
-    /// A word that notes what is done to it.
-    struct Noted(&'static str, Cell<u16>);
-
-    fn note(what: String) {
-        LOG.with_borrow_mut(|log| log.push(what));
-    }
-
-    impl Word for Noted {
-        fn load(&self) -> u16 {
-            note(format!("load {}", self.0));
-            self.1.get()
-        }
-
-        fn load_acquire(&self) -> u16 {
-            note(format!("acquire {}", self.0));
-            self.1.get()
-        }
-
-        fn store(&self, value: u16) {
-            note(format!("store {} {value}", self.0));
-            self.1.set(value);
-        }
-
-        fn store_release(&self, value: u16) {
-            note(format!("release {} {value}", self.0));
-            self.1.set(value);
-        }
-
-        fn full_barrier() {
-            note("barrier".into());
-        }
-    }
-
-    fn word(name: &'static str) -> Noted {
-        Noted(name, Cell::new(0))
-    }
-
-    fn flag() -> Wish<Noted> {
-        Wish::Flag { word: word("flags"), bit: 1 }
-    }
-
-    fn event(value: u16) -> Wish<Noted> {
-        Wish::Event { word: Noted("event", Cell::new(value)) }
-    }
-
-    #[test]
-    fn both_ends_store_then_bar_then_load() {
-        for (wish, told) in [(flag as fn() -> _, "flags"), (|| event(0), "event")] {
-            let mut producer = Producer::new(word("index"), wish(), 0);
-            let mut consumer = Consumer::new(word("index"), wish(), 0);
-            producer.advance();
-            producer.advance();
-            producer.publish();
-            producer.publish();
-            assert!(producer.needs_notification() && !producer.needs_notification());
-            assert_eq!(LOG.take(), ["release index 2", "barrier", &format!("load {told}")]);
-            consumer.set_notifications(true);
-            consumer.observe();
-            assert_eq!(LOG.take(), [&format!("store {told} 0"), "barrier", "acquire index"]);
-            consumer.set_notifications(false);
-            let off = if told == "flags" { 1 } else { 0_u16.wrapping_sub(LAG) };
-            assert_eq!(LOG.take(), [format!("store {told} {off}")]);
-        }
-    }
-
-    #[test]
-    fn a_producer_notifies_when_it_passes_the_event_index_and_only_then() {
-        // Both ends of the numbers, and the places where they wrap.
-        for start in [0_u16, 1, 0x7fff, 0x8000, 0xfffe, 0xffff] {
-            for count in [1_u16, 2, 3, 100, 0x7fff, 0x8000] {
-                for (ahead, wanted) in [
-                    (0, true),
-                    (count - 1, true),
-                    (count, false),
-                    (0x8000, false),
-                    (0xffff, false),
-                    (0_u16.wrapping_sub(LAG), false),
-                ] {
-                    let mut producer = Producer::new(word("index"), event(start.wrapping_add(ahead)), start);
-                    (0..count).for_each(|_| producer.advance());
-                    producer.publish();
-                    assert_eq!(producer.needs_notification(), wanted, "{start} + {count}, {ahead} ahead");
-                    assert!(!producer.needs_notification(), "asked once more");
-                }
-            }
-        }
-    }
-
-    #[test]
-    fn a_producer_that_goes_all_round_between_two_questions_has_passed_the_event_index() {
-        for rounds in [2_u32, 4, 1 << 18] {
-            let mut producer = Producer::new(word("index"), event(7), 7);
-            for _ in 0..rounds {
-                producer.next = producer.next.wrapping_add(0x8000);
-                producer.publish();
-            }
-            assert!(producer.needs_notification(), "{rounds} half rounds");
-        }
-    }
-
-    #[test]
-    fn a_consumer_that_polls_is_never_passed_at_its_event_index() {
-        // As far apart as they can be: a whole ring, taken in one go.
-        for size in [1_u16, 64, 256, 0x8000] {
-            let mut consumer = Consumer::new(word("index"), event(0), 0);
-            consumer.set_notifications(false);
-            let mut producer = Producer::new(word("index"), event(0), 0);
-            for _ in 0..1_000_000 / u32::from(size) {
-                (0..size).for_each(|_| producer.advance());
-                producer.publish();
-                if let (Wish::Event { word: read }, Wish::Event { word: written }) =
-                    (&producer.wish, &consumer.wish)
-                {
-                    read.1.set(written.1.get());
-                }
-                assert!(!producer.needs_notification());
-                consumer.accept(producer.published());
-                consumer.next = producer.published();
-                LOG.take();
-            }
-        }
-    }
-
-    #[test]
-    fn polling_touches_the_event_index_once_in_thousands_of_entries() {
-        let mut consumer = Consumer::new(word("index"), event(0), 0);
-        let mut index = 0_u16;
-        for _ in 0..1_000_000 {
-            index = index.wrapping_add(1);
-            consumer.accept(index);
-            consumer.advance();
-        }
-        let touched = LOG.take();
-        assert!(touched.len() < 60 && touched.iter().all(|what| what.starts_with("store event")));
-    }
-}
+#[path = "index_tests.rs"]
+mod tests;
