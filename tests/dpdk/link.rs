@@ -91,7 +91,7 @@ impl Link {
         };
         let mut command = Command::new("taskset");
         command.args(["-c", &cpu::of_sink()?.to_string()]).arg(self.programs.join("vhost-pci-guest"));
-        command.args(["sink", "--mode", "poll", "--check", check, "--json-lines", "--socket"]);
+        command.args(["sink", "--wait", "poll", "--check", check, "--json-lines", "--socket"]);
         command.arg(self.path("peer.sock"));
         Ok(Sink(Process::spawn("sink", command, &self.path("sink.log"))?))
     }

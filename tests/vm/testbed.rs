@@ -63,8 +63,8 @@ impl<'s> Testbed<'s> {
     /// Starts the peer's driver and gives its interface an address.
     pub fn start_peer_network(&mut self) -> Result<()> {
         let mode = match self.setup.mode {
-            Mode::Poll => "--mode poll",
-            Mode::Interrupt => "--vfio --mode interrupt",
+            Mode::Poll => "--wait poll",
+            Mode::Interrupt => "--vfio --wait interrupt",
         };
         let up = format!(
             "vhost-pci-guest tap --device auto {mode} --ifname vp0 >/tmp/tap.log 2>&1 &\n\

@@ -66,7 +66,7 @@ impl fmt::Display for Wait {
 pub struct WaitArgs {
     /// How to find out about work: `poll` looks all the time, `interrupt` sleeps until
     /// notified, `adaptive` looks for so long after the last packet (50 us) and then sleeps
-    #[arg(long, alias = "mode", default_value_t, value_name = "poll|interrupt|adaptive[=MICROSECONDS]")]
+    #[arg(long, default_value_t, value_name = "poll|interrupt|adaptive[=MICROSECONDS]")]
     pub wait: Wait,
     /// When polling has found nothing for a while, sleep this many microseconds between
     /// looks: for a guest whose only virtual CPU has other things to do
