@@ -34,6 +34,8 @@ pub enum Way {
     Direct,
     /// The same, by the doorbell function.
     Doorbell,
+    /// One of the two is being asked to; signals wait in the eventfd meanwhile, or are relayed.
+    Changing,
     /// By the broker's relay, for a reason that the operator may want to know.
     Relayed(Option<&'static str>),
 }
@@ -129,6 +131,9 @@ impl Link {
         }
         if doorbell.is_some_and(|doorbell| doorbell.is_direct(end)) {
             return Way::Doorbell;
+        }
+        if self.wiring.carries(end) || doorbell.is_some_and(|doorbell| doorbell.carries(end)) {
+            return Way::Changing;
         }
         if !self.wires.iter().any(|wire| wire.end() == end) {
             return Way::None;

@@ -103,7 +103,8 @@ pub struct VringReport {
     pub avail: u64,
     /// IOVA of the used ring.
     pub used: u64,
-    /// How kicks reach the peer: `direct`, by the `doorbell` function, `relayed` or `none`.
+    /// How kicks reach the peer: `direct`, by the `doorbell` function, `relayed` or
+    /// `none`; `changing` while one is being asked to.
     pub kicks: String,
     /// How calls reach the owner, likewise.
     pub calls: String,
@@ -300,6 +301,7 @@ fn way(way: Way) -> &'static str {
         Way::None => "none",
         Way::Direct => "direct",
         Way::Doorbell => "doorbell",
+        Way::Changing => "changing",
         Way::Relayed(_) => "relayed",
     }
 }
@@ -307,7 +309,7 @@ fn way(way: Way) -> &'static str {
 fn because(way: Way) -> Option<&'static str> {
     match way {
         Way::Relayed(reason) => reason,
-        Way::None | Way::Direct | Way::Doorbell => None,
+        Way::None | Way::Direct | Way::Doorbell | Way::Changing => None,
     }
 }
 

@@ -272,6 +272,11 @@ impl Link {
         self.config.window_len
     }
 
+    /// Whether the peer's driver has started its device.
+    pub fn is_shown(&self) -> bool {
+        self.peer.as_ref().is_some_and(PeerSession::is_started)
+    }
+
     /// Whether the peer's driver may use the owner's vrings.
     pub fn is_up(&self) -> bool {
         self.published.status & abi::LINK_S_UP != 0

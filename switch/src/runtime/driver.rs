@@ -149,8 +149,7 @@ impl LinkDriver {
             Input::ChannelEnded { side, session, channel } => {
                 if let Some(channel) = self.channel(side, (session, channel)) {
                     let lost = channel.give_up();
-                    self.give_up(lost);
-                    self.run_effects(Vec::new());
+                    self.channel_ended(side, lost);
                 }
             }
             Input::DoorbellConnected(stream) => self.doorbell_connected(stream),
@@ -441,6 +440,19 @@ impl LinkDriver {
             Some((Asked::Miss(id), _)) => self.apply(Event::MissDone(id, done)),
             Some((Asked::Nothing, _)) | None => self.run_effects(Vec::new()),
         }
+    }
+
+    /// A VMM closed its channel with so much unanswered.
+    fn channel_ended(&mut self, side: Side, lost: Vec<(Asked, String)>) {
+        // A peer's that shows something, or was to: nothing can be changed any more. This is its
+        // end, of which its other socket tells in a moment.
+        if side == Side::Peer && (self.link.is_shown() || !lost.is_empty()) {
+            self.close(side);
+            self.apply(Event::Disconnected(side, None));
+            return;
+        }
+        self.give_up(lost);
+        self.run_effects(Vec::new());
     }
 
     fn give_up(&mut self, lost: Vec<(Asked, String)>) {
