@@ -1,0 +1,77 @@
+//! The thread that answers what the broker asks, strictly in order.
+
+use std::io;
+use std::net::Shutdown;
+use std::os::fd::AsFd;
+use std::os::unix::net::UnixStream;
+use std::sync::Arc;
+use std::thread::JoinHandle;
+
+use rustix::event::{PollFd, PollFlags, poll};
+
+use super::message::{self, Request};
+use crate::device::Shared;
+
+/// Refusals of one connection that are worth a line.
+const LINES: u32 = 16;
+
+/// Starts the thread for one connection. It ends when the channel does, and ends the main
+/// socket then: a broker whose channel is broken is of no use.
+///
+/// # Errors
+/// When the host gives no thread or descriptor.
+pub fn spawn(
+    shared: Arc<Shared>,
+    channel: &UnixStream,
+    main: &UnixStream,
+    wiring: bool,
+) -> io::Result<JoinHandle<()>> {
+    let (channel, main) = (channel.try_clone()?, main.try_clone()?);
+    std::thread::Builder::new().name("vhost-pci channel".into()).spawn(move || {
+        if let Err(error) = serve(&shared, &channel, wiring) {
+            tracing::warn!(%error, "the broker's back-end channel is broken");
+        }
+        // An error: it is shut down already.
+        let _ = channel.shutdown(Shutdown::Both);
+        let _ = main.shutdown(Shutdown::Both);
+    })
+}
+
+fn serve(shared: &Shared, channel: &UnixStream, wiring: bool) -> io::Result<()> {
+    let mut lines = 0;
+    loop {
+        // The read below has a time limit, for the rest of a message; not the wait for one.
+        match poll(&mut [PollFd::from_borrowed_fd(channel.as_fd(), PollFlags::IN)], None) {
+            Err(rustix::io::Errno::INTR) => continue,
+            other => other?,
+        };
+        let Some(mut message) = message::receive(channel, wiring)? else {
+            return Ok(());
+        };
+        let request = std::mem::replace(&mut message.request, Request::Impossible(""));
+        let result = carry_out(shared, request);
+        if let Err(reason) = &result
+            && lines < LINES
+        {
+            lines += 1;
+            tracing::warn!(%reason, "refused what the broker asked for");
+        }
+        message.answer(channel, result.is_ok())?;
+    }
+}
+
+fn carry_out(shared: &Shared, request: Request) -> Result<(), String> {
+    let words = |error: &dyn std::fmt::Display, what: String| format!("{what}: {error}");
+    match request {
+        Request::Map(range, file) => {
+            shared.map(range, file.as_fd()).map_err(|error| words(&error, format!("map {range:x?}")))
+        }
+        Request::Unmap(range) => {
+            shared.unmap(range).map_err(|error| words(&error, format!("unmap {range:x?}")))
+        }
+        Request::Wire { queue, direction, event } => shared
+            .wire(queue, direction, event)
+            .map_err(|error| words(&error, format!("wire queue {queue}, {direction:?}"))),
+        Request::Impossible(reason) => Err(reason.to_owned()),
+    }
+}

@@ -1,0 +1,15 @@
+//! The vhost-user connection to the broker, of which the device is the front-end.
+//!
+//! | file | what it holds |
+//! |---|---|
+//! | [`handshake`] | negotiation, starting and stopping: what is asked of the broker |
+//! | [`session`] | the device's thread, which asks; reconnects |
+//! | [`channel`] | the thread that answers what the broker asks |
+//! | [`message`] | the broker's questions as bytes |
+//!
+//! No vCPU ever waits for anything here.
+
+pub mod channel;
+pub mod handshake;
+pub mod message;
+pub mod session;

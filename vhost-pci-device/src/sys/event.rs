@@ -1,0 +1,58 @@
+//! Eventfds: the device's own, and those that it was given.
+
+use std::io;
+use std::os::fd::{AsRawFd, BorrowedFd, FromRawFd, IntoRawFd, OwnedFd};
+
+use rustix::event::{PollFd, PollFlags, Timespec, poll};
+use vmm_sys_util::eventfd::{EFD_CLOEXEC, EFD_NONBLOCK, EventFd};
+
+/// A non-blocking eventfd with no count.
+///
+/// # Errors
+/// What eventfd(2) answers.
+pub fn new() -> io::Result<EventFd> {
+    EventFd::new(EFD_NONBLOCK | EFD_CLOEXEC)
+}
+
+/// A descriptor that came with a message, as the eventfd it is said to be. Whether it is one
+/// the hypervisor tells when it is registered.
+pub fn from_descriptor(descriptor: OwnedFd) -> EventFd {
+    // SAFETY: `into_raw_fd` gives up the descriptor, so the new value is its only owner.
+    unsafe { EventFd::from_raw_fd(descriptor.into_raw_fd()) }
+}
+
+/// The descriptor, for calls that take one.
+pub fn borrow(event: &EventFd) -> BorrowedFd<'_> {
+    // SAFETY: `event` owns the descriptor and closes it only on drop, which the borrow
+    // prevents.
+    unsafe { BorrowedFd::borrow_raw(event.as_raw_fd()) }
+}
+
+const NO_TIME: Timespec = Timespec { tv_sec: 0, tv_nsec: 0 };
+
+fn is(event: &EventFd, flag: PollFlags) -> bool {
+    let mut fds = [PollFd::from_borrowed_fd(borrow(event), flag)];
+    poll(&mut fds, Some(&NO_TIME)).is_ok() && fds[0].revents().contains(flag)
+}
+
+/// Whether it has a count. Leaves the count.
+pub fn has_count(event: &EventFd) -> bool {
+    is(event, PollFlags::IN)
+}
+
+/// Makes it readable; for the device's own eventfds only. Never waits: the broker, which has a
+/// duplicate, could have made it blocking and full, but then it is readable already.
+pub fn signal(event: &EventFd) {
+    if is(event, PollFlags::OUT) {
+        // An error is a full count: readable already.
+        let _ = event.write(1);
+    }
+}
+
+/// Takes the count of one of the device's own eventfds away.
+pub fn drain(event: &EventFd) {
+    if has_count(event) {
+        // An error is an empty count: somebody else was faster.
+        let _ = event.read();
+    }
+}
