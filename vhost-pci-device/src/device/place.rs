@@ -19,6 +19,8 @@ struct Place {
 #[derive(Default)]
 pub struct Places {
     places: Vec<Place>,
+    /// The operator was told that there are no slots.
+    told: bool,
 }
 
 impl Places {
@@ -39,8 +41,14 @@ impl Places {
         let trap = vmm.trap(range);
         let slots = match &trap {
             Ok(_) if bar.number == WINDOW_BAR => slots(vmm, address, window),
-            _ => Vec::new(),
+            _ => Ok(Vec::new()),
         };
+        let slots = slots.unwrap_or_else(|error| {
+            if !std::mem::replace(&mut self.told, true) {
+                tracing::warn!(%error, "the hypervisor has no slots for the window (told once)");
+            }
+            Vec::new()
+        });
         // A guest can do this as often as it likes: no line for the operator's log.
         let trap = trap.inspect_err(|error| tracing::debug!(%error, ?range, "no place for a BAR")).ok();
         self.places.push(Place { bar: bar.number, address, _slots: slots, _trap: trap });
@@ -48,14 +56,12 @@ impl Places {
 }
 
 /// The apertures as memory: all of them or none.
-fn slots(vmm: &dyn Vmm, start: GuestAddress, window: &Window) -> Vec<Held> {
+fn slots(vmm: &dyn Vmm, start: GuestAddress, window: &Window) -> std::io::Result<Vec<Held>> {
     let slots = window.apertures().all().map(|aperture| WindowSlot {
         address: GuestAddress(start.0 + aperture.offset),
         len: aperture.len,
         host_address: window.address(aperture.offset),
         read_only: !aperture.writable,
     });
-    let held: std::io::Result<Vec<_>> = slots.into_iter().map(|slot| vmm.map(slot)).collect();
-    held.inspect_err(|error| tracing::warn!(%error, "the hypervisor has no slots for the window"))
-        .unwrap_or_default()
+    slots.into_iter().map(|slot| vmm.map(slot)).collect()
 }

@@ -44,7 +44,8 @@ pub fn run(shared: &Arc<Shared>, geometry: Geometry, mut connect: Connector, fir
                 if let Err(error) = serve(shared, connection) {
                     tracing::warn!(%error, "the connection to the broker has ended");
                 }
-                if since.elapsed() > LONGEST_PAUSE {
+                // A broker that hangs up at once is asked less and less often.
+                if since.elapsed() > pause {
                     pause = FIRST_PAUSE;
                 }
             }
@@ -102,8 +103,6 @@ fn serve(shared: &Arc<Shared>, mut connection: Connection) -> Result<(), Handsha
     let _ = connection.channel.shutdown(Shutdown::Both);
     // A panic of it was reported by the panic hook.
     let _ = channel.join();
-    // What a request that was under way put there after `lost`.
-    shared.lost();
     result
 }
 

@@ -117,6 +117,6 @@ mod tests {
         let offsets =
             [COMMON_OFFSET, ISR_OFFSET, DEVICE_OFFSET, NOTIFY_OFFSET, MSIX_TABLE_OFFSET, MSIX_PBA_OFFSET];
         assert!(offsets.windows(2).all(|pair| pair[0] + STRUCTURE_LEN <= pair[1]));
-        assert!(MSIX_PBA_OFFSET + STRUCTURE_LEN <= REGISTERS_LEN);
+        const { assert!(MSIX_PBA_OFFSET + STRUCTURE_LEN <= REGISTERS_LEN) };
     }
 }

@@ -1,0 +1,157 @@
+//! The project's own broker, and its own models of a peer's driver and of an owner: packets
+//! through the device's window, there and back.
+#![allow(clippy::unwrap_used, missing_docs)]
+
+mod support;
+
+use std::os::fd::BorrowedFd;
+use std::path::Path;
+use std::ptr::NonNull;
+use std::sync::Arc;
+use std::thread;
+use std::time::Duration;
+
+use clap::Parser;
+use guest_driver_model::programs::echo::{Echo, EchoArgs};
+use guest_driver_model::programs::owner::{self, OwnerArgs};
+use guest_driver_model::programs::peer_loop::run_on;
+use guest_driver_model::programs::stop::Stop;
+use guest_driver_model::shm::SharedMemory;
+use guest_driver_model::transport::{Transport, TransportError};
+use support::eventually;
+use support::guest::Guest;
+use support::vmm::FakeVmm;
+use vhost_pci_device::abi::{self, DeviceConfig};
+use vhost_pci_device::{Device, Options};
+use vhost_pci_switch::config;
+use vhost_pci_switch::control::client;
+use vhost_pci_switch::runtime::broker::Broker;
+
+/// A driver's view of the device, without a VM in between.
+struct InProcess {
+    guest: Guest,
+    config: DeviceConfig,
+    window: SharedMemory,
+}
+
+impl Transport for InProcess {
+    fn name(&self) -> &str {
+        "the embeddable device"
+    }
+    fn config(&self) -> &DeviceConfig {
+        &self.config
+    }
+    fn window(&self) -> &SharedMemory {
+        &self.window
+    }
+    fn doorbell(&self, queue: u16) {
+        self.guest.notify(queue);
+    }
+    fn interrupt_fd(&self, _: u16) -> Option<BorrowedFd<'_>> {
+        None
+    }
+    fn check(&self) -> Result<(), TransportError> {
+        Ok(())
+    }
+}
+
+#[derive(Parser)]
+struct EchoLine {
+    #[command(flatten)]
+    args: EchoArgs,
+}
+
+#[derive(Parser)]
+struct OwnerLine {
+    #[command(flatten)]
+    args: OwnerArgs,
+}
+
+fn configuration(folder: &Path) -> config::Config {
+    let at = |name: &str| folder.join(name).display().to_string();
+    config::parse(&format!(
+        "control_socket = \"{}\"\n[[link]]\nname = \"one\"\nowner_socket = \"{}\"\npeer_socket = \"{}\"\nwindow = \"128M\"\n",
+        at("control"),
+        at("owner"),
+        at("peer"),
+    ))
+    .unwrap()
+}
+
+#[test]
+fn packets_go_through_the_window_and_come_back_whole() {
+    let folder = tempfile::tempdir().unwrap();
+    let broker = Broker::start(&configuration(folder.path())).unwrap();
+    let vmm = FakeVmm::new();
+    let device = Device::connect(&folder.path().join("peer"), vmm.clone(), Options { requester_id: 0x18 });
+    let device = Arc::new(device.unwrap());
+    vmm.attach(&device);
+    let guest = Guest::new(device.clone(), vmm.clone());
+    guest.start();
+
+    let slots = vmm.slots();
+    let base =
+        NonNull::new(std::ptr::with_exposed_provenance_mut::<u8>(slots[0].host_address as usize)).unwrap();
+    let len: u64 = slots.iter().map(|slot| slot.len).sum();
+    // SAFETY: the slots lie one after the other and stay mapped while `device` lives, which the
+    // memory keeps. The driver stores to what its table says that it may.
+    let window = unsafe { SharedMemory::from_raw_parts(base, len as usize, device.clone()) };
+    eventually("the link area", || window.load_u32(abi::LINK_OFFSET).unwrap() == abi::LINK_MAGIC);
+    let mut bytes = [0; abi::CONFIG_LEN];
+    device.bar_read(0, 0x2000, &mut bytes);
+    let transport = InProcess { guest, config: zerocopy::transmute!(bytes), window };
+
+    let stop = Arc::new(Stop::default());
+    let owner = thread::spawn({
+        let socket = folder.path().join("owner").display().to_string();
+        let line = [
+            "owner",
+            "--socket",
+            &socket,
+            "--mode",
+            "echo-check",
+            "--check",
+            "pattern",
+            "--packets",
+            "20000",
+            "--memory-mib",
+            "16",
+        ];
+        let args = OwnerLine::parse_from(line).args;
+        move || owner::run_until(&args, &Stop::default())
+    });
+    let peer = {
+        let stop = stop.clone();
+        let args = EchoLine::parse_from(["echo"]).args;
+        thread::spawn(move || {
+            let mut program = Echo::new(&args);
+            let _ = run_on(&transport, &args.peer, "echo", &mut program, &stop);
+            transport
+        })
+    };
+    owner.join().unwrap().unwrap();
+    let status = client::status(&folder.path().join("control")).unwrap();
+    stop.request();
+    let transport = peer.join().unwrap();
+    assert!(status.links[0].window.largest_mapped_bytes >= 16 << 20, "all of the owner's memory was shown");
+
+    // At once, and while the broker is in the middle of mapping.
+    for round in 0..30 {
+        transport.guest.set_status(0);
+        assert_eq!(transport.guest.window_load(abi::LINK_OFFSET), Ok(0));
+        transport.guest.start();
+        thread::sleep(Duration::from_micros(100 * round));
+    }
+    eventually("the link area", || transport.guest.window_load(abi::LINK_OFFSET).unwrap() != 0);
+    transport.guest.set_status(0);
+    let link = || client::status(&folder.path().join("control")).unwrap().links.remove(0);
+    eventually("the broker knows that the window is closed", || link().window.phase == "closed");
+    let link = link();
+    assert_eq!(
+        link.counters.peer_connections, 1,
+        "and found no fault with the peer: {:?}",
+        link.counters.faults
+    );
+    drop(broker);
+    eventually("the broker's end is seen", || !device.snapshot().connected);
+}
