@@ -10,8 +10,8 @@
 //!
 //! | module | what it holds |
 //! |---|---|
-//! | `device` | [`Device`](device::Device): the assembled function |
-//! | `vmm` | [`Vmm`](vmm::Vmm): what the function needs from its VMM |
+//! | `device` | `Device`: the assembled function |
+//! | `vmm` | `Vmm`: what the function needs from its VMM |
 //! | `pci` | configuration space, BARs, capabilities, MSI-X: registers, no I/O |
 //! | `virtio` | the common configuration structure and its queues: registers, no I/O |
 //! | `window` | what is shown where in the window, and the showing |
@@ -38,6 +38,11 @@ pub mod vmm;
 mod window;
 
 #[cfg(feature = "device")]
-pub use device::{BarInfo, Device, DeviceError, Options, Snapshot};
+pub use device::{BarInfo, Device, DeviceError, HandshakeError, Options, Snapshot};
 #[cfg(feature = "device")]
 pub use vmm::{BarRange, Held, MsiMessage, Vmm, WindowSlot};
+
+/// The page's skeleton of an embedding is compiled with the tests.
+#[cfg(all(doctest, feature = "device"))]
+#[doc = include_str!("../../docs/embedding.md")]
+mod embedding {}

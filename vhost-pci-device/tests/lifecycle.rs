@@ -204,3 +204,22 @@ fn without_wiring_a_wire_ends_the_connection() {
     .unwrap();
     eventually("another connection", || bench.broker.connections() == 2);
 }
+
+#[test]
+fn a_device_goes_at_once_though_its_broker_hangs() {
+    let bench = Bench::with(Features { stop_pause: Duration::from_secs(60), ..Features::default() });
+    bench.start();
+    bench.guest.set_status(0);
+    let disables = usize::from(VRINGS) + 1;
+    let mut told = bench.broker.take_told().len();
+    eventually("the broker hangs in the stop", || {
+        told += bench.broker.take_told().len();
+        told >= 2 * disables
+    });
+    let before = Instant::now();
+    let Bench { vmm, guest, .. } = bench;
+    drop(guest);
+    assert!(before.elapsed() < Duration::from_secs(1), "{:?}", before.elapsed());
+    assert!(vmm.traps().is_empty() && vmm.slots().is_empty());
+    assert_eq!(vmm.registered(), (0, 0));
+}

@@ -199,3 +199,26 @@ fn answers_come_in_the_order_of_the_requests_and_only_where_they_are_wanted() {
     assert!(support::broker::answer(&channel, SHMEM_UNMAP).unwrap());
     assert_eq!(bench.guest.window_load(DATA + 20 * PAGE), Ok(1));
 }
+
+#[test]
+fn huge_pages_are_shown_whole_or_not_at_all() {
+    const HUGE: u64 = 2 << 20;
+    use rustix::fs::{MemfdFlags, ftruncate, memfd_create};
+    let memory = memfd_create(c"huge", MemfdFlags::CLOEXEC | MemfdFlags::HUGETLB | MemfdFlags::HUGE_2MB);
+    let Some(memory) = memory.ok().filter(|memory| ftruncate(memory, 2 * HUGE).is_ok()) else {
+        println!("skipped: no huge pages on this machine");
+        return;
+    };
+    let bench = Bench::started();
+    // mmap would take the length for that of a whole page, over what is next.
+    assert!(bench.broker.map(DATA + HUGE, PAGE, &file(PAGE), 0, true));
+    assert!(!bench.broker.map(DATA, PAGE, &memory, 0, true));
+    assert!(!bench.broker.map(DATA + 8 * PAGE, PAGE, &memory, PAGE, true));
+    assert_eq!(bench.guest.window_load(DATA + HUGE), Ok(1));
+    // Where none is free the kernel refuses, and the window is as it was.
+    let shown = bench.broker.map(DATA + 2 * HUGE, HUGE, &memory, HUGE, true);
+    println!("a huge page {} shown", if shown { "is" } else { "is not free to be" });
+    assert_eq!(bench.guest.window_load(DATA + 2 * HUGE), Ok(0));
+    assert_eq!(bench.broker.unmap(DATA + 2 * HUGE, HUGE), shown);
+    bench.guest.assert_no_hole();
+}

@@ -12,20 +12,19 @@ use vmm_sys_util::eventfd::EventFd;
 
 use super::events::Pair;
 use super::place::Places;
+use super::registers::Registers;
 use super::wiring::{Wanted, Wiring};
-use crate::abi::PCI_DEVICE_ID_STAND_IN;
 use crate::frontend::handshake::Geometry;
 use crate::frontend::message::Direction;
 use crate::pci::bar::{
     Bar, COMMON_OFFSET, DEVICE_OFFSET, ISR_OFFSET, MSIX_PBA_OFFSET, MSIX_TABLE_OFFSET, NOTIFY_OFF_MULTIPLIER,
-    NOTIFY_OFFSET, REGISTERS_BAR, REGISTERS_LEN, STRUCTURE_LEN, WINDOW_BAR,
+    NOTIFY_OFFSET, REGISTERS_BAR, STRUCTURE_LEN,
 };
 use crate::pci::capability;
-use crate::pci::config::{COMMAND_MASTER, COMMAND_MEMORY, ConfigSpace};
-use crate::pci::msix::Table;
+use crate::pci::config::COMMAND_MEMORY;
 use crate::sys::event;
-use crate::virtio::common::{Change, Common};
-use crate::vmm::{MsiMessage, Vmm};
+use crate::virtio::common::Change;
+use crate::vmm::Vmm;
 use crate::window::Window;
 
 /// ISR status: the configuration has changed (virtio 1.3, 4.1.4.5).
@@ -58,78 +57,6 @@ pub struct Function {
     pub connected: bool,
     /// Whether the broker may wire: it was told of the start.
     accepting: bool,
-}
-
-/// What eventfds should be registered for follows from these.
-struct Registers {
-    space: ConfigSpace,
-    at: capability::Places,
-    bars: [Bar; 2],
-    table: Table,
-    common: Common,
-    isr: u8,
-    config: [u8; crate::abi::CONFIG_LEN],
-    requester_id: u32,
-    registers_at: Option<GuestAddress>,
-}
-
-impl Registers {
-    fn new(geometry: Geometry, requester_id: u32) -> Self {
-        let queues = geometry.queues;
-        // One a queue, and one for configuration changes.
-        let vectors = queues + 1;
-        let region_len = geometry.apertures.region_len();
-        let bars = [
-            Bar { number: REGISTERS_BAR, len: REGISTERS_LEN, prefetchable: false },
-            Bar { number: WINDOW_BAR, len: region_len.next_power_of_two(), prefetchable: true },
-        ];
-        let mut space = ConfigSpace::of_function(PCI_DEVICE_ID_STAND_IN, capability::FIRST);
-        for bar in bars {
-            bar.install(&mut space);
-        }
-        let at = capability::install(&mut space, queues, vectors, region_len);
-        Self {
-            space,
-            at,
-            bars,
-            table: Table::new(vectors),
-            common: Common::new(queues, vectors),
-            isr: 0,
-            config: geometry.config,
-            requester_id,
-            registers_at: None,
-        }
-    }
-
-    fn message(&self, vector: u16) -> Option<MsiMessage> {
-        if !self.common.is_live() || !self.space.commands(COMMAND_MASTER) {
-            return None;
-        }
-        let message = self.table.message(vector, self.space.read16(self.at.msix_flags))?;
-        Some(MsiMessage {
-            address_lo: message.address_lo,
-            address_hi: message.address_hi,
-            data: message.data,
-            requester_id: self.requester_id,
-        })
-    }
-}
-
-impl Wanted for Registers {
-    fn config(&self) -> Option<MsiMessage> {
-        self.message(self.common.config_vector())
-    }
-
-    fn interrupt(&self, queue: usize) -> Option<MsiMessage> {
-        let queue = self.common.queues().get(queue).filter(|queue| queue.enabled)?;
-        self.message(queue.vector)
-    }
-
-    fn notify(&self, queue: usize) -> Option<GuestAddress> {
-        self.common.queues().get(queue).filter(|queue| queue.enabled && self.common.is_live())?;
-        let offset = NOTIFY_OFFSET + queue as u64 * u64::from(NOTIFY_OFF_MULTIPLIER);
-        Some(GuestAddress(self.registers_at?.0 + offset))
-    }
 }
 
 impl Function {

@@ -2,7 +2,8 @@
 //!
 //! | file | what it holds |
 //! |---|---|
-//! | [`function`] | all registers, and what an access to each does |
+//! | [`function`] | what an access to each register does |
+//! | [`registers`] | their values |
 //! | [`place`] | where the BARs are, and the window's slots |
 //! | [`wiring`] | which eventfds are joined to which interrupts and notifications |
 //! | [`events`] | the device's own eventfds |
@@ -14,6 +15,7 @@
 pub(crate) mod events;
 mod function;
 mod place;
+mod registers;
 mod wiring;
 
 use std::io;
@@ -31,7 +33,8 @@ use vmm_sys_util::eventfd::EventFd;
 use self::events::Pair;
 pub(crate) use self::function::Desired;
 use self::function::Function;
-use crate::frontend::handshake::{Connection, HandshakeError};
+use crate::frontend::handshake::Connection;
+pub use crate::frontend::handshake::HandshakeError;
 use crate::frontend::message::Direction;
 use crate::frontend::session::{self, Connector};
 use crate::sys::event;
@@ -58,7 +61,7 @@ pub enum DeviceError {
     Connect(io::Error),
     /// The broker cannot be used.
     #[error("negotiating with the broker: {0}")]
-    Broker(String),
+    Broker(#[source] HandshakeError),
     /// The host gives no address space, descriptor or thread.
     #[error("the host lacks resources for the device: {0}")]
     Host(#[from] io::Error),
@@ -147,8 +150,7 @@ impl Device {
     ) -> Result<Self, DeviceError> {
         let mut connect: Connector = Box::new(connect);
         let stream = connect().map_err(DeviceError::Connect)?;
-        let broker = |error: HandshakeError| DeviceError::Broker(error.to_string());
-        let connection = Connection::negotiate(stream).map_err(broker)?;
+        let connection = Connection::negotiate(stream).map_err(DeviceError::Broker)?;
         let geometry = connection.geometry;
         let window = Arc::new(Window::new(geometry.apertures)?);
         let pairs = (0..geometry.queues).map(|_| Pair::new()).collect::<io::Result<Vec<_>>>()?;

@@ -9,8 +9,10 @@ use std::thread::JoinHandle;
 
 use rustix::event::{PollFd, PollFlags, poll};
 
-use super::message::{self, Request};
+use super::message::{self, Direction, Request};
 use crate::device::Shared;
+use crate::window::Request as Range;
+use crate::window::aperture::WindowError;
 
 /// Refusals of one connection that are worth a line.
 const LINES: u32 = 16;
@@ -60,18 +62,28 @@ fn serve(shared: &Shared, channel: &UnixStream, wiring: bool) -> io::Result<()> 
     }
 }
 
-fn carry_out(shared: &Shared, request: Request) -> Result<(), String> {
-    let words = |error: &dyn std::fmt::Display, what: String| format!("{what}: {error}");
+/// Why a request is refused.
+#[derive(Debug, thiserror::Error)]
+enum Refused {
+    #[error("{what} {range:x?}: {source}")]
+    Window { what: &'static str, range: Range, source: WindowError },
+    #[error("wire queue {queue}, {direction:?}: {source}")]
+    Wire { queue: u32, direction: Direction, source: io::Error },
+    #[error("{0}")]
+    Impossible(&'static str),
+}
+
+fn carry_out(shared: &Shared, request: Request) -> Result<(), Refused> {
     match request {
         Request::Map(range, file) => {
-            shared.map(range, file.as_fd()).map_err(|error| words(&error, format!("map {range:x?}")))
+            shared.map(range, file.as_fd()).map_err(|source| Refused::Window { what: "map", range, source })
         }
         Request::Unmap(range) => {
-            shared.unmap(range).map_err(|error| words(&error, format!("unmap {range:x?}")))
+            shared.unmap(range).map_err(|source| Refused::Window { what: "unmap", range, source })
         }
-        Request::Wire { queue, direction, event } => shared
-            .wire(queue, direction, event)
-            .map_err(|error| words(&error, format!("wire queue {queue}, {direction:?}"))),
-        Request::Impossible(reason) => Err(reason.to_owned()),
+        Request::Wire { queue, direction, event } => {
+            shared.wire(queue, direction, event).map_err(|source| Refused::Wire { queue, direction, source })
+        }
+        Request::Impossible(reason) => Err(Refused::Impossible(reason)),
     }
 }

@@ -36,6 +36,25 @@ const REQUIRED: Protocol = Protocol::CONFIG
 const PROTOCOL_FEATURES: u64 = VhostUserVirtioFeatures::PROTOCOL_FEATURES.bits();
 const VERSION_1: u64 = 1 << VIRTIO_F_VERSION_1;
 
+/// Which word a feature is a bit of.
+#[derive(Clone, Copy)]
+enum Of {
+    Virtio,
+    Protocol,
+}
+
+/// What the device cannot do without, and what it is called.
+const NEEDED: [(Of, u64, &str); 8] = [
+    (Of::Virtio, PROTOCOL_FEATURES, "VHOST_USER_F_PROTOCOL_FEATURES"),
+    (Of::Virtio, VERSION_1, "VIRTIO_F_VERSION_1"),
+    (Of::Protocol, Protocol::MQ.bits(), "VHOST_USER_PROTOCOL_F_MQ"),
+    (Of::Protocol, Protocol::CONFIG.bits(), "VHOST_USER_PROTOCOL_F_CONFIG"),
+    (Of::Protocol, Protocol::REPLY_ACK.bits(), "VHOST_USER_PROTOCOL_F_REPLY_ACK"),
+    (Of::Protocol, Protocol::BACKEND_REQ.bits(), "VHOST_USER_PROTOCOL_F_BACKEND_REQ"),
+    (Of::Protocol, Protocol::SHMEM.bits(), "VHOST_USER_PROTOCOL_F_SHMEM (bit 22)"),
+    (Of::Protocol, SHMEM_STRICT, "VHOST_USER_PROTOCOL_F_SHMEM_STRICT (bit 61)"),
+];
+
 /// Number of GET_PROTOCOL_FEATURES.
 const GET_PROTOCOL_FEATURES: u32 = 15;
 /// Flags of a message's header: the version, and that it is a reply.
@@ -57,15 +76,8 @@ pub enum HandshakeError {
         source: vhost::Error,
     },
     /// Something that the device needs is not offered.
-    #[error(
-        "the back-end does not offer virtio features {features:#x} and protocol features {protocol:#x}: is it the peer socket of a vhost-pci-switch?"
-    )]
-    Missing {
-        /// Virtio features that lack.
-        features: u64,
-        /// Protocol features that lack.
-        protocol: u64,
-    },
+    #[error("the back-end does not offer {0}: is it the peer socket of a vhost-pci-switch of this version?")]
+    Missing(&'static str),
     /// What it says of the device is not of this version, or does not fit together.
     #[error("the back-end describes no device of this version: {0}")]
     Geometry(&'static str),
@@ -137,10 +149,13 @@ impl Connection {
                 all_protocol_features(&main)?
             }
         };
-        let missing = (PROTOCOL_FEATURES | VERSION_1) & !features;
-        let missing_protocol = REQUIRED.bits() & !protocol;
-        if missing != 0 || missing_protocol != 0 {
-            return Err(HandshakeError::Missing { features: missing, protocol: missing_protocol });
+        for (offered, bits, name) in NEEDED.map(|(of, bits, name)| match of {
+            Of::Virtio => (features, bits, name),
+            Of::Protocol => (protocol, bits, name),
+        }) {
+            if offered & bits != bits {
+                return Err(HandshakeError::Missing(name));
+            }
         }
         let wiring = protocol & WIRING != 0;
         let accepted = REQUIRED | Protocol::from_bits_retain(protocol & WIRING);

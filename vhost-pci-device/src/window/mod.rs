@@ -5,7 +5,7 @@
 //! |---|---|
 //! | [`layout`] | which apertures there are, and what is mapped where; decides, touches nothing |
 //! | [`aperture`] | carries it out |
-//! | [`file`] | which files may be shown |
+//! | [`mod@file`] | which files may be shown |
 
 pub mod aperture;
 pub mod file;

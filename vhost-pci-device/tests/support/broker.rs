@@ -173,6 +173,11 @@ impl Broker {
         self.state().channel.as_ref().unwrap().try_clone().unwrap()
     }
 
+    /// `None` while there is no connection.
+    pub fn try_channel(&self) -> Option<UnixStream> {
+        self.state().channel.as_ref().and_then(|channel| channel.try_clone().ok())
+    }
+
     pub fn map(&self, offset: u64, len: u64, file: &OwnedFd, file_offset: u64, writable: bool) -> bool {
         let fields = [0, file_offset, offset, len, u64::from(writable)];
         ask(&self.channel(), SHMEM_MAP, &longs(&fields), &[file.as_fd()]).unwrap()
