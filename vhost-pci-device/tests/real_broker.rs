@@ -12,10 +12,11 @@ use std::thread;
 use std::time::Duration;
 
 use clap::Parser;
-use guest_driver_model::programs::echo::{Echo, EchoArgs};
+use guest_driver_model::programs::generate::{GenArgs, Generate};
 use guest_driver_model::programs::owner::{self, OwnerArgs};
-use guest_driver_model::programs::peer_loop::run_on;
+use guest_driver_model::programs::peer_loop::{PeerProgram, run_on};
 use guest_driver_model::programs::stop::Stop;
+use guest_driver_model::programs::traffic::Traffic;
 use guest_driver_model::shm::SharedMemory;
 use guest_driver_model::transport::{Transport, TransportError};
 use support::eventually;
@@ -56,9 +57,9 @@ impl Transport for InProcess {
 }
 
 #[derive(Parser)]
-struct EchoLine {
+struct PeerLine {
     #[command(flatten)]
-    args: EchoArgs,
+    args: GenArgs,
 }
 
 #[derive(Parser)]
@@ -79,7 +80,7 @@ fn configuration(folder: &Path) -> config::Config {
 }
 
 #[test]
-fn packets_go_through_the_window_and_come_back_whole() {
+fn packets_go_through_the_window_both_ways_and_notifications_past_the_broker() {
     let folder = tempfile::tempdir().unwrap();
     let broker = Broker::start(&configuration(folder.path())).unwrap();
     let vmm = FakeVmm::new();
@@ -101,39 +102,37 @@ fn packets_go_through_the_window_and_come_back_whole() {
     device.bar_read(0, 0x2000, &mut bytes);
     let transport = InProcess { guest, config: zerocopy::transmute!(bytes), window };
 
-    let stop = Arc::new(Stop::default());
+    let (owner_stop, peer_stop) = (Stop::default(), Stop::default());
     let owner = thread::spawn({
-        let socket = folder.path().join("owner").display().to_string();
-        let line = [
-            "owner",
-            "--socket",
-            &socket,
-            "--mode",
-            "echo-check",
-            "--check",
-            "pattern",
-            "--packets",
-            "20000",
-            "--memory-mib",
-            "16",
-        ];
-        let args = OwnerLine::parse_from(line).args;
-        move || owner::run_until(&args, &Stop::default())
+        let (stop, socket) = (owner_stop.clone(), folder.path().join("owner").display().to_string());
+        let words = "owner --mode both --check pattern --memory-mib 16 --wait interrupt --socket";
+        let args = OwnerLine::parse_from(words.split(' ').chain([socket.as_str()])).args;
+        move || owner::run_until(&args, &stop)
     });
-    let peer = {
-        let stop = stop.clone();
-        let args = EchoLine::parse_from(["echo"]).args;
-        thread::spawn(move || {
-            let mut program = Echo::new(&args);
-            let _ = run_on(&transport, &args.peer, "echo", &mut program, &stop);
-            transport
-        })
-    };
+    let peer = thread::spawn({
+        let stop = peer_stop.clone();
+        let args = PeerLine::parse_from("gen --check pattern".split(' ')).args;
+        move || {
+            let mut program = Generate::new(&args);
+            let _ = run_on(&transport, &args.peer, "gen", &mut program, &stop);
+            (transport, program.traffic())
+        }
+    });
+    let link = || client::status(&folder.path().join("control")).unwrap().links.remove(0);
+    eventually("both directions of both vrings go past the broker", || {
+        let snapshot = device.snapshot();
+        let direct = link().vrings.iter().all(|vring| vring.kicks == "direct" && vring.calls == "direct");
+        (snapshot.wired_interrupts, snapshot.wired_notifications) == (2, 2) && direct
+    });
+    assert!(link().window.largest_mapped_bytes >= 16 << 20, "all of the owner's memory is shown");
+    thread::sleep(Duration::from_millis(500));
+    owner_stop.request();
     owner.join().unwrap().unwrap();
-    let status = client::status(&folder.path().join("control")).unwrap();
-    stop.request();
-    let transport = peer.join().unwrap();
-    assert!(status.links[0].window.largest_mapped_bytes >= 16 << 20, "all of the owner's memory was shown");
+    peer_stop.request();
+    let (transport, traffic) = peer.join().unwrap();
+    let Traffic { lost, reordered, corrupted, faults, .. } = traffic;
+    assert_eq!((lost, reordered, corrupted, faults), (0, 0, 0, 0), "{traffic:?}");
+    assert!(traffic.rx_packets > 1000 && traffic.tx_packets > 1000, "{traffic:?}");
 
     // At once, and while the broker is in the middle of mapping.
     for round in 0..30 {
@@ -144,7 +143,6 @@ fn packets_go_through_the_window_and_come_back_whole() {
     }
     eventually("the link area", || transport.guest.window_load(abi::LINK_OFFSET).unwrap() != 0);
     transport.guest.set_status(0);
-    let link = || client::status(&folder.path().join("control")).unwrap().links.remove(0);
     eventually("the broker knows that the window is closed", || link().window.phase == "closed");
     let link = link();
     assert_eq!(

@@ -2,11 +2,11 @@
 //!
 //! | file | what it holds |
 //! |---|---|
-//! | [`function`] | what an access to each register does |
-//! | [`registers`] | their values |
-//! | [`place`] | where the BARs are, and the window's slots |
-//! | [`wiring`] | which eventfds are joined to which interrupts and notifications |
-//! | [`events`] | the device's own eventfds |
+//! | `function` | what an access to each register does |
+//! | `registers` | their values |
+//! | `place` | where the BARs are, and the window's slots |
+//! | `wiring` | which eventfds are joined to which interrupts and notifications |
+//! | `events` | the device's own eventfds |
 //!
 //! One lock protects the registers, another the window. Both are held for register work, system
 //! calls and methods of [`Vmm`] only: never while anybody waits for the broker. Threads: the
@@ -23,7 +23,7 @@ use std::net::Shutdown;
 use std::os::fd::{BorrowedFd, OwnedFd};
 use std::os::unix::net::UnixStream;
 use std::path::Path;
-use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
+use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError, TryLockError};
 use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
@@ -110,6 +110,8 @@ pub(crate) struct Shared {
     pub pairs: Arc<Vec<Pair>>,
     /// Wakes the device's thread.
     pub wake: EventFd,
+    /// Held while a request of the broker's is taken, carried out and answered.
+    serving: Mutex<()>,
     /// What ends the conversation that is under way when it is shut down; or that the device is
     /// going away.
     current: Mutex<Current>,
@@ -167,6 +169,7 @@ impl Device {
             window,
             pairs,
             wake: event::new()?,
+            serving: Mutex::new(()),
             current: Mutex::default(),
         });
         let thread = std::thread::Builder::new().name("vhost-pci broker".into()).spawn({
@@ -273,6 +276,20 @@ impl Shared {
             let _ = stream.shutdown(Shutdown::Both);
         }
         event::signal(&self.wake);
+    }
+
+    /// Held by the channel's thread for each request.
+    pub fn serving(&self) -> MutexGuard<'_, ()> {
+        lock(&self.serving)
+    }
+
+    /// As [`serving`](Self::serving), unless a request is being served.
+    pub fn try_serving(&self) -> Option<MutexGuard<'_, ()>> {
+        match self.serving.try_lock() {
+            Ok(guard) => Some(guard),
+            Err(TryLockError::Poisoned(guard)) => Some(guard.into_inner()),
+            Err(TryLockError::WouldBlock) => None,
+        }
     }
 
     /// What the driver wants.

@@ -47,6 +47,7 @@ fn serve(shared: &Shared, channel: &UnixStream, wiring: bool) -> io::Result<()> 
             Err(rustix::io::Errno::INTR) => continue,
             other => other?,
         };
+        let _serving = shared.serving();
         let Some(mut message) = message::receive(channel, wiring)? else {
             return Ok(());
         };

@@ -24,6 +24,9 @@ const FIRST_PAUSE: Duration = Duration::from_millis(50);
 /// The longest pause.
 const LONGEST_PAUSE: Duration = Duration::from_secs(2);
 
+/// How long the answers to a stopped device's requests may take.
+const ANSWERS_TIME: Duration = Duration::from_secs(1);
+
 /// How the broker is reached, each time anew.
 pub type Connector = Box<dyn FnMut() -> io::Result<UnixStream> + Send>;
 
@@ -90,6 +93,22 @@ fn wait(shared: &Shared, pause: Duration) {
     }
 }
 
+/// Waits until the channel's thread has answered what the broker asked for before it knew of the
+/// stop: that is about a device that is no more, not about the next start's. Not for long, and not if the
+/// driver wants something else meanwhile.
+fn answer_all(shared: &Shared, channel: &UnixStream, desired: &Desired) -> io::Result<()> {
+    let until = Instant::now() + ANSWERS_TIME;
+    while !shared.is_ending() && Instant::now() < until && shared.desired() == *desired {
+        if let Some(_idle) = shared.try_serving()
+            && rustix::io::ioctl_fionread(channel)? == 0
+        {
+            break;
+        }
+        std::thread::sleep(Duration::from_micros(100));
+    }
+    Ok(())
+}
+
 /// One connection's life.
 fn serve(shared: &Arc<Shared>, mut connection: Connection) -> Result<(), HandshakeError> {
     shared.set_current(Some(connection.main.try_clone()?));
@@ -117,6 +136,8 @@ fn converse(shared: &Shared, connection: &mut Connection) -> Result<(), Handshak
         if desired != told {
             if !told.queues.is_empty() {
                 connection.stop(&told.queues)?;
+                shared.settled(desired.epoch);
+                answer_all(shared, &connection.channel, &desired)?;
             }
             if shared.begin(&desired) {
                 connection.start(&desired.queues, &shared.pairs)?;

@@ -91,8 +91,8 @@ pub enum Refusal {
         /// Its length.
         len: u64,
     },
-    /// An unmap names exactly one mapping.
-    #[error("no mapping is exactly this")]
+    /// An unmap names exactly one mapping, or none.
+    #[error("a part of it is mapped, and no mapping is exactly this")]
     NotMapped,
     /// More ranges than the process should have mappings.
     #[error("{MAX_RANGES} ranges are mapped already")]
@@ -120,11 +120,6 @@ impl Ranges {
     /// Whether there may be mappings.
     pub fn set_open(&mut self, open: bool) {
         self.open = open;
-    }
-
-    /// Whether there may be mappings.
-    pub fn is_open(&self) -> bool {
-        self.open
     }
 
     /// What is mapped: offset and length.
@@ -159,15 +154,18 @@ impl Ranges {
         Ok(aperture)
     }
 
-    /// Whether exactly this is mapped.
+    /// Whether exactly this is mapped; `false` if nothing of it is.
     ///
     /// # Errors
-    /// If it is not, or cannot be.
-    pub fn find(&self, request: Request) -> Result<(), Refusal> {
-        self.place(request)?;
-        match self.mapped.get(&request.offset) {
-            Some(len) if *len == request.len => Ok(()),
-            _ => Err(Refusal::NotMapped),
+    /// If a part of it is, or it is no range of the window.
+    pub fn has(&self, request: Request) -> Result<bool, Refusal> {
+        let (_, end) = self.place(request)?;
+        match self.mapped.range(..end).next_back() {
+            Some((offset, len)) if offset + len > request.offset => {
+                let is_it = (*offset, *len) == (request.offset, request.len);
+                is_it.then_some(true).ok_or(Refusal::NotMapped)
+            }
+            _ => Ok(false),
         }
     }
 
@@ -259,11 +257,13 @@ mod tests {
             let request = at(LINK_LEN + offset * PAGE, len * PAGE, true);
             assert!(matches!(ranges.map(request), Err(Refusal::Overlap { .. })), "{offset} {len}");
         }
-        for (offset, len) in [(4, 3), (5, 3), (3, 5), (0, 4)] {
+        for (offset, len) in [(4, 3), (5, 3), (3, 5), (0, 16)] {
             let request = at(LINK_LEN + offset * PAGE, len * PAGE, true);
-            assert_eq!(ranges.find(request), Err(Refusal::NotMapped));
+            assert_eq!(ranges.has(request), Err(Refusal::NotMapped));
         }
-        ranges.find(at(LINK_LEN + 4 * PAGE, 4 * PAGE, false)).unwrap();
+        assert_eq!(ranges.has(at(LINK_LEN + 4 * PAGE, 4 * PAGE, false)), Ok(true));
+        assert_eq!(ranges.has(at(LINK_LEN + 8 * PAGE, 4 * PAGE, false)), Ok(false));
+        assert_eq!(ranges.has(at(LINK_LEN, 4 * PAGE, false)), Ok(false));
         ranges.forget(LINK_LEN + 4 * PAGE);
         assert_eq!(ranges.mapped().count(), 0);
     }
