@@ -98,9 +98,11 @@ pub trait Vmm: Send + Sync {
 
     /// Makes each signal of the eventfd the MSI, in the kernel: a route for the message
     /// (`KVM_SET_GSI_ROUTING`), then `KVM_IRQFD`; `KVM_IRQFD_FLAG_DEASSIGN` at the drop. The
-    /// route must be there before the eventfd is assigned, else a signal is lost. A count
-    /// that is there already makes the interrupt at once, as KVM's irqfd does; a VMM that
-    /// emulates this must not take the count away before it has delivered.
+    /// route must be there before the eventfd is assigned, else a signal is lost.
+    ///
+    /// A count that is there already makes the interrupt, once. KVM leaves the count; the device takes
+    /// it away when this has returned. A hypervisor without irqfds, for which the VMM plays them by
+    /// a thread, has to have delivered such a count before.
     ///
     /// Several eventfds may have the same message, which can share a route. The eventfd can
     /// be another VM's: do not write it, do not read it other than by `KVM_IRQFD`, and do not

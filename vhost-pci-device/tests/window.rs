@@ -220,6 +220,6 @@ fn huge_pages_are_shown_whole_or_not_at_all() {
     let shown = bench.broker.map(DATA + 2 * HUGE, HUGE, &memory, HUGE, true);
     println!("a huge page {} shown", if shown { "is" } else { "is not free to be" });
     assert_eq!(bench.guest.window_load(DATA + 2 * HUGE), Ok(0));
-    assert_eq!(bench.broker.unmap(DATA + 2 * HUGE, HUGE), shown);
+    assert!(bench.broker.unmap(DATA + 2 * HUGE, HUGE));
     bench.guest.assert_no_hole();
 }

@@ -61,7 +61,7 @@ pub enum DeviceError {
     Connect(io::Error),
     /// The broker cannot be used.
     #[error("negotiating with the broker: {0}")]
-    Broker(#[source] HandshakeError),
+    Broker(HandshakeError),
     /// The host gives no address space, descriptor or thread.
     #[error("the host lacks resources for the device: {0}")]
     Host(#[from] io::Error),

@@ -3,7 +3,9 @@
 //! Each eventfd has a place here, and what it should be registered for follows from the
 //! registers; [`Wiring::settle`] makes it so. Masking a vector is to deregister its eventfds:
 //! signals that come then stay in their counts, which are the pending bits, and arrive when they
-//! are registered again. An eventfd that was given (WIRE) is never read and never written.
+//! are registered again. KVM makes an interrupt of a count that it finds, and leaves the count: it is
+//! taken away after the registration, when whatever comes is KVM's, or the next masking
+//! would find it again. Else an eventfd that was given (WIRE) is never read, and never written.
 
 use std::io;
 use std::sync::Arc;
@@ -43,6 +45,21 @@ impl<T: Copy + PartialEq> Registered<T> {
             }
         }
         Ok(())
+    }
+}
+
+impl Registered<MsiMessage> {
+    fn settle_irqfd(&mut self, vmm: &dyn Vmm, wanted: Option<MsiMessage>, its: &EventFd) -> io::Result<()> {
+        self.settle(wanted, |message| {
+            let held = vmm.irqfd(message, its)?;
+            event::drain(its);
+            Ok(held)
+        })
+    }
+
+    /// Whether a signal waits. What is registered has been delivered.
+    fn is_pending(&self, its: &EventFd) -> bool {
+        self.0.is_none() && event::has_count(its)
     }
 }
 
@@ -104,12 +121,12 @@ impl Wiring {
     pub fn settle(&mut self, vmm: &dyn Vmm, wanted: &dyn Wanted) {
         let mut refused = None;
         let mut note = |result: io::Result<()>| refused = result.err().or(refused.take());
-        note(self.config.settle(wanted.config(), |message| vmm.irqfd(message, &self.config_event)));
+        note(self.config.settle_irqfd(vmm, wanted.config(), &self.config_event));
         for (queue, (line, pair)) in self.lines.iter_mut().zip(self.pairs.iter()).enumerate() {
             let message = wanted.interrupt(queue);
-            note(line.call.settle(message, |message| vmm.irqfd(message, &pair.call)));
+            note(line.call.settle_irqfd(vmm, message, &pair.call));
             if let Some(given) = &mut line.interrupt {
-                note(given.registered.settle(message, |message| vmm.irqfd(message, &given.event)));
+                note(given.registered.settle_irqfd(vmm, message, &given.event));
             }
             note(line.settle_notify(vmm, wanted.notify(queue), &pair.kick));
         }
@@ -135,7 +152,7 @@ impl Wiring {
         line.interrupt = None;
         if let Some(event) = event {
             let mut given = Given { registered: Registered::default(), event };
-            given.registered.settle(message, |message| vmm.irqfd(message, &given.event))?;
+            given.registered.settle_irqfd(vmm, message, &given.event)?;
             line.interrupt = Some(given);
         }
         Ok(())
@@ -189,14 +206,14 @@ impl Wiring {
 
     /// Whether an interrupt of configuration changes waits to be unmasked.
     pub fn is_config_pending(&self) -> bool {
-        event::has_count(&self.config_event)
+        self.config.is_pending(&self.config_event)
     }
 
     /// Whether an interrupt of the queue waits to be unmasked.
     pub fn is_pending(&self, queue: usize) -> bool {
-        let own = self.pairs.get(queue).is_some_and(|pair| event::has_count(&pair.call));
-        let given = self.lines.get(queue).and_then(|line| line.interrupt.as_ref());
-        own || given.is_some_and(|given| event::has_count(&given.event))
+        let (Some(line), Some(pair)) = (self.lines.get(queue), self.pairs.get(queue)) else { return false };
+        let given = line.interrupt.as_ref().is_some_and(|given| given.registered.is_pending(&given.event));
+        given || line.call.is_pending(&pair.call)
     }
 
     /// How many queues have a given eventfd as interrupt, and as notification.

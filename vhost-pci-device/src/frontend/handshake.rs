@@ -66,14 +66,14 @@ const REPLY: u32 = 1 << 2;
 pub enum HandshakeError {
     /// The socket fails.
     #[error("the socket: {0}")]
-    Socket(#[from] io::Error),
+    Socket(io::Error),
     /// A message fails.
-    #[error("{step}: {source}")]
+    #[error("{step}: {error}")]
     Message {
         /// Which message.
         step: &'static str,
         /// What is wrong.
-        source: vhost::Error,
+        error: vhost::Error,
     },
     /// Something that the device needs is not offered.
     #[error("the back-end does not offer {0}: is it the peer socket of a vhost-pci-switch of this version?")]
@@ -86,6 +86,12 @@ pub enum HandshakeError {
         "the broker's link has changed: its window or its number of vrings is another one; restart the VM"
     )]
     Changed,
+}
+
+impl From<io::Error> for HandshakeError {
+    fn from(error: io::Error) -> Self {
+        Self::Socket(error)
+    }
 }
 
 /// What the guest sees of the device for as long as it lives.
@@ -113,7 +119,7 @@ pub struct Connection {
 }
 
 fn at<T>(step: &'static str, result: vhost::Result<T>) -> Result<T, HandshakeError> {
-    result.map_err(|source| HandshakeError::Message { step, source })
+    result.map_err(|error| HandshakeError::Message { step, error })
 }
 
 /// GET_PROTOCOL_FEATURES with the bits that the vhost crate does not know, which it leaves out.
