@@ -1,0 +1,180 @@
+//! The measurement: batches, in which every mode has its turn again and again.
+
+use std::path::Path;
+
+use anyhow::{Context, ensure};
+
+use crate::bare;
+use crate::broker::BrokerProcess;
+use crate::owner::VRING;
+use crate::pair::{Direction, Pair, wakeups};
+use crate::samples::Samples;
+
+/// Round trips until the next one has its turn.
+const SLICE: u64 = 250;
+
+/// What is between the two VMs.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Mode {
+    /// Nothing: the broker has handed the owner's eventfds to the peer's VMM.
+    Direct,
+    /// A thread of the broker.
+    Relay,
+    /// A process that is not the broker.
+    RelayProcess,
+}
+
+impl Mode {
+    /// All.
+    pub const ALL: [Self; 3] = [Self::Direct, Self::Relay, Self::RelayProcess];
+
+    /// As it is printed, and the name of its link.
+    pub const fn name(self) -> &'static str {
+        match self {
+            Self::Direct => "direct",
+            Self::Relay => "relay",
+            Self::RelayProcess => "relay-process",
+        }
+    }
+
+    /// Lines of the link's configuration.
+    const fn config(self) -> &'static str {
+        match self {
+            Self::Relay => "wiring = \"relay\"",
+            Self::Direct | Self::RelayProcess => "",
+        }
+    }
+
+    /// Arguments of the peer's process.
+    const fn peer(self) -> &'static [&'static str] {
+        match self {
+            Self::RelayProcess => &["--relay"],
+            Self::Direct | Self::Relay => &[],
+        }
+    }
+}
+
+/// What was measured of one mode, in one direction.
+#[derive(Clone, Debug)]
+pub struct Figures {
+    /// Which.
+    pub mode: Mode,
+    /// Which.
+    pub direction: Direction,
+    /// Round trips.
+    pub times: Samples,
+    /// How often threads of the broker were woken meanwhile.
+    pub broker_wakeups: u64,
+    /// Notifications that the broker says to have relayed meanwhile.
+    pub notifications_relayed: u64,
+    /// How the vring is wired, as the broker says.
+    pub wiring: String,
+}
+
+/// The whole measurement.
+#[derive(Clone, Debug)]
+pub struct Measured {
+    /// By mode and direction.
+    pub figures: Vec<Figures>,
+    /// By direction.
+    pub bare: Vec<(Direction, Samples)>,
+}
+
+/// Measures so many batches of so many round trips.
+///
+/// # Errors
+/// If anything fails, or a notification gets lost.
+pub fn measure(
+    folder: &Path,
+    batches: u64,
+    rounds: u64,
+    mut progress: impl FnMut(&str),
+) -> anyhow::Result<Measured> {
+    progress("starting a broker and eight VMs");
+    let links = Mode::ALL.map(|mode| (mode.name(), mode.config()));
+    let broker = BrokerProcess::start(folder, &links)?;
+    let start = |mode: Mode| Pair::start(&broker, folder, mode.name(), mode.peer());
+    let mut pairs = Mode::ALL.into_iter().map(start).collect::<anyhow::Result<Vec<_>>>()?;
+    let mut bare = bare::start()?;
+    let mut measured = Measured { figures: Vec::new(), bare: Vec::new() };
+    for direction in Direction::ALL {
+        for (mode, pair) in Mode::ALL.into_iter().zip(&mut pairs) {
+            pair.measure(direction, SLICE).with_context(|| format!("warming up {mode:?}"))?;
+            measured.figures.push(Figures {
+                mode,
+                direction,
+                times: Samples::default(),
+                broker_wakeups: 0,
+                notifications_relayed: 0,
+                wiring: wiring(&broker, mode)?,
+            });
+        }
+        bare.measure(direction, SLICE)?;
+        measured.bare.push((direction, Samples::default()));
+    }
+    for batch in 0..batches {
+        progress(&format!("batch {} of {batches}", batch + 1));
+        measured.figures.iter_mut().for_each(|figures| figures.times.begin());
+        measured.bare.iter_mut().for_each(|(_, times)| times.begin());
+        for slice in 0..rounds.div_ceil(SLICE) {
+            let rounds = SLICE.min(rounds - slice * SLICE);
+            for figures in &mut measured.figures {
+                let pair = pairs.get_mut(figures.mode as usize).context("a pair for each mode")?;
+                figures.slice(&broker, pair, rounds)?;
+            }
+            for (direction, times) in &mut measured.bare {
+                times.add(bare.measure(*direction, rounds)?);
+            }
+        }
+    }
+    Ok(measured)
+}
+
+impl Figures {
+    /// Some round trips. The broker is asked outside of the time in which its wake-ups count.
+    fn slice(&mut self, broker: &BrokerProcess, pair: &mut Pair, rounds: u64) -> anyhow::Result<()> {
+        let relayed = || anyhow::Ok(broker.link(self.mode.name())?.counters.notifications_relayed);
+        let (id, relayed_before) = (broker.process.id(), relayed()?);
+        let woken_before = wakeups_at_rest(id)?;
+        let times = pair.measure(self.direction, rounds);
+        let woken = wakeups(id)?;
+        let times = times.with_context(|| format!("{:?}, {}", self.mode, self.direction.name()))?;
+        self.broker_wakeups += woken - woken_before;
+        self.notifications_relayed += relayed()? - relayed_before;
+        self.times.add(times);
+        Ok(())
+    }
+}
+
+/// The wake-ups of a process that was just asked something: once it sleeps again.
+fn wakeups_at_rest(process: u32) -> anyhow::Result<u64> {
+    let mut before = wakeups(process)?;
+    for _ in 0..100 {
+        std::thread::sleep(std::time::Duration::from_millis(1));
+        let now = wakeups(process)?;
+        if now == before {
+            return Ok(now);
+        }
+        before = now;
+    }
+    Ok(before)
+}
+
+fn wiring(broker: &BrokerProcess, mode: Mode) -> anyhow::Result<String> {
+    let report = broker.link(mode.name())?;
+    let vring = report.vrings.iter().find(|vring| vring.index == VRING);
+    Ok(vring.context("the broker does not show the vring")?.wiring.clone())
+}
+
+/// Checks what has to be so on any machine.
+///
+/// # Errors
+/// If the broker was woken in direct mode, or relayed anything.
+pub fn verify(measured: &Measured) -> anyhow::Result<()> {
+    for figures in measured.figures.iter().filter(|figures| figures.mode != Mode::Relay) {
+        let (woken, relayed) = (figures.broker_wakeups, figures.notifications_relayed);
+        let (mode, way) = (figures.mode.name(), figures.direction.name());
+        ensure!(woken == 0 && relayed == 0, "{mode}, {way}: the broker was woken {woken} times and relayed {relayed}");
+    }
+    Ok(())
+}

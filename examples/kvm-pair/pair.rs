@@ -1,0 +1,125 @@
+//! Two VMs and what joins them: the parties of a measurement.
+
+use std::path::Path;
+use std::time::{Duration, Instant};
+use std::{fs, thread};
+
+use anyhow::{Context, ensure};
+
+use crate::broker::{BrokerProcess, owner_socket, peer_socket};
+use crate::child::Child;
+use crate::guest;
+
+/// How long a link may take to come up.
+const PATIENCE: Duration = Duration::from_secs(20);
+
+/// Who begins a round trip.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Direction {
+    /// A kick of the owner's, and the peer's call.
+    OwnerFirst,
+    /// A call of the peer's, and the owner's kick.
+    PeerFirst,
+}
+
+impl Direction {
+    /// Both.
+    pub const ALL: [Self; 2] = [Self::OwnerFirst, Self::PeerFirst];
+
+    /// As it is printed.
+    pub const fn name(self) -> &'static str {
+        match self {
+            Self::OwnerFirst => "owner-peer-owner",
+            Self::PeerFirst => "peer-owner-peer",
+        }
+    }
+}
+
+/// Two processes, a VM each.
+#[derive(Debug)]
+pub struct Pair {
+    /// The owner's VMM.
+    pub owner: Child,
+    /// The peer's.
+    pub peer: Child,
+}
+
+impl Pair {
+    /// The two sides of a link of this broker's. Waits until it is up. `more` is for the
+    /// peer's process.
+    ///
+    /// # Errors
+    /// If it does not come up.
+    pub fn start(broker: &BrokerProcess, folder: &Path, link: &str, more: &[&str]) -> anyhow::Result<Self> {
+        let owner = owner_socket(folder, link);
+        let owner = Child::start(&["owner", owner.to_str().context("a path")?])?;
+        let peer = start_peer(folder, link, more)?;
+        wait_until_up(broker, link)?;
+        Ok(Self { owner, peer })
+    }
+
+    /// So many round trips, in microseconds each.
+    ///
+    /// # Errors
+    /// If one gets lost, or too many notifications come.
+    pub fn measure(&mut self, direction: Direction, rounds: u64) -> anyhow::Result<Vec<f64>> {
+        let (first, second) = match direction {
+            Direction::OwnerFirst => (&mut self.owner, &mut self.peer),
+            Direction::PeerFirst => (&mut self.peer, &mut self.owner),
+        };
+        let khz: f64 = first.tell("khz")?.parse()?;
+        second.tell("echo")?;
+        let answer = first.tell(&format!("measure {rounds}"));
+        let echoed: u64 = second.tell("stop")?.parse()?;
+        let times = guest::times(&answer?, khz)?;
+        ensure!(echoed == rounds, "{echoed} notifications arrived in {rounds} round trips");
+        Ok(times)
+    }
+}
+
+/// A peer's process.
+///
+/// # Errors
+/// If it does not start.
+pub fn start_peer(folder: &Path, link: &str, more: &[&str]) -> anyhow::Result<Child> {
+    let peer = peer_socket(folder, link);
+    Child::start(&[&["peer", peer.to_str().context("a path")?], more].concat())
+}
+
+/// Waits until the broker says that the link is up and its vrings live.
+///
+/// # Errors
+/// If that takes too long.
+pub fn wait_until_up(broker: &BrokerProcess, link: &str) -> anyhow::Result<()> {
+    let start = Instant::now();
+    loop {
+        let report = broker.link(link)?;
+        if report.state == "up" && report.vrings.iter().all(|vring| vring.state == "live") {
+            return Ok(());
+        }
+        ensure!(start.elapsed() < PATIENCE, "the link does not come up: {report:?}");
+        thread::sleep(Duration::from_millis(2));
+    }
+}
+
+/// How often the threads of a process went to sleep and were woken since they began.
+///
+/// # Errors
+/// If it is gone.
+pub fn wakeups(process: u32) -> anyhow::Result<u64> {
+    let mut sum = 0;
+    for thread in fs::read_dir(format!("/proc/{process}/task"))? {
+        let status = fs::read_to_string(thread?.path().join("status"))?;
+        let count = status.lines().find_map(|line| line.strip_prefix("voluntary_ctxt_switches:"));
+        sum += count.context("no voluntary_ctxt_switches")?.trim().parse::<u64>()?;
+    }
+    Ok(sum)
+}
+
+/// How many descriptors a process has open.
+///
+/// # Errors
+/// If it is gone.
+pub fn descriptors(process: u32) -> anyhow::Result<usize> {
+    Ok(fs::read_dir(format!("/proc/{process}/fd"))?.count())
+}
