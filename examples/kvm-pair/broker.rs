@@ -19,7 +19,7 @@ pub struct BrokerProcess {
 }
 
 impl BrokerProcess {
-    /// Starts it with these links, and more lines of the configuration for each.
+    /// Starts it with these links, and the other lines of the configuration for each.
     ///
     /// # Errors
     /// If it does not start.
@@ -27,7 +27,7 @@ impl BrokerProcess {
         let mut text = format!("control_socket = {:?}\n", control(folder));
         for (name, more) in links {
             text += &format!(
-                "[[link]]\nname = {name:?}\nowner_socket = {:?}\npeer_socket = {:?}\nwindow = \"4M\"\n{more}\n",
+                "[[link]]\nname = {name:?}\nowner_socket = {:?}\npeer_socket = {:?}\n{more}\n",
                 owner_socket(folder, name),
                 peer_socket(folder, name),
             );

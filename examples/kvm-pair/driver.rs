@@ -216,7 +216,7 @@ impl Function {
     ///
     /// # Errors
     /// If it cannot.
-    pub fn reset_function(self) -> anyhow::Result<()> {
+    pub fn reset_function(&self) -> anyhow::Result<()> {
         let cycles = Cycles(&self.device);
         let express = cycles.capability(CAP_EXPRESS).context("the function is not PCI Express")?;
         let control = cycles.half(express + EXPRESS_CONTROL) | CONTROL_RESET;

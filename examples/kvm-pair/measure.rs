@@ -7,7 +7,7 @@ use anyhow::{Context, ensure};
 use crate::bare;
 use crate::broker::BrokerProcess;
 use crate::owner::VRING;
-use crate::pair::{Direction, Pair, wakeups};
+use crate::pair::{DIRECT, Direction, Pair, RELAY, wakeups};
 use crate::samples::Samples;
 
 /// Round trips until the next one has its turn.
@@ -40,8 +40,8 @@ impl Mode {
     /// Lines of the link's configuration.
     const fn config(self) -> &'static str {
         match self {
-            Self::Relay => "wiring = \"relay\"",
-            Self::Direct | Self::RelayProcess => "",
+            Self::Relay => RELAY,
+            Self::Direct | Self::RelayProcess => DIRECT,
         }
     }
 

@@ -13,6 +13,11 @@ use crate::guest;
 /// How long a link may take to come up.
 const PATIENCE: Duration = Duration::from_secs(20);
 
+/// A link that the broker joins directly if it can. The owner's memory takes 8 MiB of the window.
+pub const DIRECT: &str = "window = \"64M\"";
+/// A link that it relays.
+pub const RELAY: &str = "window = \"64M\"";
+
 /// Who begins a round trip.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Direction {

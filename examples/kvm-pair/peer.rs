@@ -31,7 +31,7 @@ pub fn run(parent: &Parent, socket: &Path, relay: bool) -> anyhow::Result<()> {
     let bus = Arc::new(Bus::default());
     let relay = relay.then(Relay::start).transpose()?;
     let vmm = Arc::new(KvmVmm::new(Arc::clone(&vm), Arc::clone(&bus), relay));
-    let device = Arc::new(Device::connect(socket, Options::default(), vmm.clone())?);
+    let device = Arc::new(Device::connect(socket, vmm.clone(), Options::default())?);
     bus.plug(&device);
     let processor = Processor::start(&vm, cpu::PEER, bus.clone())?;
     let mut function = Function::place(&device, &bus)?;

@@ -100,18 +100,13 @@ impl Vm {
         let mut routes = self.routes.lock().unwrap_or_else(PoisonError::into_inner);
         let free = (FIRST_GSI..).find(|gsi| !routes.contains_key(gsi)).unwrap_or(u32::MAX);
         routes.insert(free, msi);
-        self.set_routes(&routes).inspect_err(|_| drop(routes.remove(&free)))?;
-        Ok(free)
-    }
-
-    /// Makes the line another message, from now on.
-    ///
-    /// # Errors
-    /// What KVM answers.
-    pub fn change_route(&self, gsi: u32, msi: Msi) -> io::Result<()> {
-        let mut routes = self.routes.lock().unwrap_or_else(PoisonError::into_inner);
-        routes.insert(gsi, msi);
-        self.set_routes(&routes)
+        match self.set_routes(&routes) {
+            Ok(()) => Ok(free),
+            Err(error) => {
+                routes.remove(&free);
+                Err(error)
+            }
+        }
     }
 
     /// Gives the line back.
