@@ -99,6 +99,7 @@ pub fn measure(
     let mut measured = Measured { figures: Vec::new(), bare: Vec::new() };
     for direction in Direction::ALL {
         for (mode, pair) in Mode::ALL.into_iter().zip(&mut pairs) {
+            pair.settle()?;
             pair.measure(direction, SLICE).with_context(|| format!("warming up {mode:?}"))?;
             measured.figures.push(Figures {
                 mode,

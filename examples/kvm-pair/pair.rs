@@ -18,6 +18,9 @@ pub const DIRECT: &str = "window = \"64M\"";
 /// A link that it relays.
 pub const RELAY: &str = "window = \"64M\"";
 
+/// For how long nothing comes any more when all that had to come has come.
+const QUIET: Duration = Duration::from_millis(5);
+
 /// Who begins a round trip.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Direction {
@@ -61,6 +64,28 @@ impl Pair {
         let peer = start_peer(folder, link, more)?;
         wait_until_up(broker, link)?;
         Ok(Self { owner, peer })
+    }
+
+    /// Waits until what belongs to the start of a link has come: notifications without a cause.
+    ///
+    /// # Errors
+    /// If they do not end.
+    pub fn settle(&mut self) -> anyhow::Result<()> {
+        let start = Instant::now();
+        self.owner.tell("idle")?;
+        self.peer.tell("idle")?;
+        let mut before = None;
+        loop {
+            let now = (self.owner.tell("interrupts")?, self.peer.tell("interrupts")?);
+            if before.as_ref() == Some(&now) {
+                break;
+            }
+            ensure!(start.elapsed() < PATIENCE, "notifications go on and on");
+            before = Some(now);
+            thread::sleep(QUIET);
+        }
+        self.owner.tell("stop")?;
+        self.peer.tell("stop").map(drop)
     }
 
     /// So many round trips, in microseconds each.

@@ -101,8 +101,7 @@ impl Link<'_> {
     /// Waits for the link, and sees that notifications pass both ways.
     fn works(&mut self) -> anyhow::Result<()> {
         wait_until_up(self.broker, LINK)?;
-        // What belongs to the start of the link comes now.
-        thread::sleep(Duration::from_millis(1));
+        self.pair.settle()?;
         self.pair.measure(Direction::OwnerFirst, ROUND_TRIPS).map(drop)
     }
 }

@@ -26,8 +26,8 @@ pub fn run(rounds: u64) -> anyhow::Result<String> {
     let mut told = Vec::new();
     for (link, _) in LINKS {
         let mut pair = Pair::start(&broker, folder.path(), link, &[])?;
+        pair.settle()?;
         pair.peer.tell("idle")?;
-        settle(&mut pair)?;
         let mut kicks = 0;
         for round in 0..rounds {
             // Every eighth round nobody kicks.
@@ -64,19 +64,6 @@ fn one(pair: &mut Pair, kicks: u64) -> anyhow::Result<()> {
     ensure!(came == u64::from(kicks > 0), "{came} interrupts after unmasking");
     ensure!(!is_pending(peer)?, "pending after the interrupt");
     Ok(())
-}
-
-/// Waits until what belongs to the link's start has come.
-fn settle(pair: &mut Pair) -> anyhow::Result<()> {
-    let mut before = interrupts(&mut pair.peer)?;
-    loop {
-        thread::sleep(20 * QUIET);
-        let now = interrupts(&mut pair.peer)?;
-        if now == before {
-            return Ok(());
-        }
-        before = now;
-    }
 }
 
 fn interrupts(peer: &mut Child) -> anyhow::Result<u64> {
