@@ -6,8 +6,7 @@ use anyhow::{Context, ensure};
 
 use crate::bare;
 use crate::broker::BrokerProcess;
-use crate::owner::VRING;
-use crate::pair::{DIRECT, Direction, Pair, RELAY, wakeups};
+use crate::pair::{DIRECT, Direction, Pair, RELAY, wakeups, wiring};
 use crate::samples::Samples;
 
 /// Round trips until the next one has its turn.
@@ -107,7 +106,7 @@ pub fn measure(
                 times: Samples::default(),
                 broker_wakeups: 0,
                 notifications_relayed: 0,
-                wiring: wiring(&broker, mode)?,
+                wiring: wiring(&broker, mode.name())?,
             });
         }
         bare.measure(direction, SLICE)?;
@@ -161,12 +160,6 @@ fn wakeups_at_rest(process: u32) -> anyhow::Result<u64> {
     Ok(before)
 }
 
-fn wiring(broker: &BrokerProcess, mode: Mode) -> anyhow::Result<String> {
-    let report = broker.link(mode.name())?;
-    let vring = report.vrings.iter().find(|vring| vring.index == VRING);
-    Ok(vring.context("the broker does not show the vring")?.wiring.clone())
-}
-
 /// Checks what has to be so on any machine.
 ///
 /// # Errors
@@ -175,6 +168,7 @@ pub fn verify(measured: &Measured) -> anyhow::Result<()> {
     for figures in measured.figures.iter().filter(|figures| figures.mode != Mode::Relay) {
         let (woken, relayed) = (figures.broker_wakeups, figures.notifications_relayed);
         let (mode, way) = (figures.mode.name(), figures.direction.name());
+        ensure!(figures.wiring == "direct", "{mode}: the broker wires it {}", figures.wiring);
         ensure!(woken == 0 && relayed == 0, "{mode}, {way}: the broker was woken {woken} times and relayed {relayed}");
     }
     Ok(())

@@ -9,6 +9,7 @@ use anyhow::{Context, ensure};
 use crate::broker::{BrokerProcess, owner_socket, peer_socket};
 use crate::child::Child;
 use crate::guest;
+use crate::owner::VRING;
 
 /// How long a link may take to come up.
 const PATIENCE: Duration = Duration::from_secs(20);
@@ -16,7 +17,7 @@ const PATIENCE: Duration = Duration::from_secs(20);
 /// A link that the broker joins directly if it can. The owner's memory takes 8 MiB of the window.
 pub const DIRECT: &str = "window = \"64M\"";
 /// A link that it relays.
-pub const RELAY: &str = "window = \"64M\"";
+pub const RELAY: &str = "window = \"64M\"\nwiring = \"relay\"";
 
 /// For how long nothing comes any more when all that had to come has come.
 const QUIET: Duration = Duration::from_millis(5);
@@ -130,6 +131,19 @@ pub fn wait_until_up(broker: &BrokerProcess, link: &str) -> anyhow::Result<()> {
         ensure!(start.elapsed() < PATIENCE, "the link does not come up: {report:?}");
         thread::sleep(Duration::from_millis(2));
     }
+}
+
+/// How the notifications of the vring go, as the broker says.
+///
+/// # Errors
+/// If it does not answer.
+pub fn wiring(broker: &BrokerProcess, link: &str) -> anyhow::Result<String> {
+    let report = broker.link(link)?;
+    let vring = report.vrings.into_iter().find(|vring| vring.index == VRING);
+    let vring = vring.context("the broker does not show the vring")?;
+    let because = vring.relayed_because.map(|why| format!(" ({why})")).unwrap_or_default();
+    let way = if vring.kicks == vring.calls { vring.kicks } else { format!("{}, {}", vring.kicks, vring.calls) };
+    Ok(way + &because)
 }
 
 /// How often the threads of a process went to sleep and were woken since they began.

@@ -7,7 +7,7 @@ use std::time::Duration;
 use anyhow::ensure;
 
 use crate::broker::BrokerProcess;
-use crate::pair::{DIRECT, Direction, Pair, descriptors, start_peer, wait_until_up};
+use crate::pair::{DIRECT, Direction, Pair, descriptors, start_peer, wait_until_up, wiring};
 
 const LINK: &str = "direct";
 /// What is done before anything counts.
@@ -30,7 +30,7 @@ pub fn run(rounds: u64) -> anyhow::Result<String> {
     let folder = tempfile::tempdir()?;
     let broker = BrokerProcess::start(folder.path(), &[(LINK, DIRECT)])?;
     let mut pair = Pair::start(&broker, folder.path(), LINK, &[])?;
-    let wiring = broker.link(LINK)?.vrings[1].wiring.clone();
+    let was = wiring(&broker, LINK)?;
     let mut told = Vec::new();
     let kinds: [(&str, u64, Step); 3] =
         [("driver unbound", rounds, unbind), ("FLR", rounds, reset), ("VM killed", rounds.div_ceil(KILL_EVERY), kill)];
@@ -46,12 +46,12 @@ pub fn run(rounds: u64) -> anyhow::Result<String> {
         }
         let after = link.counts_at(before)?;
         ensure!(after == before, "{name}: descriptors of broker, owner, peer: {before:?} before, {after:?} after {rounds} rounds");
-        let now = &broker.link(LINK)?.vrings[1].wiring;
-        ensure!(*now == wiring, "{name}: the wiring was {wiring} and is {now}: an eventfd is still registered");
+        let now = wiring(&broker, LINK)?;
+        ensure!(now == was, "{name}: the wiring was {was} and is {now}: an eventfd is still registered");
         told.push(format!("{name} {rounds} times: {before:?}"));
     }
     Ok(format!(
-        "ok: leaks: descriptors of broker, owner, peer as before, wiring {wiring} again: {}",
+        "ok: leaks: descriptors of broker, owner, peer as before, wiring {was} again: {}",
         told.join("; ")
     ))
 }

@@ -7,7 +7,7 @@ use anyhow::ensure;
 
 use crate::broker::BrokerProcess;
 use crate::child::Child;
-use crate::pair::{DIRECT, Pair, RELAY};
+use crate::pair::{DIRECT, Pair, RELAY, wiring};
 
 /// Links, wired both ways.
 const LINKS: [(&str, &str); 2] = [("direct", DIRECT), ("relay", RELAY)];
@@ -36,7 +36,7 @@ pub fn run(rounds: u64) -> anyhow::Result<String> {
             one(&mut pair, count).map_err(|error| error.context(format!("{link}, round {round}, {count} kicks")))?;
         }
         pair.peer.tell("stop")?;
-        let wiring = &broker.link(link)?.vrings[1].wiring;
+        let wiring = wiring(&broker, link)?;
         told.push(format!("{link} (wiring: {wiring}): {rounds} rounds, {kicks} kicks"));
     }
     Ok(format!("ok: masking: one interrupt for all kicks while masked, none without: {}", told.join("; ")))
