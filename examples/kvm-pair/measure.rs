@@ -6,7 +6,7 @@ use anyhow::{Context, ensure};
 
 use crate::bare;
 use crate::broker::BrokerProcess;
-use crate::pair::{DIRECT, Direction, Pair, RELAY, wakeups, wiring};
+use crate::pair::{DIRECT, DIRECT_WAY, Direction, Pair, RELAY, wakeups, wiring};
 use crate::samples::Samples;
 
 /// Round trips until the next one has its turn.
@@ -168,7 +168,7 @@ pub fn verify(measured: &Measured) -> anyhow::Result<()> {
     for figures in measured.figures.iter().filter(|figures| figures.mode != Mode::Relay) {
         let (woken, relayed) = (figures.broker_wakeups, figures.notifications_relayed);
         let (mode, way) = (figures.mode.name(), figures.direction.name());
-        ensure!(figures.wiring == "direct", "{mode}: the broker wires it {}", figures.wiring);
+        ensure!(figures.wiring == DIRECT_WAY, "{mode}: the broker wires it {}", figures.wiring);
         ensure!(woken == 0 && relayed == 0, "{mode}, {way}: the broker was woken {woken} times and relayed {relayed}");
     }
     Ok(())

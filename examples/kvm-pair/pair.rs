@@ -5,6 +5,7 @@ use std::time::{Duration, Instant};
 use std::{fs, thread};
 
 use anyhow::{Context, ensure};
+use vhost_pci_switch::link::report::VringReport;
 
 use crate::broker::{BrokerProcess, owner_socket, peer_socket};
 use crate::child::Child;
@@ -21,6 +22,9 @@ pub const RELAY: &str = "window = \"64M\"\nwiring = \"relay\"";
 
 /// For how long nothing comes any more when all that had to come has come.
 const QUIET: Duration = Duration::from_millis(5);
+
+/// How the broker calls notifications without itself.
+pub const DIRECT_WAY: &str = "direct";
 
 /// Who begins a round trip.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -117,7 +121,8 @@ pub fn start_peer(folder: &Path, link: &str, more: &[&str]) -> anyhow::Result<Ch
     Child::start(&[&["peer", peer.to_str().context("a path")?], more].concat())
 }
 
-/// Waits until the broker says that the link is up and its vrings live.
+/// Waits until the broker says that the link is up, its vrings live, and their notifications
+/// wired in one way or another.
 ///
 /// # Errors
 /// If that takes too long.
@@ -125,7 +130,12 @@ pub fn wait_until_up(broker: &BrokerProcess, link: &str) -> anyhow::Result<()> {
     let start = Instant::now();
     loop {
         let report = broker.link(link)?;
-        if report.state == "up" && report.vrings.iter().all(|vring| vring.state == "live") {
+        // Until the peer's VMM has answered the broker relays, without a reason.
+        let is_wired = |vring: &VringReport| match vring.relayed_because {
+            Some(_) => true,
+            None => vring.kicks == DIRECT_WAY && vring.calls == DIRECT_WAY,
+        };
+        if report.state == "up" && report.vrings.iter().all(|vring| vring.state == "live" && is_wired(vring)) {
             return Ok(());
         }
         ensure!(start.elapsed() < PATIENCE, "the link does not come up: {report:?}");
@@ -141,9 +151,7 @@ pub fn wiring(broker: &BrokerProcess, link: &str) -> anyhow::Result<String> {
     let report = broker.link(link)?;
     let vring = report.vrings.into_iter().find(|vring| vring.index == VRING);
     let vring = vring.context("the broker does not show the vring")?;
-    let because = vring.relayed_because.map(|why| format!(" ({why})")).unwrap_or_default();
-    let way = if vring.kicks == vring.calls { vring.kicks } else { format!("{}, {}", vring.kicks, vring.calls) };
-    Ok(way + &because)
+    Ok(if vring.kicks == vring.calls { vring.kicks } else { format!("{}, {}", vring.kicks, vring.calls) })
 }
 
 /// How often the threads of a process went to sleep and were woken since they began.
