@@ -42,7 +42,8 @@ impl Bus {
     /// The device, and where in it the address is. The lock is not held when it is called.
     fn find(&self, address: u64) -> Option<(Arc<Device>, u8, u64)> {
         let bars = self.bars.lock().unwrap_or_else(PoisonError::into_inner);
-        let inside = |bar: &&BarRange| (bar.address.0..).contains(&address) && address - bar.address.0 < bar.len;
+        let inside =
+            |bar: &&BarRange| (bar.address.0..).contains(&address) && address - bar.address.0 < bar.len;
         let bar = bars.iter().find(inside)?;
         Some((self.device.get()?.upgrade()?, bar.bar, address - bar.address.0))
     }

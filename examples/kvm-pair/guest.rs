@@ -12,7 +12,7 @@ use crate::vcpu::{Processor, Program};
 use crate::vm::Vm;
 
 /// Round trips of a batch at most.
-pub const MOST_ROUNDS: u64 = RESULTS_LEN / 8;
+const MOST_ROUNDS: u64 = RESULTS_LEN / 8;
 /// How long a batch may take: far more than it does.
 const PATIENCE: Duration = Duration::from_secs(30);
 /// How long a program may take to see that it is to end.

@@ -16,6 +16,8 @@
 //!
 //! `cargo run --release --example kvm-pair -- --help`
 
+#![deny(unsafe_code)]
+
 mod bare;
 mod broker;
 mod bus;
@@ -32,6 +34,7 @@ mod peer;
 mod relay;
 mod report;
 mod samples;
+#[allow(unsafe_code)]
 mod sys;
 mod tables;
 mod user;
@@ -44,7 +47,6 @@ use std::process::ExitCode;
 use std::time::Duration;
 use std::{process, thread};
 
-use anyhow::ensure;
 use clap::{Parser, Subcommand};
 
 use crate::check::Check;
@@ -119,6 +121,7 @@ fn main() -> ExitCode {
 }
 
 fn execute(cli: Cli) -> anyhow::Result<()> {
+    let parent = || Parent::new(cli.parent);
     match &cli.role {
         None => {
             limit(cli.time_limit)?;
@@ -129,22 +132,15 @@ fn execute(cli: Cli) -> anyhow::Result<()> {
             println!("{}", check.run()?);
             Ok(())
         }
-        Some(role) => {
-            let parent = Parent::new(cli.parent)?;
-            match role {
-                Role::Broker { config } => broker::run(&parent, config),
-                Role::Owner { socket } => owner::run(&parent, socket),
-                Role::Peer { socket, relay } => peer::run(&parent, socket, *relay),
-                Role::Relay => relay::run(&parent),
-                Role::Bare { place } => bare::run(&parent, *place),
-                Role::Check(_) => Ok(()),
-            }
-        }
+        Some(Role::Broker { config }) => broker::run(&parent()?, config),
+        Some(Role::Owner { socket }) => owner::run(&parent()?, socket),
+        Some(Role::Peer { socket, relay }) => peer::run(&parent()?, socket, *relay),
+        Some(Role::Relay) => relay::run(&parent()?),
+        Some(Role::Bare { place }) => bare::run(&parent()?, *place),
     }
 }
 
 fn measure(cli: &Cli) -> anyhow::Result<()> {
-    ensure!(cli.rounds <= guest::MOST_ROUNDS, "a batch has {} rounds at most", guest::MOST_ROUNDS);
     let folder = tempfile::tempdir()?;
     let progress = |what: &str| eprintln!("kvm-pair: {what}");
     let measured = measure::measure(folder.path(), cli.batches, cli.rounds, progress)?;

@@ -169,7 +169,10 @@ pub fn verify(measured: &Measured) -> anyhow::Result<()> {
         let (woken, relayed) = (figures.broker_wakeups, figures.notifications_relayed);
         let (mode, way) = (figures.mode.name(), figures.direction.name());
         ensure!(figures.wiring == DIRECT_WAY, "{mode}: the broker wires it {}", figures.wiring);
-        ensure!(woken == 0 && relayed == 0, "{mode}, {way}: the broker was woken {woken} times and relayed {relayed}");
+        ensure!(
+            woken == 0 && relayed == 0,
+            "{mode}, {way}: the broker was woken {woken} times and relayed {relayed}"
+        );
     }
     Ok(())
 }

@@ -21,7 +21,7 @@ pub const DIRECT: &str = "window = \"64M\"";
 pub const RELAY: &str = "window = \"64M\"\nwiring = \"relay\"";
 
 /// For how long nothing comes any more when all that had to come has come.
-const QUIET: Duration = Duration::from_millis(5);
+const QUIET: Duration = Duration::from_millis(2);
 
 /// How the broker calls notifications without itself.
 pub const DIRECT_WAY: &str = "direct";
@@ -67,7 +67,7 @@ impl Pair {
         let owner = owner_socket(folder, link);
         let owner = Child::start(&["owner", owner.to_str().context("a path")?])?;
         let peer = start_peer(folder, link, more)?;
-        wait_until_up(broker, link)?;
+        wait_until_up(broker, link, None)?;
         Ok(Self { owner, peer })
     }
 
@@ -122,11 +122,12 @@ pub fn start_peer(folder: &Path, link: &str, more: &[&str]) -> anyhow::Result<Ch
 }
 
 /// Waits until the broker says that the link is up, its vrings live, and their notifications
-/// wired in one way or another.
+/// wired in one way or another. `before`: the generation of the link that was up before, if that
+/// may not have ended yet. Gives the generation.
 ///
 /// # Errors
 /// If that takes too long.
-pub fn wait_until_up(broker: &BrokerProcess, link: &str) -> anyhow::Result<()> {
+pub fn wait_until_up(broker: &BrokerProcess, link: &str, before: Option<u64>) -> anyhow::Result<u64> {
     let start = Instant::now();
     loop {
         let report = broker.link(link)?;
@@ -135,8 +136,9 @@ pub fn wait_until_up(broker: &BrokerProcess, link: &str) -> anyhow::Result<()> {
             Some(_) => true,
             None => vring.kicks == DIRECT_WAY && vring.calls == DIRECT_WAY,
         };
-        if report.state == "up" && report.vrings.iter().all(|vring| vring.state == "live" && is_wired(vring)) {
-            return Ok(());
+        let is_live = report.vrings.iter().all(|vring| vring.state == "live" && is_wired(vring));
+        if report.state == "up" && is_live && Some(report.generation) != before {
+            return Ok(report.generation);
         }
         ensure!(start.elapsed() < PATIENCE, "the link does not come up: {report:?}");
         thread::sleep(Duration::from_millis(2));

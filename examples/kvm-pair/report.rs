@@ -37,7 +37,8 @@ pub fn rows(measured: &Measured) -> Vec<Row> {
         .iter()
         .map(|figures| {
             let Figures { mode, direction, times, .. } = figures;
-            let bare = measured.bare.iter().find(|(bare, _)| bare == direction).map_or(&none, |(_, times)| times);
+            let bare =
+                measured.bare.iter().find(|(bare, _)| bare == direction).map_or(&none, |(_, times)| times);
             let is_direct = |other: &&Figures| other.mode == Mode::Direct && other.direction == *direction;
             let direct = measured.figures.iter().find(is_direct).map_or(&none, |direct| &direct.times);
             Row {

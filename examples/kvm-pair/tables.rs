@@ -47,7 +47,15 @@ pub fn write(memory: &OwnerMemory) -> Result<(), ShmError> {
 fn segments(memory: &OwnerMemory) -> Result<(), ShmError> {
     let task = 0x89 << 40 | (TSS & 0xff_ffff) << 16 | (TASK_LEN - 1);
     // Nothing; code and data for CPL 0; data and code for CPL 3; the task, of two entries.
-    let entries = [0, 0x00af_9b00_0000_ffff, 0x00cf_9300_0000_ffff, 0x00cf_f300_0000_ffff, 0x00af_fb00_0000_ffff, task, 0];
+    let entries = [
+        0,
+        0x00af_9b00_0000_ffff,
+        0x00cf_9300_0000_ffff,
+        0x00cf_f300_0000_ffff,
+        0x00af_fb00_0000_ffff,
+        task,
+        0,
+    ];
     for (place, entry) in (GDT..).step_by(8).zip(entries) {
         memory.shared().store_u64(place, entry)?;
     }

@@ -108,7 +108,11 @@ impl User {
             thread::sleep(Duration::from_millis(1));
         };
         let mut ring = ControlRing::new(&driver)?;
-        ring.call(&driver, Command::Attach { generation: link.generation, interrupt: false, doorbell: None }, PATIENCE)?;
+        ring.call(
+            &driver,
+            Command::Attach { generation: link.generation, interrupt: false, doorbell: None },
+            PATIENCE,
+        )?;
         let half = function.window_len() / 2;
         let ranges = [config.data_offset.value(), half, half, 2 * half];
         let memory = vm.memory().shared().clone();

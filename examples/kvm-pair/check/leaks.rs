@@ -4,7 +4,7 @@ use std::path::Path;
 use std::thread;
 use std::time::Duration;
 
-use anyhow::ensure;
+use anyhow::{bail, ensure};
 
 use crate::broker::BrokerProcess;
 use crate::pair::{DIRECT, Direction, Pair, descriptors, start_peer, wait_until_up, wiring};
@@ -30,12 +30,16 @@ pub fn run(rounds: u64) -> anyhow::Result<String> {
     let folder = tempfile::tempdir()?;
     let broker = BrokerProcess::start(folder.path(), &[(LINK, DIRECT)])?;
     let mut pair = Pair::start(&broker, folder.path(), LINK, &[])?;
+    let mut generation = wait_until_up(&broker, LINK, None)?;
     let was = wiring(&broker, LINK)?;
     let mut told = Vec::new();
-    let kinds: [(&str, u64, Step); 3] =
-        [("driver unbound", rounds, unbind), ("FLR", rounds, reset), ("VM killed", rounds.div_ceil(KILL_EVERY), kill)];
+    let kinds: [(&str, u64, Step); 3] = [
+        ("driver unbound", rounds, unbind),
+        ("FLR", rounds, reset),
+        ("VM killed", rounds.div_ceil(KILL_EVERY), kill),
+    ];
     for (name, rounds, step) in kinds {
-        let mut link = Link { broker: &broker, folder: folder.path(), pair: &mut pair };
+        let mut link = Link { broker: &broker, folder: folder.path(), pair: &mut pair, generation };
         let context = |error: anyhow::Error, round| error.context(format!("{name}, round {round}"));
         for round in 0..WARM_UP {
             step(&mut link).map_err(|error| context(error, round))?;
@@ -45,7 +49,11 @@ pub fn run(rounds: u64) -> anyhow::Result<String> {
             step(&mut link).map_err(|error| context(error, round))?;
         }
         let after = link.counts_at(before)?;
-        ensure!(after == before, "{name}: descriptors of broker, owner, peer: {before:?} before, {after:?} after {rounds} rounds");
+        ensure!(
+            after == before,
+            "{name}: descriptors of broker, owner, peer: {before:?} before, {after:?} after {rounds} rounds"
+        );
+        generation = link.generation;
         let now = wiring(&broker, LINK)?;
         ensure!(now == was, "{name}: the wiring was {was} and is {now}: an eventfd is still registered");
         told.push(format!("{name} {rounds} times: {before:?}"));
@@ -62,6 +70,8 @@ struct Link<'a> {
     broker: &'a BrokerProcess,
     folder: &'a Path,
     pair: &'a mut Pair,
+    /// Of the link when it was up last.
+    generation: u64,
 }
 
 impl Link<'_> {
@@ -91,16 +101,23 @@ impl Link<'_> {
 
     fn count(&self) -> anyhow::Result<Counts> {
         let Pair { owner, peer } = &*self.pair;
-        Ok([
-            descriptors(self.broker.process.id())?,
-            descriptors(owner.id())?,
-            descriptors(peer.id())?,
-        ])
+        Ok([descriptors(self.broker.process.id())?, descriptors(owner.id())?, descriptors(peer.id())?])
+    }
+
+    /// Waits until the broker has seen that the peer's VMM is gone: there can be but one.
+    fn wait_until_gone(&self) -> anyhow::Result<()> {
+        for _ in 0..PATIENCE {
+            if self.broker.link(LINK)?.peer.state == "absent" {
+                return Ok(());
+            }
+            thread::sleep(Duration::from_millis(10));
+        }
+        bail!("the broker does not see the end of the peer's VMM")
     }
 
     /// Waits for the link, and sees that notifications pass both ways.
     fn works(&mut self) -> anyhow::Result<()> {
-        wait_until_up(self.broker, LINK)?;
+        self.generation = wait_until_up(self.broker, LINK, Some(self.generation))?;
         self.pair.settle()?;
         self.pair.measure(Direction::OwnerFirst, ROUND_TRIPS).map(drop)
     }
@@ -120,6 +137,7 @@ fn reset(link: &mut Link<'_>) -> anyhow::Result<()> {
 
 fn kill(link: &mut Link<'_>) -> anyhow::Result<()> {
     link.pair.peer.kill()?;
+    link.wait_until_gone()?;
     link.pair.peer = start_peer(link.folder, LINK, &[])?;
     link.works()
 }

@@ -33,7 +33,8 @@ pub fn run(rounds: u64) -> anyhow::Result<String> {
             // Every eighth round nobody kicks.
             let count = round % 8;
             kicks += count;
-            one(&mut pair, count).map_err(|error| error.context(format!("{link}, round {round}, {count} kicks")))?;
+            one(&mut pair, count)
+                .map_err(|error| error.context(format!("{link}, round {round}, {count} kicks")))?;
         }
         pair.peer.tell("stop")?;
         let wiring = wiring(&broker, link)?;

@@ -60,7 +60,7 @@ pub fn run(rounds: u64) -> anyhow::Result<String> {
     let broker = BrokerProcess::start(folder.path(), &[(LINK, "window = \"4M\"")])?;
     let mut peer = start_peer(folder.path(), LINK, &[])?;
     let owner = Owner::start(folder.path())?;
-    wait_until_up(&broker, LINK)?;
+    wait_until_up(&broker, LINK, None)?;
     peer.tell("use")?;
     let (mut granted, mut stores) = (VecDeque::new(), 0_u64);
     for round in 0..rounds {
@@ -119,13 +119,17 @@ impl Owner {
         if round >= PAGES {
             self.untouched(number)?;
         }
-        let (access, name) = if number % 2 == 0 { (Access::ReadWrite, "rw") } else { (Access::Read, "r") };
+        let (access, name) =
+            if number.is_multiple_of(2) { (Access::ReadWrite, "rw") } else { (Access::Read, "r") };
         self.memory.shared().store_u64(at, OPEN | round)?;
         self.memory.shared().store_u64(at + 8, HOST | round)?;
         self.driver.map_at(iova, GUEST_START + at, PAGE_SIZE, access)?;
         let offset = peer.tell(&format!("window map {iova} {name}"))?;
         let seen: u64 = peer.tell(&format!("window seen {offset}"))?.parse()?;
-        ensure!(seen == OPEN | round, "the guest sees {seen:#x} at offset {offset}, in place of round {round}");
+        ensure!(
+            seen == OPEN | round,
+            "the guest sees {seen:#x} at offset {offset}, in place of round {round}"
+        );
         let stored = self.memory.shared().load_u64(at + 8)? != HOST | round;
         ensure!(stored == (access == Access::ReadWrite), "{access:?}: stored to: {stored}");
         Ok(Page { number, access, round })

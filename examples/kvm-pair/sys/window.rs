@@ -14,12 +14,16 @@ use vhost_pci_device::WindowSlot;
 ///
 /// # Errors
 /// If they are not one window in one piece.
-pub fn memory(mut slots: Vec<WindowSlot>, device: Arc<dyn Any + Send + Sync>) -> anyhow::Result<SharedMemory> {
+pub fn memory(
+    mut slots: Vec<WindowSlot>,
+    device: Arc<dyn Any + Send + Sync>,
+) -> anyhow::Result<SharedMemory> {
     slots.sort_by_key(|slot| slot.address);
     let first = *slots.first().context("the window has no parts")?;
     let mut len = 0;
     for slot in &slots {
-        let in_place = slot.host_address == first.host_address + len && slot.address.0 == first.address.0 + len;
+        let in_place =
+            slot.host_address == first.host_address + len && slot.address.0 == first.address.0 + len;
         ensure!(in_place, "the window's parts do not touch: {slots:x?}");
         len += slot.len;
     }
