@@ -10,7 +10,7 @@
 //! | `owner`, `peer`, `broker`, `relay`, `bare` | processes |
 //! | `child`, `cpu` | processes: this program again; where threads run |
 //! | `guest`, `pair` | a guest, and two of them, that exchange notifications |
-//! | `measure`, `samples`, `report` | round trips, and how they are printed |
+//! | `measure`, `wakeups`, `samples`, `report` | round trips, and how they are printed |
 //! | `check` | what must hold, as programs that a test can call |
 //! | `sys` | all `unsafe` |
 //!
@@ -41,6 +41,7 @@ mod user;
 mod vcpu;
 mod vm;
 mod vmm;
+mod wakeups;
 
 use std::path::PathBuf;
 use std::process::ExitCode;

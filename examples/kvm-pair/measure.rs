@@ -6,8 +6,9 @@ use anyhow::{Context, ensure};
 
 use crate::bare;
 use crate::broker::BrokerProcess;
-use crate::pair::{DIRECT, DIRECT_WAY, Direction, Pair, RELAY, wakeups, wiring};
+use crate::pair::{DIRECT, DIRECT_WAY, Direction, Pair, RELAY, wiring};
 use crate::samples::Samples;
+use crate::wakeups::Wakeups;
 
 /// Round trips until the next one has its turn.
 const SLICE: u64 = 250;
@@ -135,29 +136,15 @@ impl Figures {
     fn slice(&mut self, broker: &BrokerProcess, pair: &mut Pair, rounds: u64) -> anyhow::Result<()> {
         let relayed = || anyhow::Ok(broker.link(self.mode.name())?.counters.notifications_relayed);
         let (id, relayed_before) = (broker.process.id(), relayed()?);
-        let woken_before = wakeups_at_rest(id)?;
+        let before = Wakeups::at_rest(id)?;
         let times = pair.measure(self.direction, rounds);
-        let woken = wakeups(id)?;
+        let after = Wakeups::of(id)?;
         let times = times.with_context(|| format!("{:?}, {}", self.mode, self.direction.name()))?;
-        self.broker_wakeups += woken - woken_before;
+        self.broker_wakeups += after.since(&before);
         self.notifications_relayed += relayed()? - relayed_before;
         self.times.add(times);
         Ok(())
     }
-}
-
-/// The wake-ups of a process that was just asked something: once it sleeps again.
-fn wakeups_at_rest(process: u32) -> anyhow::Result<u64> {
-    let mut before = wakeups(process)?;
-    for _ in 0..100 {
-        std::thread::sleep(std::time::Duration::from_millis(1));
-        let now = wakeups(process)?;
-        if now == before {
-            return Ok(now);
-        }
-        before = now;
-    }
-    Ok(before)
 }
 
 /// Checks what has to be so on any machine.

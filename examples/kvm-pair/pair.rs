@@ -156,20 +156,6 @@ pub fn wiring(broker: &BrokerProcess, link: &str) -> anyhow::Result<String> {
     Ok(if vring.kicks == vring.calls { vring.kicks } else { format!("{}, {}", vring.kicks, vring.calls) })
 }
 
-/// How often the threads of a process went to sleep and were woken since they began.
-///
-/// # Errors
-/// If it is gone.
-pub fn wakeups(process: u32) -> anyhow::Result<u64> {
-    let mut sum = 0;
-    for thread in fs::read_dir(format!("/proc/{process}/task"))? {
-        let status = fs::read_to_string(thread?.path().join("status"))?;
-        let count = status.lines().find_map(|line| line.strip_prefix("voluntary_ctxt_switches:"));
-        sum += count.context("no voluntary_ctxt_switches")?.trim().parse::<u64>()?;
-    }
-    Ok(sum)
-}
-
 /// How many descriptors a process has open.
 ///
 /// # Errors

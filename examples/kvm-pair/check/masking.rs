@@ -3,7 +3,7 @@
 use std::thread;
 use std::time::{Duration, Instant};
 
-use anyhow::ensure;
+use anyhow::{bail, ensure};
 
 use crate::broker::BrokerProcess;
 use crate::child::Child;
@@ -11,6 +11,9 @@ use crate::pair::{DIRECT, Pair, RELAY, wiring};
 
 /// Links, wired both ways.
 const LINKS: [(&str, &str); 2] = [("direct", DIRECT), ("relay", RELAY)];
+/// Kicks while masked, one number a round. A relay may pass on one of several after the vector
+/// was unmasked: there it is one.
+const KICKS: [&[u64]; 2] = [&[1, 2, 3, 0, 4, 5, 6, 7], &[1, 1, 1, 0]];
 /// How long an interrupt may take to be seen.
 const PATIENCE: Duration = Duration::from_secs(5);
 /// How long nothing must happen.
@@ -24,23 +27,26 @@ pub fn run(rounds: u64) -> anyhow::Result<String> {
     let folder = tempfile::tempdir()?;
     let broker = BrokerProcess::start(folder.path(), &LINKS)?;
     let mut told = Vec::new();
-    for (link, _) in LINKS {
+    for ((link, _), numbers) in LINKS.into_iter().zip(KICKS) {
         let mut pair = Pair::start(&broker, folder.path(), link, &[])?;
         pair.settle()?;
         pair.peer.tell("idle")?;
         let mut kicks = 0;
-        for round in 0..rounds {
-            // Every eighth round nobody kicks.
-            let count = round % 8;
+        for (round, &count) in (0..rounds).zip(numbers.iter().cycle()) {
             kicks += count;
             one(&mut pair, count)
                 .map_err(|error| error.context(format!("{link}, round {round}, {count} kicks")))?;
         }
         pair.peer.tell("stop")?;
+        let masked = meanwhile(&mut pair, rounds)
+            .map_err(|error| error.context(format!("{link}, masking meanwhile")))?;
         let wiring = wiring(&broker, link)?;
-        told.push(format!("{link} (wiring: {wiring}): {rounds} rounds, {kicks} kicks"));
+        told.push(format!("{link} (wiring: {wiring}): {rounds} rounds, {kicks} kicks, then masked {masked} times during {rounds} round trips"));
     }
-    Ok(format!("ok: masking: one interrupt for all kicks while masked, none without: {}", told.join("; ")))
+    Ok(format!(
+        "ok: masking: one interrupt for all kicks while masked, none without, none lost: {}",
+        told.join("; ")
+    ))
 }
 
 /// Masks, kicks, unmasks.
@@ -65,6 +71,27 @@ fn one(pair: &mut Pair, kicks: u64) -> anyhow::Result<()> {
     ensure!(came == u64::from(kicks > 0), "{came} interrupts after unmasking");
     ensure!(!is_pending(peer)?, "pending after the interrupt");
     Ok(())
+}
+
+/// Round trips, each of which needs exactly one kick to arrive exactly once, while the peer's vector
+/// is masked and unmasked all the time. Gives how often it was.
+fn meanwhile(pair: &mut Pair, rounds: u64) -> anyhow::Result<u64> {
+    let Pair { owner, peer } = pair;
+    peer.tell("echo")?;
+    let mut masked = 0;
+    let measured = thread::scope(|scope| {
+        let measuring = scope.spawn(|| owner.tell(&format!("measure {rounds}")));
+        while !measuring.is_finished() {
+            peer.tell("mask")?;
+            peer.tell("unmask")?;
+            masked += 1;
+        }
+        measuring.join().unwrap_or_else(|_| bail!("the thread that measures has panicked"))
+    });
+    let answered: u64 = peer.tell("stop")?.parse()?;
+    measured?;
+    ensure!(answered == rounds, "{answered} interrupts came for {rounds} kicks");
+    Ok(masked)
 }
 
 fn interrupts(peer: &mut Child) -> anyhow::Result<u64> {
