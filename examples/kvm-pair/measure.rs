@@ -1,8 +1,11 @@
 //! The measurement: batches, in which every mode has its turn again and again.
 
 use std::path::Path;
+use std::thread;
+use std::time::{Duration, Instant};
 
 use anyhow::{Context, ensure};
+use vhost_pci_switch::config::DEFAULT_CONFIRM_TIMEOUT;
 
 use crate::bare;
 use crate::broker::BrokerProcess;
@@ -12,6 +15,8 @@ use crate::wakeups::Wakeups;
 
 /// Round trips until the next one has its turn.
 const SLICE: u64 = 250;
+/// How long a timer may be late.
+const MARGIN: Duration = Duration::from_millis(500);
 
 /// What is between the two VMs.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -64,7 +69,7 @@ pub struct Figures {
     /// Round trips.
     pub times: Samples,
     /// How often threads of the broker were woken meanwhile.
-    pub broker_wakeups: u64,
+    pub broker_wakeups: Wakeups,
     /// Notifications that the broker says to have relayed meanwhile.
     pub notifications_relayed: u64,
     /// How the vring is wired, as the broker says.
@@ -95,6 +100,7 @@ pub fn measure(
     let broker = BrokerProcess::start(folder, &links)?;
     let start = |mode: Mode| Pair::start(&broker, folder, mode.name(), mode.peer());
     let mut pairs = Mode::ALL.into_iter().map(start).collect::<anyhow::Result<Vec<_>>>()?;
+    let up_since = Instant::now();
     let mut bare = bare::start()?;
     let mut measured = Measured { figures: Vec::new(), bare: Vec::new() };
     for direction in Direction::ALL {
@@ -105,7 +111,7 @@ pub fn measure(
                 mode,
                 direction,
                 times: Samples::default(),
-                broker_wakeups: 0,
+                broker_wakeups: Wakeups::default(),
                 notifications_relayed: 0,
                 wiring: wiring(&broker, mode.name())?,
             });
@@ -113,6 +119,8 @@ pub fn measure(
         bare.measure(direction, SLICE)?;
         measured.bare.push((direction, Samples::default()));
     }
+    // A link's clock wakes once more for the answers to its set-up, which have come long since.
+    thread::sleep(DEFAULT_CONFIRM_TIMEOUT.saturating_sub(up_since.elapsed()) + MARGIN);
     for batch in 0..batches {
         progress(&format!("batch {} of {batches}", batch + 1));
         measured.figures.iter_mut().for_each(|figures| figures.times.begin());
@@ -140,7 +148,7 @@ impl Figures {
         let times = pair.measure(self.direction, rounds);
         let after = Wakeups::of(id)?;
         let times = times.with_context(|| format!("{:?}, {}", self.mode, self.direction.name()))?;
-        self.broker_wakeups += after.since(&before);
+        self.broker_wakeups.add(&after.since(&before));
         self.notifications_relayed += relayed()? - relayed_before;
         self.times.add(times);
         Ok(())
@@ -153,12 +161,12 @@ impl Figures {
 /// If the broker was woken in direct mode, or relayed anything.
 pub fn verify(measured: &Measured) -> anyhow::Result<()> {
     for figures in measured.figures.iter().filter(|figures| figures.mode != Mode::Relay) {
-        let (woken, relayed) = (figures.broker_wakeups, figures.notifications_relayed);
+        let (woken, relayed) = (&figures.broker_wakeups, figures.notifications_relayed);
         let (mode, way) = (figures.mode.name(), figures.direction.name());
         ensure!(figures.wiring == DIRECT_WAY, "{mode}: the broker wires it {}", figures.wiring);
         ensure!(
-            woken == 0 && relayed == 0,
-            "{mode}, {way}: the broker was woken {woken} times and relayed {relayed}"
+            woken.sum() == 0 && relayed == 0,
+            "{mode}, {way}: the broker was woken ({woken:?}) or relayed {relayed}"
         );
     }
     Ok(())

@@ -50,7 +50,7 @@ pub fn rows(measured: &Measured) -> Vec<Row> {
                 rtt_us_p99: rounded(times.quantile(0.99)),
                 rtt_us_min: rounded(times.quantile(0.0)),
                 rtt_us_max: rounded(times.quantile(1.0)),
-                broker_wakeups: figures.broker_wakeups,
+                broker_wakeups: figures.broker_wakeups.sum(),
                 notifications_relayed: figures.notifications_relayed,
                 bare_hop_us_median: rounded(bare.quantile(0.5) / 2.0),
                 bare_rtt_us_median: rounded(bare.quantile(0.5)),

@@ -11,9 +11,9 @@ use anyhow::{Context, bail};
 const REST: Duration = Duration::from_millis(2);
 const ATTEMPTS: usize = 500;
 
-/// The count of each thread.
-#[derive(Clone, Debug, PartialEq, Eq)]
-pub struct Wakeups(BTreeMap<String, u64>);
+/// The count of each thread, by number and name.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct Wakeups(BTreeMap<(String, String), u64>);
 
 impl Wakeups {
     /// Of a process, now.
@@ -30,9 +30,10 @@ impl Wakeups {
                 Err(error) if is_gone(&error) => continue,
                 Err(error) => return Err(error.into()),
             };
-            let count = status.lines().find_map(|line| line.strip_prefix("voluntary_ctxt_switches:"));
-            let count = count.context("no voluntary_ctxt_switches")?.trim().parse()?;
-            counts.insert(thread.file_name().to_string_lossy().into_owned(), count);
+            let field = |name| status.lines().find_map(|line| line.strip_prefix(name)).map(str::trim);
+            let count = field("voluntary_ctxt_switches:").context("no voluntary_ctxt_switches")?.parse()?;
+            let number = thread.file_name().to_string_lossy().into_owned();
+            counts.insert((number, field("Name:").unwrap_or_default().to_owned()), count);
         }
         Ok(Self(counts))
     }
@@ -54,10 +55,26 @@ impl Wakeups {
         bail!("the broker does not come to rest")
     }
 
-    /// How many there were since.
-    pub fn since(&self, before: &Self) -> u64 {
-        let new = |(thread, count): (&String, &u64)| count - before.0.get(thread).unwrap_or(&0).min(count);
-        self.0.iter().map(new).sum()
+    /// Those that there were since.
+    #[must_use]
+    pub fn since(mut self, before: &Self) -> Self {
+        for (thread, count) in &mut self.0 {
+            *count = count.saturating_sub(before.0.get(thread).copied().unwrap_or(0));
+        }
+        self.0.retain(|_, count| *count > 0);
+        self
+    }
+
+    /// These and others.
+    pub fn add(&mut self, others: &Self) {
+        for (thread, count) in &others.0 {
+            *self.0.entry(thread.clone()).or_default() += count;
+        }
+    }
+
+    /// All threads' together.
+    pub fn sum(&self) -> u64 {
+        self.0.values().sum()
     }
 }
 
