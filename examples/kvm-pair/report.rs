@@ -23,6 +23,8 @@ pub struct Row {
     /// One hop between two plain VMs: half of the round trip there.
     bare_hop_us_median: f64,
     bare_rtt_us_median: f64,
+    /// What the mode adds to the bare round trip: the difference of the medians.
+    added_us: f64,
     /// How many times as long as the bare round trip: median of batches.
     times_bare: f64,
     /// How many times as long as the direct one.
@@ -54,6 +56,7 @@ pub fn rows(measured: &Measured) -> Vec<Row> {
                 notifications_relayed: figures.notifications_relayed,
                 bare_hop_us_median: rounded(bare.quantile(0.5) / 2.0),
                 bare_rtt_us_median: rounded(bare.quantile(0.5)),
+                added_us: rounded(times.quantile(0.5) - bare.quantile(0.5)),
                 times_bare: rounded(times.over(bare)),
                 times_direct: rounded(times.over(direct)),
             }
@@ -69,18 +72,29 @@ fn rounded(value: f64) -> f64 {
 /// For people.
 pub fn table(rows: &[Row]) -> String {
     let mut text = format!(
-        "round trips, us\n{:<14} {:<17} {:>9} {:>9} {:>9} {:>9}   {:>7} {:>8} {:>9} {:>8}\n",
-        "mode", "direction", "median", "p99", "min", "max", "x bare", "x direct", "wake-ups", "relayed"
+        "round trips, us\n{:<14} {:<17} {:>9} {:>9} {:>9} {:>9} {:>9}   {:>7} {:>8} {:>9} {:>8}\n",
+        "mode",
+        "direction",
+        "median",
+        "p99",
+        "min",
+        "max",
+        "added",
+        "x bare",
+        "x direct",
+        "wake-ups",
+        "relayed"
     );
     for row in rows {
         text += &format!(
-            "{:<14} {:<17} {:>9.1} {:>9.1} {:>9.1} {:>9.1}   {:>7.3} {:>8.2} {:>9} {:>8}\n",
+            "{:<14} {:<17} {:>9.1} {:>9.1} {:>9.1} {:>9.1} {:>9.1}   {:>7.3} {:>8.2} {:>9} {:>8}\n",
             row.mode,
             row.direction,
             row.rtt_us_median,
             row.rtt_us_p99,
             row.rtt_us_min,
             row.rtt_us_max,
+            row.added_us,
             row.times_bare,
             row.times_direct,
             row.broker_wakeups,
