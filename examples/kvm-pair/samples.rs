@@ -49,3 +49,26 @@ fn quantile(mut values: Vec<f64>, part: f64) -> f64 {
     let last = values.len().saturating_sub(1);
     values.get((last as f64 * part).round() as usize).copied().unwrap_or(f64::NAN)
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn samples(batches: &[&[f64]]) -> Samples {
+        Samples { batches: batches.iter().map(|batch| batch.to_vec()).collect() }
+    }
+
+    #[test]
+    fn quantiles_are_over_all_batches() {
+        let samples = samples(&[&[3.0, 1.0], &[2.0, f64::NAN]]);
+        assert_eq!([0.0, 0.5, 1.0].map(|part| samples.quantile(part)), [1.0, 2.0, 3.0]);
+        assert!(Samples::default().quantile(0.5).is_nan());
+    }
+
+    #[test]
+    fn a_quotient_compares_what_was_measured_in_the_same_batch() {
+        // A machine that became ten times slower in between.
+        let (slow, fast) = (samples(&[&[2.0], &[20.0], &[2.0]]), samples(&[&[1.0], &[10.0], &[1.0]]));
+        assert!((slow.over(&fast) - 2.0).abs() < 1e-9);
+    }
+}
