@@ -153,7 +153,7 @@ impl QueuePages {
 
 /// What initialisation found.
 #[derive(Clone, Debug, PartialEq, Eq)]
-pub(super) struct Started {
+pub struct Started {
     /// The config space.
     pub config: DeviceConfig,
     /// `queue_notify_off` of each queue.
@@ -184,7 +184,7 @@ pub(super) fn read_config<R: Registers>(common: &R, device: &R) -> DeviceConfig 
 /// Starts the device: the steps of 3.1.1. With `vectors` MSI-X vectors enabled, or 0
 /// for a driver that polls. `window_len` is the length of the region that is the window.
 /// On an error the device is reset.
-pub(super) fn start<R: Registers>(
+pub fn start<R: Registers>(
     common: &R,
     device: &R,
     window_len: u64,

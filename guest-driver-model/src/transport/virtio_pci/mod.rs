@@ -15,7 +15,7 @@ use vhost_pci_device::abi::{self, DeviceConfig};
 
 pub use self::capability::{Capabilities, CapabilityError, Place, Structures};
 pub use self::config_space::ConfigSpace;
-pub use self::initialise::{InitError, QueuePages};
+pub use self::initialise::{InitError, QueuePages, Started, start};
 use super::sys::event::Event;
 use super::sys::mapping::MappedRange;
 use super::sys::mmio::Mmio;

@@ -1,15 +1,12 @@
-//! The guest's own initialisation code (`guest-driver-model`, `initialise.rs`, compiled into this
-//! test as it is) starts the device: both sides of the registers are checked against each other.
+//! The guest's own initialisation code (`guest-driver-model`) starts the device: both sides of the
+//! registers are checked against each other.
 #![allow(clippy::unwrap_used, missing_docs)]
 
-#[path = "../support/mod.rs"]
 mod support;
-mod transport;
 
-use guest_driver_model::transport::virtio_pci::{Place, Registers};
+use guest_driver_model::transport::virtio_pci::{InitError, Place, QueuePages, Registers, start};
 use support::guest::{Guest, REGISTERS_AT};
 use support::{Bench, HALF, VRINGS};
-use transport::virtio_pci::{InitError, start};
 
 /// A structure, by the traps of the guest's hypervisor.
 struct Structure<'a>(&'a Guest, Place);
@@ -48,6 +45,11 @@ impl Registers for Structure<'_> {
     }
 }
 
+/// Addresses that the device never looks at.
+fn pages() -> QueuePages {
+    QueuePages { pages: vec![0x10_0000; QueuePages::pages_for(VRINGS + 1)] }
+}
+
 #[test]
 fn the_projects_driver_starts_the_device_with_interrupts_and_without() {
     let bench = Bench::new();
@@ -58,9 +60,9 @@ fn the_projects_driver_starts_the_device_with_interrupts_and_without() {
     let device = Structure(&bench.guest, found.structures.device);
     // As many vectors as queues; one for all; none.
     for (vectors, irqfds) in [(VRINGS + 1, usize::from(VRINGS) + 1), (1, usize::from(VRINGS) + 1), (0, 0)] {
-        let (config, offsets) = start(&common, &device, found.window.len, vectors).unwrap();
-        assert_eq!(config.max_vrings.value(), VRINGS);
-        assert_eq!(offsets, [0, 1, 2]);
+        let started = start(&common, &device, found.window.len, &pages(), vectors).unwrap();
+        assert_eq!(started.config.max_vrings.value(), VRINGS);
+        assert_eq!(started.notify_offsets, [0, 1, 2]);
         bench.broker.wait_until_started(VRINGS + 1);
         assert_eq!(bench.vmm.registered(), (irqfds, usize::from(VRINGS) + 1));
         bench.guest.notify(2);
@@ -77,7 +79,7 @@ fn the_projects_driver_refuses_more_vectors_than_there_are_and_leaves_the_device
     let found = bench.guest.capabilities();
     let common = Structure(&bench.guest, found.structures.common);
     let device = Structure(&bench.guest, found.structures.device);
-    let error = start(&common, &device, HALF, 3).unwrap_err();
+    let error = start(&common, &device, HALF, &pages(), 3).unwrap_err();
     assert!(matches!(error, InitError::Config(_)), "a window that is too short");
     assert_eq!(bench.guest.status(), 0);
     assert_eq!(bench.vmm.registered(), (0, 0));
