@@ -13,7 +13,7 @@ use vhost_pci_tests::Sandbox;
 
 use crate::Scenario;
 use crate::setup::{DOORBELL_SOCKET, Mode, Setup};
-use crate::testbed::{BOOT, COMMAND, Testbed};
+use crate::testbed::{BOOT, COMMAND, PEER, Testbed};
 
 pub const SCENARIO: Scenario = Scenario {
     name: "doorbell",
@@ -24,6 +24,8 @@ pub const SCENARIO: Scenario = Scenario {
 
 /// How long a change of the way may take: the peer's driver looks once a second.
 const SOON: Duration = Duration::from_secs(30);
+/// How long a broker sleeps that has nothing left to do.
+const QUIET: Duration = Duration::from_secs(1);
 
 fn run(sandbox: &Sandbox) -> Result<()> {
     direct(sandbox)?;
@@ -53,6 +55,12 @@ fn direct(sandbox: &Sandbox) -> Result<()> {
     testbed.wait_for_traffic()?;
     wait_for_ways(&mut testbed, "doorbell", "doorbell")?;
     quiet_pings(&mut testbed, "the peer's driver was killed", 100)?;
+
+    testbed.peer.reboot(BOOT)?;
+    testbed.start_peer_network()?;
+    testbed.wait_for_traffic()?;
+    wait_for_ways(&mut testbed, "doorbell", "doorbell")?;
+    quiet_pings(&mut testbed, "the peer rebooted", 100)?;
     testbed.check_broker()
 }
 
@@ -73,18 +81,25 @@ fn used_up(sandbox: &Sandbox) -> Result<()> {
     ensure!(relayed > 0, "no kick was relayed");
     println!("vectors used up: 200 of 200, {times}, {relayed} kicks relayed, \"{reason}\"");
 
+    // Ten seconds or more, within which the function is plugged anew.
+    testbed.owner.sh_ok(&format!("ping -c 1000 -i 0.01 -W 5 {PEER} >/tmp/plug.log 2>&1 &"), COMMAND)?;
     plug_anew(&mut testbed)?;
     wait_for_ways(&mut testbed, "doorbell", "doorbell")?;
+    let over = "while pidof ping >/dev/null; do sleep 0.1; done; tail -n 2 /tmp/plug.log";
+    let pings = testbed.owner.sh_ok(over, 2 * COMMAND)?;
+    ensure!(
+        pings.contains("1000 packets transmitted, 1000 packets received"),
+        "while the function was plugged anew: {pings}"
+    );
+    println!("while the function was plugged anew: {}", pings.replace('\n', ", "));
     quiet_pings(&mut testbed, "plugged anew", 100)?;
     testbed.check_broker()
 }
 
 /// Pings while nothing wakes the broker.
 fn quiet_pings(testbed: &mut Testbed<'_>, when: &str, count: u32) -> Result<()> {
-    // A status is something that the broker does.
     let relayed = counter(testbed, "notifications_relayed")?;
-    thread::sleep(Duration::from_millis(200));
-    let switches = testbed.broker_switches()?;
+    let switches = asleep(testbed)?;
     let times = testbed.ping_every(count, 0.01)?;
     let switches = testbed.broker_switches()? - switches;
     let relayed = counter(testbed, "notifications_relayed")? - relayed;
@@ -93,6 +108,24 @@ fn quiet_pings(testbed: &mut Testbed<'_>, when: &str, count: u32) -> Result<()> 
         testbed.explain("the broker took part")?;
     }
     Ok(())
+}
+
+/// Waits until the broker has slept for a while: what came before has all been done, the answer
+/// to `status` included. Gives how often its threads have gone to sleep.
+fn asleep(testbed: &mut Testbed<'_>) -> Result<u64> {
+    let deadline = Instant::now() + SOON;
+    let (mut switches, mut since) = (testbed.broker_switches()?, Instant::now());
+    while since.elapsed() < QUIET {
+        if Instant::now() >= deadline {
+            testbed.explain("the broker does not come to rest")?;
+        }
+        thread::sleep(Duration::from_millis(50));
+        let now = testbed.broker_switches()?;
+        if now != switches {
+            (switches, since) = (now, Instant::now());
+        }
+    }
+    Ok(switches)
 }
 
 fn counter(testbed: &Testbed<'_>, name: &str) -> Result<u64> {
@@ -135,7 +168,6 @@ fn plug_anew(testbed: &mut Testbed<'_>) -> Result<()> {
         }
         thread::sleep(Duration::from_millis(100));
     }
-    println!("unplugged: {}", testbed.ping(20)?);
     // A connection has one greeting.
     testbed.peer.qmp("chardev-remove", &json!({"id": "vpd"}))?;
     let path = testbed.sandbox().dir().join(DOORBELL_SOCKET);

@@ -1,5 +1,7 @@
 //! QEMU's `ivshmem-doorbell` function through VFIO: its register, its page, its vectors.
 
+use std::time::{Duration, Instant};
+
 use vhost_pci_device::abi;
 
 use super::page::{DoorbellPage, PageError};
@@ -15,6 +17,16 @@ const REGISTERS: Place = Place { bar: 0, offset: 0, len: 256 };
 const PAGE: Place = Place { bar: abi::DOORBELL_PAGE_BAR, offset: 0, len: abi::DOORBELL_PAGE_LEN };
 /// IVPosition, which reads as the function's own number: never all ones.
 const POSITION: u64 = 8;
+/// The doorbell register has eight bits for a vector.
+const MOST_VECTORS: u32 = 256;
+/// The BAR that starts with the MSI-X table.
+const MSIX_BAR: u8 = 1;
+/// Bytes of an entry of that table.
+const MSIX_ENTRY: u64 = 16;
+/// An address that an interrupt message can have.
+const MSI_ADDRESS: u32 = 0xfee0_0000;
+/// How long an interrupt of one's own may take.
+const TRIAL: Duration = Duration::from_millis(500);
 
 /// Why a function is not the link's, or cannot be used.
 #[derive(Debug, thiserror::Error)]
@@ -57,13 +69,13 @@ impl Function {
         }
         let pci = VfioPci::open(device)?;
         let page = DoorbellPage::new(virtio_pci::memory(&pci, PAGE)?, link_id)?;
-        // Among those that the vhost-pci function can have vrings.
-        let vectors = pci.msix_vectors().min(u32::from(abi::MAX_VRINGS) * 4) as u16;
+        let vectors = pci.msix_vectors().min(MOST_VECTORS) as u16;
         if vectors == 0 {
             return Err(FunctionError::NoVectors);
         }
         let registers = virtio_pci::registers(&pci, REGISTERS)?;
         let wanted_back = pci.request_event()?;
+        seed_messages(&pci, vectors);
         // Allocates all: afterwards each can be unmasked by itself.
         pci.arm(0, &vec![None; vectors.into()])?;
         Ok(Self { page, registers, wanted_back, vectors, pci })
@@ -94,9 +106,21 @@ impl Function {
         self.registers.write32(abi::DOORBELL_REGISTER, value);
     }
 
-    /// Unmasks a vector, which then signals the eventfd.
-    pub fn arm(&self, vector: u16, event: &Event) -> Result<(), TransportError> {
-        self.pci.arm(vector.into(), &[Some(event)])
+    /// Unmasks a vector, which then signals the eventfd, and rings it once to see that it
+    /// does. Says whether it did.
+    pub fn arm(&self, vector: u16, event: &Event) -> Result<bool, TransportError> {
+        self.pci.arm(vector.into(), &[Some(event)])?;
+        // One that was there before proves nothing, and is looked after by whoever waits.
+        event.take();
+        let position = self.registers.read32(POSITION);
+        self.ring(position << 16 | u32::from(vector));
+        let start = Instant::now();
+        while start.elapsed() < TRIAL {
+            if event.wait(TRIAL) {
+                return Ok(true);
+            }
+        }
+        Ok(false)
     }
 
     /// Why the function has to be let go, if it has to.
@@ -108,5 +132,22 @@ impl Function {
         } else {
             None
         }
+    }
+}
+
+/// Lets each vector have a message that could be one, while MSI-X is off. Linux switches
+/// MSI-X on before it writes the messages, and QEMU on KVM then makes the routes of the vectors
+/// that it has eventfds for: behind a virtual IOMMU that remaps interrupts it fails for
+/// all of them if one's address is no interrupt's, as 0 is. Where the table cannot be mapped, a
+/// vector that does not interrupt is found by its trial.
+fn seed_messages(pci: &VfioPci, vectors: u16) {
+    let place = Place { bar: MSIX_BAR, offset: 0, len: u64::from(vectors) * MSIX_ENTRY };
+    match virtio_pci::registers(pci, place) {
+        Ok(table) => {
+            for vector in 0..u64::from(vectors) {
+                table.write32(vector * MSIX_ENTRY, MSI_ADDRESS);
+            }
+        }
+        Err(error) => tracing::debug!("the MSI-X table is left as it is: {error}"),
     }
 }

@@ -72,7 +72,8 @@ struct Search {
 
 struct Unfit {
     link_id: u64,
-    since: Instant,
+    /// When it may be tried again; never, if nothing but plugging it anew can help.
+    again: Option<Instant>,
     why: String,
 }
 
@@ -104,8 +105,11 @@ impl Doorbells {
         let mut search = self.search.lock().unwrap_or_else(PoisonError::into_inner);
         let mut slot = self.paired.write().unwrap_or_else(PoisonError::into_inner);
         if let Some(paired) = &*slot {
+            // Relaxed: ordered with nothing.
+            let deaf = paired.deaf.load(Ordering::Relaxed);
             let why = match paired.link_id == link_id {
-                true => paired.has_to_go(),
+                true if deaf => Some("a vector that its page names does not interrupt"),
+                true => paired.function.has_to_go(),
                 false => Some("the link is another one now"),
             };
             let Some(why) = why else { return Some(paired.pairing()) };
@@ -116,7 +120,8 @@ impl Doorbells {
                 "letting the doorbell function go: {why}"
             );
             if let Some(folder) = PciDevice::at(address).ok().and_then(|device| folder(&device)) {
-                search.unfit.insert(folder, Unfit { link_id, since: Instant::now(), why: why.into() });
+                let again = (!deaf).then(|| Instant::now() + TRY_AGAIN);
+                search.unfit.insert(folder, Unfit { link_id, again, why: why.into() });
             }
             *slot = None;
         }
@@ -137,15 +142,6 @@ impl Doorbells {
 impl Paired {
     fn pairing(&self) -> Pairing {
         Pairing { vectors: self.function.vectors(), number: self.number }
-    }
-
-    /// Why the function has to be let go, if it has to.
-    fn has_to_go(&self) -> Option<&'static str> {
-        // Relaxed: ordered with nothing.
-        match self.deaf.load(Ordering::Relaxed) {
-            true => Some("a vector that its page names cannot be used"),
-            false => self.function.has_to_go(),
-        }
     }
 
     fn call(&self, vring: u16, virtqueue: &dyn ByVirtqueue) {
@@ -171,13 +167,16 @@ impl Paired {
                     self.deaf.store(true, Ordering::Relaxed);
                 }
                 Some(slot) if *slot == Some(vring) => {}
-                Some(slot) => match self.function.arm(vector as u16, kick) {
-                    Ok(()) => *slot = Some(vring),
-                    Err(error) => {
+                Some(slot) => {
+                    *slot = Some(vring);
+                    let interrupts = self.function.arm(vector as u16, kick).unwrap_or_else(|error| {
                         tracing::warn!(device, vring, vector, "{error}");
+                        false
+                    });
+                    if !interrupts {
                         self.deaf.store(true, Ordering::Relaxed);
                     }
-                },
+                }
             }
         }
         self.followed.store(generation, Ordering::Relaxed);
@@ -196,7 +195,7 @@ impl Search {
         self.unfit.retain(|known, _| candidates.iter().any(|(folder, _)| folder == known));
         for (folder, pci) in &candidates {
             let known = self.unfit.get(folder).filter(|unfit| unfit.link_id == link_id);
-            if known.is_some_and(|unfit| unfit.since.elapsed() < TRY_AGAIN) {
+            if known.is_some_and(|unfit| unfit.again.is_none_or(|again| Instant::now() < again)) {
                 continue;
             }
             match Function::open(pci, link_id) {
@@ -229,7 +228,8 @@ impl Search {
                             "the doorbell function is not used: {why}"
                         );
                     }
-                    self.unfit.insert(*folder, Unfit { link_id, since: Instant::now(), why });
+                    let again = Some(Instant::now() + TRY_AGAIN);
+                    self.unfit.insert(*folder, Unfit { link_id, again, why });
                 }
             }
         }

@@ -2,7 +2,9 @@
 
 use std::io;
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd};
+use std::time::Duration;
 
+use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 use vmm_sys_util::eventfd::{EFD_CLOEXEC, EFD_NONBLOCK, EventFd};
 
 /// A non-blocking eventfd.
@@ -26,6 +28,15 @@ impl Event {
     /// Whether it was signalled since this was last asked.
     pub fn take(&self) -> bool {
         self.0.read().is_ok()
+    }
+
+    /// Waits until it is signalled, at most so long; says whether it was.
+    pub fn wait(&self, most: Duration) -> bool {
+        let most = u16::try_from(most.as_millis()).unwrap_or(u16::MAX);
+        let mut fds = [PollFd::new(self.as_fd(), PollFlags::POLLIN)];
+        // An error (EINTR) is an early end of the wait.
+        let _ = poll(&mut fds, PollTimeout::from(most));
+        self.take()
     }
 
     /// Makes it readable. A counter that is full is readable already.
