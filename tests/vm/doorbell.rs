@@ -57,6 +57,13 @@ fn direct(sandbox: &Sandbox) -> Result<()> {
     wait_for_ways(&mut testbed, "doorbell", "doorbell")?;
     quiet_pings(&mut testbed, "the peer's driver was killed", 100)?;
 
+    for command in ["stop", "cont"] {
+        testbed.peer.qmp(command, &json!({}))?;
+    }
+    testbed.wait_for_traffic()?;
+    wait_for_ways(&mut testbed, "doorbell", "doorbell")?;
+    quiet_pings(&mut testbed, "the peer's VM was paused", 100)?;
+
     testbed.peer.reboot(BOOT)?;
     testbed.start_peer_network()?;
     testbed.wait_for_traffic()?;

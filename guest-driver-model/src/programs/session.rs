@@ -189,6 +189,7 @@ impl<'a> Session<'a> {
     /// For once a second: whether the device is there, and what it has to say.
     pub fn check(&mut self) -> Result<(), ProgramError> {
         self.transport.check()?;
+        self.renew_control();
         self.hear_answers();
         if let Some(generation) = self.live.as_ref().map(|live| live.port.generation()) {
             let doorbell = self.transport.pair(self.page.link_id());
@@ -377,6 +378,8 @@ impl<'a> Session<'a> {
             std::thread::sleep(LINK_PAUSE);
             return;
         };
+        // To a device that began anew nobody is attached, and so nobody is kicked.
+        self.renew_control();
         self.transport.follow_doorbell();
         let mut events = vec![control];
         let Some(live) = &mut self.live else {

@@ -13,10 +13,11 @@ use std::time::{Duration, Instant};
 use vfio_bindings::bindings::vfio::{
     VFIO_PCI_CONFIG_REGION_INDEX, VFIO_PCI_MSIX_IRQ_INDEX, VFIO_PCI_REQ_IRQ_INDEX, VFIO_REGION_INFO_FLAG_MMAP,
 };
-use vfio_ioctls::{VfioContainer, VfioDevice, VfioError, VfioRegionInfoCap};
+use vfio_ioctls::{VfioContainer, VfioError, VfioRegionInfoCap};
 use vhost_pci_device::abi::{DeviceConfig, MAX_VRINGS, PAGE_SIZE, QUEUE_VRING_FIRST, queue_of_vring};
 
 use super::doorbell::{ByVirtqueue, Doorbells};
+use super::sys::device::Device;
 use super::sys::dma::DmaPages;
 use super::sys::event::Event;
 use super::sys::fd::borrow_device;
@@ -45,14 +46,14 @@ pub struct VfioTransport {
 /// A VFIO device as a PCI function.
 pub(super) struct VfioPci {
     address: String,
-    device: Arc<VfioDevice>,
+    device: Arc<Device>,
     container: Arc<VfioContainer>,
 }
 
 /// What must outlive the device's work, in this order of release.
 struct Keep {
     _rings: DmaPages,
-    _device: Arc<VfioDevice>,
+    _device: Arc<Device>,
 }
 
 impl VfioPci {
@@ -69,7 +70,7 @@ impl VfioPci {
             "opening a container",
             " (is the module vfio_iommu_type1 loaded, and /dev mounted?)",
         ))?);
-        let device = VfioDevice::new(pci.folder(), container.clone(), true).map_err(failed(
+        let device = Device::open(pci.folder(), container.clone()).map_err(failed(
             "opening the device",
             " (every device of its IOMMU group must be bound to vfio-pci or to no driver, nobody else may use it, \
              and the platform must remap interrupts: intremap=on)",
@@ -177,7 +178,7 @@ impl ByVirtqueue for VirtioPci {
 
 /// Gives each MSI-X vector an eventfd: as many as there are queues, or fewer if the
 /// device has fewer vectors. None at all means polling.
-fn enable_msix(device: &VfioDevice, address: &str) -> Result<Vec<Event>, TransportError> {
+fn enable_msix(device: &Device, address: &str) -> Result<Vec<Event>, TransportError> {
     let count = device.get_irq_info(VFIO_PCI_MSIX_IRQ_INDEX).map_or(0, |irq| irq.count);
     let count = count.min(u32::from(QUEUE_VRING_FIRST + MAX_VRINGS));
     if count == 0 {

@@ -3,6 +3,7 @@
 //! Everything here is offered through safe functions. No reference into a mapping
 //! ever leaves these files.
 
+pub mod device;
 pub mod dma;
 pub mod event;
 pub mod fd;
