@@ -32,6 +32,7 @@ pub mod sink;
 pub mod source;
 pub mod stop;
 mod sys;
+mod tally;
 pub mod tap;
 pub mod traffic;
 pub mod unrest;

@@ -7,8 +7,9 @@ use std::time::{Duration, Instant};
 
 use super::ProgramError;
 use super::device::DeviceArgs;
-use super::session::{Session, Tally};
+use super::session::Session;
 use super::stop::Stop;
+use super::tally::Tally;
 use super::traffic::{ReportArgs, Reporter, Traffic};
 use super::unrest::{Unrest, UnrestArgs};
 use super::waiting::{Idle, WaitArgs};

@@ -1,7 +1,6 @@
 //! One device, from its start to its end: follows its link page, and tells it by the
 //! control ring what is served and what is broken.
 
-use std::ops::{Add, AddAssign};
 use std::time::{Duration, Instant};
 
 use vhost_pci_device::abi::{self, queue_of_vring};
@@ -9,11 +8,12 @@ use vhost_pci_device::abi::{self, queue_of_vring};
 use super::ProgramError;
 use super::peer_loop::{LONGEST_SLEEP, PeerProgram};
 use super::quiet::Quiet;
-use super::waiting::{Sleeps, sleep};
+use super::tally::Tally;
+use super::waiting::sleep;
 use super::wire::Wire;
 use crate::control::{Command, ControlExchange, ControlRing};
 use crate::link::{LinkError, LinkPage};
-use crate::net::{Demand, PeerPort, receive_vring, transmit_vring};
+use crate::net::{PeerPort, receive_vring, transmit_vring};
 use crate::ring::Fault;
 use crate::transport::{Pairing, Transport};
 
@@ -27,38 +27,6 @@ const LINK_PATIENCE: Duration = Duration::from_secs(5);
 const LONGEST_PAUSE: Duration = Duration::from_millis(10);
 /// How long the device may take to answer when the program ends.
 const DETACH_TIME: Duration = Duration::from_millis(500);
-
-/// What a session counts.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
-pub(super) struct Tally {
-    /// Vrings found broken.
-    pub faults: u64,
-    /// Links that came up.
-    pub links: u64,
-    /// What the device was asked for.
-    pub demand: Demand,
-    /// How the program slept.
-    pub sleeps: Sleeps,
-}
-
-impl Add for Tally {
-    type Output = Self;
-
-    fn add(self, other: Self) -> Self {
-        Self {
-            faults: self.faults + other.faults,
-            links: self.links + other.links,
-            demand: self.demand + other.demand,
-            sleeps: self.sleeps + other.sleeps,
-        }
-    }
-}
-
-impl AddAssign for Tally {
-    fn add_assign(&mut self, other: Self) {
-        *self = *self + other;
-    }
-}
 
 /// A link that is up.
 struct Live {
