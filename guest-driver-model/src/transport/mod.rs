@@ -6,7 +6,7 @@
 //! | [`vfio`] | a PCI device in a guest, through VFIO, with interrupts |
 //! | [`model`] | no VM: a model of the peer's VMM connects to the broker |
 //!
-//! [`doorbell`] is a second function beside the device, by which notifications need no help of
+//! `doorbell` is a second function beside the device, by which notifications need no help of
 //! the host. [`virtio_pci`] is what the first two share. [`card`] is no vhost-pci device but the
 //! other end: an owner's network card. Rings and packets are not known here.
 

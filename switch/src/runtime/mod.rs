@@ -12,7 +12,7 @@
 //! | [`control_ring`] | serves the control ring |
 //! | [`relay`] | the thread of a link that passes notifications on |
 //! | [`sockets`] | listening sockets and who may connect |
-//! | [`sys`] | the broker's only `unsafe` code |
+//! | `sys` | the broker's only `unsafe` code |
 //! | [`broker`] | puts it all together and takes it down again |
 
 pub mod areas;
