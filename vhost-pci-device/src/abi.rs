@@ -330,8 +330,7 @@ pub const MAX_MAP: u64 = 1 << 20;
 /// Without it, it polls.
 pub const ATTACH_F_INTERRUPT: u32 = 1 << 0;
 /// [`ControlRequest::flags`] of [`CTRL_ATTACH`]: the driver has the link's doorbell
-/// function, of which it has armed the first [`ControlRequest::len`] MSI-X vectors
-/// (section 12).
+/// function, which has [`ControlRequest::len`] MSI-X vectors (section 12).
 pub const ATTACH_F_DOORBELL: u32 = 1 << 1;
 
 /// The device-readable part of a control buffer (section 9.2).
