@@ -117,10 +117,9 @@ impl Channel {
         self.open.pop_front()
     }
 
-    /// The VMM closed the channel: everything that it will not answer.
-    pub fn give_up(&mut self) -> Vec<(Asked, String)> {
-        let unsent = self.unsent.drain(..).map(|(asked, message)| (asked, message.what));
-        self.open.drain(..).chain(unsent).collect()
+    /// Whether the VMM was asked for something that it has not answered.
+    pub fn owes_answers(&self) -> bool {
+        !self.open.is_empty() || !self.unsent.is_empty()
     }
 }
 

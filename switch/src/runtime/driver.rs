@@ -83,8 +83,7 @@ pub struct LinkDriver {
     link_id: u64,
     wires: Vec<Wire>,
     doorbell: Option<Eventfd>,
-    /// What VMMs did not take, or will not answer: applied when the effects that led to it
-    /// are run.
+    /// VMMs that were found gone: applied when the effects that led to it are run.
     failed: VecDeque<Event>,
 }
 
@@ -147,9 +146,9 @@ impl LinkDriver {
                 self.channel_answered(side, (session, channel), done);
             }
             Input::ChannelEnded { side, session, channel } => {
-                if let Some(channel) = self.channel(side, (session, channel)) {
-                    let lost = channel.give_up();
-                    self.channel_ended(side, lost);
+                if self.channel(side, (session, channel)).is_some() {
+                    self.channel_lost(side);
+                    self.run_effects(Vec::new());
                 }
             }
             Input::DoorbellConnected(stream) => self.doorbell_connected(stream),
@@ -416,8 +415,7 @@ impl LinkDriver {
     fn ask(&mut self, side: Side, asked: Asked, message: Message) {
         let Some(channel) = self.session(side).and_then(|session| session.channel.as_mut()) else { return };
         if channel.ask(asked, message).is_err() {
-            let lost = channel.give_up();
-            self.give_up(lost);
+            self.channel_lost(side);
         }
     }
 
@@ -425,8 +423,7 @@ impl LinkDriver {
         let Some(channel) = self.channel(side, ids) else { return };
         let answered = channel.answered();
         if channel.send().is_err() {
-            let lost = channel.give_up();
-            self.give_up(lost);
+            self.channel_lost(side);
         }
         match answered {
             Some((Asked::Window(op), what)) => {
@@ -442,27 +439,17 @@ impl LinkDriver {
         }
     }
 
-    /// A VMM closed its channel with so much unanswered.
-    fn channel_ended(&mut self, side: Side, lost: Vec<(Asked, String)>) {
-        // A peer's that shows something, or was to: nothing can be changed any more. This is its
-        // end, of which its other socket tells in a moment.
-        if side == Side::Peer && (self.link.is_shown() || !lost.is_empty()) {
+    /// A VMM closed its channel: what it was asked it will not answer. An owner's may bring
+    /// another, and so may a peer's that shows nothing and was asked nothing. Any other
+    /// can take nothing back: this is its end, of which its other socket tells in a moment.
+    fn channel_lost(&mut self, side: Side) {
+        let is_shown = side == Side::Peer && self.link.is_shown();
+        let Some(session) = self.session(side) else { return };
+        let owes = session.channel.take().is_some_and(|channel| channel.owes_answers());
+        if side == Side::Peer && (is_shown || owes) {
+            info!(link = %self.name, "the peer's VMM closed its back-end channel");
             self.close(side);
-            self.apply(Event::Disconnected(side, None));
-            return;
-        }
-        self.give_up(lost);
-        self.run_effects(Vec::new());
-    }
-
-    fn give_up(&mut self, lost: Vec<(Asked, String)>) {
-        for (asked, what) in lost {
-            self.failed.push_back(match asked {
-                Asked::Window(op) => Event::WindowDone(op, Err(format!("{what}: its channel is closed"))),
-                Asked::Wire(id) => Event::WireDone(id, Err(format!("{what}: its channel is closed"))),
-                // Not known, and not denied: deadlines, or a new channel, deal with it.
-                Asked::Miss(_) | Asked::Nothing => continue,
-            });
+            self.failed.push_back(Event::Disconnected(side, None));
         }
     }
 
