@@ -132,7 +132,7 @@ pub fn wait_until_up(broker: &BrokerProcess, link: &str, before: Option<u64>) ->
     loop {
         let report = broker.link(link)?;
         // Until the peer's VMM has answered the broker relays, without a reason.
-        let is_wired = |vring: &VringReport| match vring.relayed_because {
+        let is_wired = |vring: &VringReport| match vring.indirect_because {
             Some(_) => true,
             None => vring.kicks == DIRECT_WAY && vring.calls == DIRECT_WAY,
         };

@@ -10,6 +10,7 @@ use std::time::Duration;
 
 use anyhow::{Context, bail};
 use clap::{Parser, Subcommand};
+use nix::sys::resource::{Resource, getrlimit, setrlimit};
 use signal_hook::consts::{SIGINT, SIGTERM};
 use signal_hook::iterator::Signals;
 use tracing_subscriber::EnvFilter;
@@ -126,12 +127,23 @@ fn load(path: &Path) -> anyhow::Result<Config> {
 
 fn run(path: &Path) -> anyhow::Result<()> {
     let config = load(path)?;
+    raise_descriptor_limit();
     // Registered before the first socket exists: none is left behind.
     let mut signals = Signals::new([SIGTERM, SIGINT])?;
     let broker = Broker::start(&config)?;
     signals.forever().next();
     drop(broker);
     Ok(())
+}
+
+/// A link has tens of descriptors, those of its guests' memory and notifications: the soft limit
+/// that a shell gives is for programs that use select(2).
+fn raise_descriptor_limit() {
+    let raised = getrlimit(Resource::RLIMIT_NOFILE)
+        .and_then(|(_, hard)| setrlimit(Resource::RLIMIT_NOFILE, hard, hard));
+    if let Err(error) = raised {
+        tracing::warn!(%error, "the limit of open descriptors stays as it is");
+    }
 }
 
 fn watch(socket: &Path, interval: f64) -> anyhow::Result<()> {

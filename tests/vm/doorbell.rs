@@ -149,7 +149,7 @@ fn wait_for_ways(testbed: &mut Testbed<'_>, kicks: &str, calls: &str) -> Result<
         let live: Vec<&Value> = vrings.iter().filter(|vring| vring["state"] == "live").collect();
         let goes = |vring: &&Value| vring["kicks"] == kicks && vring["calls"] == calls;
         if !live.is_empty() && live.iter().all(goes) {
-            return Ok(live[0]["relayed_because"].as_str().map(str::to_owned));
+            return Ok(live[0]["indirect_because"].as_str().map(str::to_owned));
         }
         if Instant::now() >= deadline {
             testbed.explain(&format!("kicks do not go by {kicks}, or calls by {calls}"))?;

@@ -229,6 +229,20 @@ queue_pairs = 100
 name = "c"
 owner_socket = "/run/c.sock"
 peer_socket = "/run/c.sock"
+
+[[link]]
+name = "d"
+owner_socket = "/run/d.sock"
+peer_socket = "/run/d2.sock"
+wiring = "relay"
+doorbell_socket = "/run/d3.sock"
+
+[[link]]
+name = "e"
+owner_socket = "/run/e.sock"
+peer_socket = "/run/e2.sock"
+wiring = "fast"
+doorbell_socket = "e"
 "#;
         let found = mistakes(text);
         let has = |line: &str, part: &str| {
@@ -246,6 +260,9 @@ peer_socket = "/run/c.sock"
         has("line 9:", "net");
         has("line 10:", "queue_pairs");
         has("line 15:", "used already");
+        has("line 22:", "no doorbell function");
+        has("line 28:", "\"direct\", \"relay\"");
+        has("line 29:", "absolute");
         has("line 1:", "control_socket");
         assert!(found.windows(2).all(|w| line(&w[0]) <= line(&w[1])));
     }

@@ -149,10 +149,18 @@ impl<'t> Reader<'t> {
             None => Some(DEFAULT_MAX_MAPPINGS),
         };
         let wiring = self.wiring(&mut table);
+        let doorbell_line = table.entries.get("doorbell_socket").map(|(line, _)| *line);
         let doorbell_socket = match table.entries.contains_key("doorbell_socket") {
             true => self.socket(&mut table, "doorbell_socket").map(Some),
             false => Some(None),
         };
+        if wiring == Some(WiringPolicy::Relay) && matches!(doorbell_socket, Some(Some(_))) {
+            let line = doorbell_line.unwrap_or(table.line);
+            self.mistake(
+                line,
+                "wiring is \"relay\": no doorbell function would be used; leave doorbell_socket out",
+            );
+        }
         self.unknown(
             table,
             &[

@@ -61,7 +61,7 @@ fn write_link(text: &mut String, link: &LinkReport) {
             vring.size,
             vring.kicks,
             vring.calls,
-            vring.relayed_because.as_ref().map_or(String::new(), |reason| format!(": {reason}")),
+            vring.indirect_because.as_ref().map_or(String::new(), |reason| format!(": {reason}")),
         );
     }
     let counters = &link.counters;

@@ -15,10 +15,15 @@ use super::fault::Fault;
 use super::message::{Effect, Side};
 use super::wiring::{End, Ends};
 
-/// Calls that the function is given at most, as each is a descriptor in the broker and in the
-/// VMM. An owner that is a QEMU has two for each vring and changes between them when its guest
-/// masks a vector; it brings new ones when its device starts anew.
-const MAX_CALLS: usize = 8 * abi::MAX_VRINGS as usize;
+/// Calls that the function is given at most for each vring, as each is a descriptor in the
+/// broker and in the VMM. An owner that is a QEMU has two for each vring and changes between
+/// them when its guest masks a vector; it brings new ones when its device starts anew.
+const CALLS_PER_VRING: usize = 8;
+/// Vectors that the function is given at most for each vring: one each time that the owner's
+/// device starts anew.
+const VECTORS_PER_VRING: u32 = 32;
+/// Vectors that the function is given at most: the doorbell register has 8 bits for them.
+const MAX_VECTORS: u32 = 256;
 
 /// What the VMM is sent.
 #[derive(Clone, Debug, PartialEq)]
@@ -40,19 +45,22 @@ pub struct Doorbell {
     /// Until when the VMM has to have read what it was sent.
     deadline: Option<Instant>,
     armed: u32,
+    /// Its VMM broke the rules: it is told nothing more, and carries nothing.
+    is_refused: bool,
     wanted: Ends,
     generation: u64,
     page: Vec<abi::DoorbellEntry>,
 }
 
 impl Doorbell {
-    /// One that was sent nothing yet. Its VMM has `timeout` to read what it is sent.
-    pub fn new(timeout: Duration) -> Self {
+    /// One that was sent its greeting. Its VMM has `timeout` to read what it is sent.
+    pub fn new(timeout: Duration, now: Instant) -> Self {
         Self {
             timeout,
+            is_refused: false,
             vectors: Vec::new(),
             calls: Vec::new(),
-            deadline: None,
+            deadline: Some(now + timeout),
             armed: 0,
             wanted: Ends::new(),
             generation: 0,
@@ -70,13 +78,13 @@ impl Doorbell {
         now: Instant,
         effects: &mut Vec<Effect>,
     ) -> bool {
-        self.armed = armed;
-        self.wanted.clone_from(wanted);
+        self.armed = armed.min(MAX_VECTORS).min(VECTORS_PER_VRING * u32::from(vrings));
+        self.wanted = if self.is_refused { Ends::new() } else { wanted.clone() };
         let before = effects.len();
-        for (end, eventfd) in wanted {
+        for (end, eventfd) in &self.wanted.clone() {
             match end.from {
                 Side::Owner => self.give_vector(eventfd, effects),
-                Side::Peer => self.give_call(eventfd, effects),
+                Side::Peer => self.give_call(eventfd, CALLS_PER_VRING * usize::from(vrings), effects),
             }
         }
         if effects.len() > before {
@@ -101,11 +109,11 @@ impl Doorbell {
         }
     }
 
-    fn give_call(&mut self, eventfd: &Eventfd, effects: &mut Vec<Effect>) {
+    fn give_call(&mut self, eventfd: &Eventfd, most: usize, effects: &mut Vec<Effect>) {
         let known = self.calls.iter().any(|(known, _)| known == eventfd);
-        if !known && self.calls.len() < MAX_CALLS {
+        if !known && self.calls.len() < most {
             self.calls.push((eventfd.clone(), false));
-            // At most MAX_CALLS.
+            // At most 8 for each of 64 vrings.
             let number = self.calls.len() as u16;
             effects.push(Effect::Doorbell(DoorbellMessage::Peer(number, eventfd.clone())));
         }
@@ -159,6 +167,18 @@ impl Doorbell {
         self.wanted.get(&end).is_some_and(known)
     }
 
+    /// Its VMM broke the rules. It keeps its place until it hangs up, with what it has not
+    /// read: else it could collect descriptors without end.
+    pub fn refuse(&mut self) {
+        self.is_refused = true;
+        self.deadline = None;
+    }
+
+    /// Whether its VMM broke the rules.
+    pub fn is_refused(&self) -> bool {
+        self.is_refused
+    }
+
     /// When the VMM has to have read everything.
     pub fn deadline(&self) -> Option<Instant> {
         self.deadline
@@ -170,7 +190,7 @@ impl Doorbell {
     /// When the VMM has not read what it was sent.
     pub fn tick(&self, now: Instant) -> Result<(), Fault> {
         match self.deadline {
-            Some(deadline) if now >= deadline => Err(Fault::Doorbell(self.timeout.as_millis())),
+            Some(deadline) if now >= deadline => Err(Fault::DoorbellUnread(self.timeout.as_millis())),
             _ => Ok(()),
         }
     }

@@ -53,12 +53,20 @@ pub enum Fault {
     /// The peer's VMM did not confirm a change of its window in time.
     #[error("the peer's VMM did not confirm within {0} ms that the window changed")]
     Unconfirmed(u128),
-    /// The VMM with the link's doorbell function did not read what it was sent in time, or sent
-    /// something itself.
+    /// The peer's VMM did not answer a change of its wiring in time, or did not take back what it
+    /// must.
+    #[error("the peer's VMM {0}")]
+    Wiring(String),
+    /// The VMM with the link's doorbell function sent something.
     #[error(
-        "the VMM with the doorbell function did not read within {0} ms what it was sent; it was disconnected, and notifications are relayed"
+        "the VMM with the doorbell function sent something, which QEMU never does; notifications are relayed until it hangs up"
     )]
-    Doorbell(u128),
+    DoorbellSpoke,
+    /// The VMM with the link's doorbell function did not read what it was sent in time.
+    #[error(
+        "the VMM with the doorbell function did not read within {0} ms what it was sent; notifications are relayed until it hangs up"
+    )]
+    DoorbellUnread(u128),
     /// The peer's driver broke a rule of the control ring.
     #[error("control ring: {0}")]
     ControlRing(String),
@@ -90,7 +98,8 @@ impl Fault {
             Self::Window(_) => "window_too_small",
             Self::Refused(_) => "window_refused",
             Self::Unconfirmed(_) => "window_unconfirmed",
-            Self::Doorbell(_) => "doorbell",
+            Self::Wiring(_) => "wiring",
+            Self::DoorbellSpoke | Self::DoorbellUnread(_) => "doorbell",
             Self::ControlRing(_) => "control_ring",
             Self::Ring { kind, .. } => match kind {
                 abi::FaultKind::AvailJump => "ring_avail_jump",

@@ -377,6 +377,8 @@ pub enum Event {
     DoorbellTurnedAway,
     /// The VMM with the doorbell function has read everything that it was sent.
     DoorbellRead,
+    /// The VMM with the doorbell function sent something.
+    DoorbellSpoke,
     /// The doorbell function is gone.
     DoorbellGone,
     /// The owner's VMM answered a miss: whether it has told the translation.
@@ -419,8 +421,6 @@ pub enum Effect {
     WatchDoorbell,
     /// Let the doorbell page say this, at this generation of it.
     PublishDoorbell(Vec<abi::DoorbellEntry>, u64),
-    /// End the connection of the doorbell function.
-    CloseDoorbell,
     /// Start to ask the kernel whether the oldest witness page that was not told to be
     /// gone is still held, until it is not or until `StopWatching`.
     WatchWitness,

@@ -4,6 +4,7 @@
 
 use std::time::Instant;
 
+use super::fault::Fault;
 use super::message::{Effect, Side, Wire};
 use super::state::Link;
 use super::wiring::{Answered, End, Ends, WireId};
@@ -36,6 +37,8 @@ pub enum Way {
     Doorbell,
     /// One of the two is being asked to; signals wait in the eventfd meanwhile, or are relayed.
     Changing,
+    /// The kicks wait until the peer's driver has said what it uses.
+    Waiting,
     /// By the broker's relay, for a reason that the operator may want to know.
     Relayed(Option<&'static str>),
 }
@@ -108,7 +111,23 @@ impl Link {
     /// function, which takes kicks away from all who wait for them.
     fn awaits_driver(&self) -> bool {
         let unknown = self.peer.as_ref().is_some_and(|peer| peer.driver.is_none());
-        unknown && self.doorbell_function.is_some() && self.config.wiring == WiringPolicy::Direct
+        let usable = self.doorbell_function.as_ref().is_some_and(|doorbell| !doorbell.is_refused());
+        unknown && usable && self.config.wiring == WiringPolicy::Direct
+    }
+
+    /// The VMM with the doorbell function broke the rules.
+    pub(super) fn refuse_doorbell(&mut self, fault: &Fault, effects: &mut Vec<Effect>) {
+        if let Some(doorbell) = &mut self.doorbell_function {
+            doorbell.refuse();
+            self.count(fault, "doorbell", effects);
+        }
+    }
+
+    /// The doorbell function is another: the driver has not said that it uses this one.
+    pub(super) fn forget_vectors(&mut self) {
+        if let Some(driver) = self.peer.as_mut().and_then(|peer| peer.driver.as_mut()) {
+            driver.vectors = 0;
+        }
     }
 
     /// The peer's VMM answered what it was asked about its wiring.
@@ -135,6 +154,10 @@ impl Link {
         if self.wiring.carries(end) || doorbell.is_some_and(|doorbell| doorbell.carries(end)) {
             return Way::Changing;
         }
+        let is_live = self.is_up() && self.wanted_wires().iter().any(|wire| wire.end() == end);
+        if is_live && end.from == Side::Owner && self.awaits_driver() {
+            return Way::Waiting;
+        }
         if !self.wires.iter().any(|wire| wire.end() == end) {
             return Way::None;
         }
@@ -143,6 +166,9 @@ impl Link {
             _ if self.wiring.is_refused(end) => Some("the peer's VMM refused the eventfd"),
             (_, None) if self.config.doorbell_socket.is_some() && !self.vmm_wires() => {
                 Some("no doorbell function is connected")
+            }
+            (_, Some(doorbell)) if doorbell.is_refused() => {
+                Some("the doorbell function's VMM broke the rules; plug it anew")
             }
             (_, Some(_)) if self.armed_vectors() == 0 => {
                 Some("the peer's driver does not use the doorbell function")

@@ -104,12 +104,12 @@ pub struct VringReport {
     /// IOVA of the used ring.
     pub used: u64,
     /// How kicks reach the peer: `direct`, by the `doorbell` function, `relayed` or
-    /// `none`; `changing` while one is being asked to.
+    /// `none`; `changing` while one is being asked to, `waiting` for the driver to attach.
     pub kicks: String,
     /// How calls reach the owner, likewise.
     pub calls: String,
-    /// Why something is relayed that need not be.
-    pub relayed_because: Option<String>,
+    /// Why something is not direct that could be.
+    pub indirect_because: Option<String>,
 }
 
 /// Counts since the broker started.
@@ -290,7 +290,7 @@ fn vrings(link: &Link) -> Vec<VringReport> {
                 used: config.map_or(0, |config| config.used.raw()),
                 kicks: way(kicks).into(),
                 calls: way(calls).into(),
-                relayed_because: because(kicks).or(because(calls)).map(Into::into),
+                indirect_because: because(kicks).or(because(calls)).map(Into::into),
             }
         })
         .collect()
@@ -302,6 +302,7 @@ fn way(way: Way) -> &'static str {
         Way::Direct => "direct",
         Way::Doorbell => "doorbell",
         Way::Changing => "changing",
+        Way::Waiting => "waiting",
         Way::Relayed(_) => "relayed",
     }
 }
@@ -309,6 +310,7 @@ fn way(way: Way) -> &'static str {
 fn because(way: Way) -> Option<&'static str> {
     match way {
         Way::Relayed(reason) => reason,
+        Way::Waiting => Some("kicks wait for the peer's driver to attach"),
         Way::None | Way::Direct | Way::Doorbell | Way::Changing => None,
     }
 }

@@ -184,12 +184,22 @@ impl Link {
             }
             Event::WitnessGone => self.window.witness_gone(now, &mut effects),
             Event::WireDone(id, result) => self.wired(id, result, &mut effects),
-            Event::DoorbellConnected => self.doorbell_function = Some(Doorbell::new(self.timeout)),
+            Event::DoorbellConnected => {
+                self.doorbell_function = Some(Doorbell::new(self.timeout, now));
+                self.forget_vectors();
+                effects.push(Effect::WatchDoorbell);
+            }
             Event::DoorbellTurnedAway => self.count(&Fault::Occupied, "doorbell", &mut effects),
             Event::DoorbellRead => {
                 self.doorbell_function.iter_mut().for_each(Doorbell::read);
             }
-            Event::DoorbellGone => self.doorbell_function = None,
+            Event::DoorbellSpoke => self.refuse_doorbell(&Fault::DoorbellSpoke, &mut effects),
+            Event::DoorbellGone => {
+                self.doorbell_function = None;
+                self.forget_vectors();
+                // What its page said counts no more.
+                effects.extend(self.control_call().map(Effect::NotifyPeer));
+            }
             Event::MissDone(id, told) => self.miss_done(id, told, now, &mut effects),
             Event::Command(command, request, readable, writable) => {
                 self.command(command, &request, (readable, writable), now, &mut effects);
@@ -405,10 +415,15 @@ impl Link {
         };
         self.counters.peer_messages += 1;
         let strict = peer.is_strict();
+        // Before it says this, it takes back what was wired.
         let stops = match request {
-            Request::GetVringBase { index } | Request::SetVringEnable { index, enable: false } => Some(index),
+            Request::GetVringBase { index }
+            | Request::SetVringKick { index, .. }
+            | Request::SetVringEnable { index, enable: false } => Some(index),
             _ => None,
         };
+        let renews_control_call =
+            matches!(request, Request::SetVringCall { index, .. } if index == u32::from(abi::QUEUE_CONTROL));
         let taken = match request {
             Request::SetBackendChannel(stream) => peer.take_channel(stream).map(|stream| {
                 effects.push(Effect::OpenChannel(Side::Peer, stream));
@@ -422,10 +437,15 @@ impl Link {
                 if let Some(queue) = stops {
                     self.wiring.queue_stopped(queue);
                 }
+                // What was signalled last may have reached one that is not looked at any more.
+                if renews_control_call {
+                    effects.extend(self.control_call().map(Effect::NotifyPeer));
+                }
                 match change {
                     PeerChange::None => {}
                     PeerChange::Started => {
                         self.demand.forget_peer();
+                        self.wiring.device_started();
                         self.hide_unenforced();
                         effects.push(Effect::ResetControlRing);
                         self.window.open(strict, now, effects);
@@ -446,9 +466,7 @@ impl Link {
             self.peer_failed(&fault, effects);
         }
         if let Some(Err(fault)) = self.doorbell_function.as_ref().map(|doorbell| doorbell.tick(now)) {
-            self.count(&fault, "doorbell", effects);
-            self.doorbell_function = None;
-            effects.push(Effect::CloseDoorbell);
+            self.refuse_doorbell(&fault, effects);
         }
         let overdue = self.pending.as_ref().is_some_and(|pending| now >= pending.peer_deadline);
         if overdue && self.silent_peer() {

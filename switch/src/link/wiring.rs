@@ -69,6 +69,8 @@ enum State {
 pub struct Wiring {
     timeout: Duration,
     ends: BTreeMap<End, State>,
+    /// The device is not started: its VMM has taken everything back.
+    is_stopped: bool,
     next: u64,
     /// Answers come in the order of the requests.
     unanswered: VecDeque<(WireId, Instant)>,
@@ -87,7 +89,7 @@ pub enum Answered {
 impl Wiring {
     /// Nothing is wired. The peer's VMM has `timeout` to answer.
     pub fn new(timeout: Duration) -> Self {
-        Self { timeout, ends: BTreeMap::new(), next: 0, unanswered: VecDeque::new() }
+        Self { timeout, ends: BTreeMap::new(), is_stopped: true, next: 0, unanswered: VecDeque::new() }
     }
 
     /// Asks for the next steps towards `wanted`.
@@ -100,6 +102,8 @@ impl Wiring {
                 (Some(State::Asked { .. }), _) => continue,
                 (Some(State::Wired(wired)), Some(wants)) if wired == wants => continue,
                 (Some(State::Refused(refused)), Some(wants)) if refused == wants => continue,
+                // It has nothing, unless it has been started again, of which we shall hear.
+                (Some(State::Doubtful(_)), _) if self.is_stopped => continue,
                 (Some(State::Refused(_)), None) => {
                     self.ends.remove(&end);
                     continue;
@@ -133,8 +137,8 @@ impl Wiring {
             return Ok(Answered::Done);
         };
         match (wants, result) {
-            (None, Err(reason)) => return Err(Fault::Refused(reason)),
-            (None, Ok(())) => {}
+            (None, Err(reason)) if !stopped => return Err(Fault::Wiring(format!("refused to {reason}"))),
+            (None, _) => {}
             (Some(wants), Ok(())) if stopped => drop(self.ends.insert(end, State::Doubtful(wants))),
             (Some(wants), Ok(())) => drop(self.ends.insert(end, State::Wired(wants))),
             // One that was stopped in between may take it now.
@@ -152,8 +156,14 @@ impl Wiring {
         self.stop(|end| u32::from(abi::queue_of_vring(end.vring)) == queue);
     }
 
+    /// The device was started.
+    pub fn device_started(&mut self) {
+        self.is_stopped = false;
+    }
+
     /// The device was stopped: its VMM has taken everything back.
     pub fn device_stopped(&mut self) {
+        self.is_stopped = true;
         self.stop(|_| true);
     }
 
@@ -171,6 +181,7 @@ impl Wiring {
 
     /// The VMM left.
     pub fn disconnected(&mut self) {
+        self.is_stopped = true;
         self.ends.clear();
         self.unanswered.clear();
     }
@@ -180,7 +191,8 @@ impl Wiring {
         self.ends.iter().all(|(end, state)| {
             let is_wanted = |eventfd: &Eventfd| wanted.get(end) == Some(eventfd);
             match state {
-                State::Wired(wired) | State::Doubtful(wired) => is_wanted(wired),
+                State::Wired(wired) => is_wanted(wired),
+                State::Doubtful(wired) => self.is_stopped || is_wanted(wired),
                 State::Asked { had, wants, .. } => had.iter().chain(wants).all(is_wanted),
                 State::Refused(_) => true,
             }
@@ -214,7 +226,10 @@ impl Wiring {
     /// When the VMM did not answer in time.
     pub fn tick(&self, now: Instant) -> Result<(), Fault> {
         match self.deadline() {
-            Some(deadline) if now >= deadline => Err(Fault::Unconfirmed(self.timeout.as_millis())),
+            Some(deadline) if now >= deadline => {
+                let timeout = self.timeout.as_millis();
+                Err(Fault::Wiring(format!("did not answer within {timeout} ms that its wiring changed")))
+            }
             _ => Ok(()),
         }
     }

@@ -19,7 +19,9 @@ use std::os::unix::net::UnixStream;
 use std::sync::atomic::{Ordering, fence};
 use std::{fmt, thread};
 
+use nix::errno::Errno;
 use nix::fcntl::SealFlag;
+use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 use rustix::net::{SendAncillaryBuffer, SendAncillaryMessage, SendFlags, sendmsg};
 use vhost_pci_device::abi;
 use vm_memory::{Bytes, GuestAddress, GuestMemoryMmap};
@@ -39,13 +41,13 @@ const SHARED_MEMORY: i64 = -1;
 /// Entries that the page has room for.
 const MAX_ENTRIES: usize = abi::MAX_VRINGS as usize;
 
-/// How a connection ended.
+/// What is heard of a VMM.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum End {
-    /// The VMM hung up, or the connection was dropped here.
-    Closed,
-    /// The VMM sent something, which QEMU never does.
+pub enum Word {
+    /// It sent something, which QEMU never does. Nothing more is read.
     Spoke,
+    /// It has hung up, with all that it had not read; or the connection was dropped here.
+    HungUp,
 }
 
 /// What goes with a message.
@@ -60,11 +62,13 @@ struct Message {
     attached: Attached,
 }
 
-/// The connection to one function. Closes when dropped; the VMM keeps what it was sent.
+/// The connection to one function. Closes when dropped; the VMM keeps what it was sent, and its
+/// page says that none of it counts any more.
 pub struct Doorbell {
     stream: UnixStream,
     page: GuestMemoryMmap,
     link_id: u64,
+    generation: u64,
     unsent: VecDeque<Message>,
 }
 
@@ -79,7 +83,8 @@ impl fmt::Debug for Doorbell {
 
 impl Doorbell {
     /// Greets a VMM that connected, with a page of this link that has no entries and generation
-    /// 0. `ended` is called, by a thread of this name, when the connection is over.
+    /// 0. `heard` is called by a thread of this name, the last time
+    /// when the VMM has hung up.
     ///
     /// # Errors
     /// When the host gives no memory, descriptor or thread, or the VMM has gone already.
@@ -87,12 +92,12 @@ impl Doorbell {
         stream: UnixStream,
         link_id: u64,
         name: &str,
-        ended: impl FnOnce(End) + Send + 'static,
+        heard: impl Fn(Word) + Send + 'static,
     ) -> io::Result<Self> {
         let fd = sealed_memfd(c"vhost-pci doorbell", abi::DOORBELL_PAGE_LEN, SealFlag::F_SEAL_SEAL)?;
         let page = map(&fd, 0, abi::DOORBELL_PAGE_LEN)?;
         let mut clone = stream.try_clone()?;
-        let mut doorbell = Self { stream, page, link_id, unsent: VecDeque::new() };
+        let mut doorbell = Self { stream, page, link_id, generation: 0, unsent: VecDeque::new() };
         doorbell.publish(&[], 0)?;
         // QEMU waits for these three before its VM goes on.
         doorbell.queue(PROTOCOL_VERSION, Attached::Nothing);
@@ -100,12 +105,15 @@ impl Doorbell {
         doorbell.queue(SHARED_MEMORY, Attached::Page(fd));
         doorbell.send()?;
         thread::Builder::new().name(format!("{name} doorbell")).spawn(move || {
-            let end = match clone.read(&mut [0]) {
-                Ok(1..) => End::Spoke,
-                _ => End::Closed,
-            };
-            drop(clone.shutdown(Shutdown::Both));
-            ended(end);
+            if matches!(clone.read(&mut [0]), Ok(1..)) {
+                heard(Word::Spoke);
+            }
+            // Not the end of what it sends: who says no more can still hold, unread, the
+            // descriptors that it was sent. POLLHUP comes when it has closed its end.
+            while poll(&mut [PollFd::new(clone.as_fd(), PollFlags::empty())], PollTimeout::NONE)
+                == Err(Errno::EINTR)
+            {}
+            heard(Word::HungUp);
         })?;
         Ok(doorbell)
     }
@@ -159,8 +167,9 @@ impl Doorbell {
     ///
     /// # Errors
     /// Never, as the page is as long as it says.
-    pub fn publish(&self, entries: &[abi::DoorbellEntry], generation: u64) -> io::Result<()> {
+    pub fn publish(&mut self, entries: &[abi::DoorbellEntry], generation: u64) -> io::Result<()> {
         let entries = &entries[..entries.len().min(MAX_ENTRIES)];
+        self.generation = generation;
         let changing = generation.wrapping_sub(1);
         // Odd: a driver that sees it rings once more.
         self.store(changing)?;
@@ -202,6 +211,8 @@ impl Doorbell {
 
 impl Drop for Doorbell {
     fn drop(&mut self) {
+        // The guest may have it mapped still.
+        let _ = self.publish(&[], self.generation + 2);
         // Wakes the thread, also where the VMM keeps its end open.
         drop(self.stream.shutdown(Shutdown::Both));
     }
@@ -248,11 +259,14 @@ mod tests {
     use nix::sys::eventfd::{EfdFlags, EventFd};
     use rustix::net::{RecvAncillaryBuffer, RecvAncillaryMessage, RecvFlags, recvmsg};
 
-    fn connected() -> (Doorbell, UnixStream, mpsc::Receiver<End>) {
+    fn connected() -> (Doorbell, UnixStream, mpsc::Receiver<Word>) {
         let (ours, vmm) = UnixStream::pair().unwrap();
-        let (sender, ended) = mpsc::channel();
-        let doorbell = Doorbell::new(ours, 7, "test", move |end| sender.send(end).unwrap()).unwrap();
-        (doorbell, vmm, ended)
+        let (sender, heard) = mpsc::channel();
+        let doorbell = Doorbell::new(ours, 7, "test", move |word| {
+            let _ = sender.send(word);
+        })
+        .unwrap();
+        (doorbell, vmm, heard)
     }
 
     fn receive(vmm: &UnixStream) -> (i64, Option<OwnedFd>) {
@@ -286,7 +300,7 @@ mod tests {
 
     #[test]
     fn the_greeting_brings_a_page_of_the_link_that_nobody_can_resize() {
-        let (doorbell, vmm, _ended) = connected();
+        let (doorbell, vmm, _heard) = connected();
         assert!(!doorbell.is_read().unwrap());
         let page = greeting(&vmm);
         assert!(doorbell.is_read().unwrap());
@@ -301,7 +315,7 @@ mod tests {
 
     #[test]
     fn eventfds_arrive_in_order_each_with_its_number() {
-        let (mut doorbell, vmm, _ended) = connected();
+        let (mut doorbell, vmm, _heard) = connected();
         greeting(&vmm);
         let ends = [eventfd(), eventfd(), eventfd()];
         doorbell.own_vector(&ends[0].1);
@@ -323,7 +337,7 @@ mod tests {
 
     #[test]
     fn what_a_vmm_does_not_read_is_kept_in_order() {
-        let (mut doorbell, vmm, _ended) = connected();
+        let (mut doorbell, vmm, _heard) = connected();
         let (_mine, theirs) = eventfd();
         let mut queued = 0_u16;
         while doorbell.unsent() < 10 {
@@ -341,7 +355,7 @@ mod tests {
 
     #[test]
     fn a_published_page_has_the_entries_and_an_even_generation() {
-        let (doorbell, vmm, _ended) = connected();
+        let (mut doorbell, vmm, _heard) = connected();
         let page = greeting(&vmm);
         let entry = abi::DoorbellEntry {
             flags: abi::DOORBELL_F_CALL.into(),
@@ -360,26 +374,40 @@ mod tests {
     }
 
     #[test]
-    fn a_vmm_that_hangs_up_is_noticed_and_one_that_speaks_is_cut_off() {
+    fn a_vmm_is_gone_when_it_has_closed_its_end_and_not_before() {
         const SOON: Duration = Duration::from_secs(5);
-        let (mut doorbell, vmm, ended) = connected();
+        let (mut doorbell, vmm, heard) = connected();
         drop(vmm);
-        assert_eq!(ended.recv_timeout(SOON), Ok(End::Closed));
+        assert_eq!(heard.recv_timeout(SOON), Ok(Word::HungUp));
         let (_mine, theirs) = eventfd();
         doorbell.own_vector(&theirs);
         doorbell.send().unwrap_err();
 
-        let (mut doorbell, mut vmm, ended) = connected();
-        vmm.write_all(&[1]).unwrap();
-        assert_eq!(ended.recv_timeout(SOON), Ok(End::Spoke));
-        greeting(&vmm);
-        assert_eq!(vmm.read(&mut [0]).unwrap(), 0);
-        doorbell.own_vector(&theirs);
-        doorbell.send().unwrap_err();
+        // It says that it will say no more, and keeps what it has not read.
+        let (_doorbell, vmm, heard) = connected();
+        vmm.shutdown(Shutdown::Write).unwrap();
+        assert!(heard.recv_timeout(Duration::from_millis(100)).is_err());
+        drop(vmm);
+        assert_eq!(heard.recv_timeout(SOON), Ok(Word::HungUp));
 
-        let (doorbell, vmm, ended) = connected();
+        let (_doorbell, mut vmm, heard) = connected();
+        vmm.write_all(&[1; 100]).unwrap();
+        assert_eq!(heard.recv_timeout(SOON), Ok(Word::Spoke));
+        assert!(heard.recv_timeout(Duration::from_millis(100)).is_err());
+        drop(vmm);
+        assert_eq!(heard.recv_timeout(SOON), Ok(Word::HungUp));
+    }
+
+    #[test]
+    fn the_page_of_a_connection_that_is_over_names_nothing() {
+        let (mut doorbell, vmm, heard) = connected();
+        let page = greeting(&vmm);
+        let entry = abi::DoorbellEntry { flags: abi::DOORBELL_F_CALL.into(), ..Default::default() };
+        doorbell.publish(&[entry], 6).unwrap();
         drop(doorbell);
-        assert_eq!(ended.recv_timeout(SOON), Ok(End::Closed));
-        greeting(&vmm);
+        assert_eq!(heard.recv_timeout(Duration::from_secs(5)), Ok(Word::HungUp));
+        let mut header = [0; 32];
+        page.read_exact_at(&mut header, 0).unwrap();
+        assert_eq!((header[16], header[24]), (8, 0));
     }
 }

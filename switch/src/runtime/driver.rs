@@ -3,7 +3,7 @@
 //! and the relay have their own threads.
 
 use std::collections::VecDeque;
-use std::io;
+use std::io::{self, ErrorKind};
 use std::net::Shutdown;
 use std::os::fd::{AsFd, OwnedFd};
 use std::os::unix::net::UnixStream;
@@ -20,7 +20,7 @@ use super::backend_message::{self, Message};
 use super::channel::{Asked, Channel, send_later, send_now};
 use super::control_ring::ControlRing;
 use super::copy::copy;
-use super::doorbell::{Doorbell, End as DoorbellEnd};
+use super::doorbell::{Doorbell, Word};
 use super::relay::Relay;
 use super::{Answer, ChannelId, Input, LinkPort, SessionId};
 use crate::link::descriptor::Eventfd;
@@ -152,13 +152,16 @@ impl LinkDriver {
                 }
             }
             Input::DoorbellConnected(stream) => self.doorbell_connected(stream),
-            Input::DoorbellEnded { channel, end } => {
-                if self.doorbell_function.take_if(|(open, _)| *open == channel).is_some() {
-                    if end == DoorbellEnd::Spoke {
-                        warn!(link = %self.name, "the doorbell function's VMM sent something, and was cut off");
+            Input::Doorbell { channel, word } => {
+                let known = self.doorbell_function.as_ref().is_some_and(|(open, _)| *open == channel);
+                match word {
+                    _ if !known => {}
+                    Word::Spoke => self.apply(Event::DoorbellSpoke),
+                    Word::HungUp => {
+                        self.doorbell_function = None;
+                        self.doorbell_watch = None;
+                        self.apply(Event::DoorbellGone);
                     }
-                    self.doorbell_watch = None;
-                    self.apply(Event::DoorbellGone);
                 }
             }
             Input::ControlDoorbell => self.serve_control_ring(),
@@ -201,12 +204,14 @@ impl LinkDriver {
         let port = self.port.clone();
         self.next_channel += 1;
         let channel = ChannelId(self.next_channel);
-        let ended = move |end| port.send(Input::DoorbellEnded { channel, end });
-        match Doorbell::new(stream, self.link_id, &self.name, ended) {
+        let heard = move |word| port.send(Input::Doorbell { channel, word });
+        match Doorbell::new(stream, self.link_id, &self.name, heard) {
             Ok(doorbell) => {
                 self.doorbell_function = Some((channel, doorbell));
                 self.apply(Event::DoorbellConnected);
             }
+            // Gone again already.
+            Err(error) if matches!(error.kind(), ErrorKind::BrokenPipe | ErrorKind::ConnectionReset) => {}
             Err(error) => warn!(link = %self.name, %error, "a doorbell function cannot be served"),
         }
     }
@@ -335,13 +340,9 @@ impl LinkDriver {
             Effect::PublishDoorbell(entries, generation) => {
                 let published = self
                     .doorbell_function
-                    .as_ref()
+                    .as_mut()
                     .map(|(_, doorbell)| doorbell.publish(&entries, generation));
                 self.warn_of(published.unwrap_or(Ok(())), "the doorbell page cannot be written");
-            }
-            Effect::CloseDoorbell => {
-                self.doorbell_function = None;
-                self.doorbell_watch = None;
             }
             Effect::WatchWitness => {
                 self.watch = Some(Watch { next: Instant::now() + FIRST_LOOK, pause: FIRST_LOOK });

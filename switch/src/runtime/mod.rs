@@ -99,12 +99,12 @@ pub enum Input {
     },
     /// A VMM connected the link's doorbell function.
     DoorbellConnected(UnixStream),
-    /// The connection of a doorbell function ended.
-    DoorbellEnded {
+    /// Something came of a doorbell function's connection.
+    Doorbell {
         /// Which connection.
         channel: ChannelId,
-        /// How it ended.
-        end: doorbell::End,
+        /// What.
+        word: doorbell::Word,
     },
     /// The control ring's doorbell rang.
     ControlDoorbell,

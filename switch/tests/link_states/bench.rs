@@ -346,7 +346,6 @@ impl Bench {
             Effect::Reply(Side::Peer, reply) => self.peer_reply = Some(copy(reply)),
             Effect::Disconnect(side) => self.closed(*side),
             Effect::Window(op, change) => self.window(*op, change),
-            Effect::CloseDoorbell => self.doorbell = false,
             Effect::WirePeer(id, request) => self.wirer.ask(*id, request.clone()),
             Effect::WatchWitness => self.watching = true,
             Effect::StopWatching => self.watching = false,

@@ -130,3 +130,12 @@ fn changes_of_the_link_page_interrupt_the_driver_by_the_control_queues_call() {
     bench.leave(Side::Owner);
     assert!(bench.trace.iter().any(|effect| matches!(effect, Effect::NotifyPeer(fd) if *fd == call)));
 }
+
+#[test]
+fn a_new_interrupt_of_the_control_queue_is_signalled_since_the_old_one_may_have_been_missed() {
+    let mut bench = Bench::up();
+    let call = eventfd();
+    bench.peer(Request::SetVringCall { index: 0, fd: Some(call.clone()) });
+    let notified = |effect: &Effect| matches!(effect, Effect::NotifyPeer(to) if *to == call);
+    assert_eq!(bench.trace.iter().filter(|effect| notified(effect)).count(), 1);
+}

@@ -14,6 +14,7 @@ use crate::front_end::{Ask, eventfd};
 fn connected() -> Bench {
     let mut bench = Bench::up();
     bench.apply(Event::DoorbellConnected);
+    bench.apply(Event::DoorbellRead);
     bench.forget();
     bench
 }
@@ -75,6 +76,12 @@ fn ways(bench: &Bench) -> Vec<(String, String)> {
 fn each_vring_gets_a_vector_and_a_number_that_count_when_the_vmm_has_read_them() {
     let mut bench = connected();
     assert_eq!(relayed_kicks(&bench), 0, "kicks wait for the driver's word");
+    let report = bench.report();
+    assert_eq!(report.vrings[0].kicks, "waiting");
+    assert_eq!(
+        report.vrings[0].indirect_because.as_deref(),
+        Some("kicks wait for the peer's driver to attach")
+    );
     attach(&mut bench, 8);
     let (own, peers) = sent(&bench);
     assert_eq!((own.len(), peers.len()), (2, 2));
@@ -92,7 +99,7 @@ fn a_driver_without_it_gets_its_kicks_by_the_relay() {
     let mut bench = connected();
     attach(&mut bench, 0);
     assert_eq!((relayed_kicks(&bench), sent(&bench).0.len()), (2, 0));
-    let reason = bench.report().vrings[0].relayed_because.clone();
+    let reason = bench.report().vrings[0].indirect_because.clone();
     assert_eq!(reason.as_deref(), Some("the peer's driver does not use the doorbell function"));
 }
 
@@ -107,7 +114,7 @@ fn new_kicks_take_new_vectors_until_none_is_left_and_are_then_relayed() {
     bench.owner_raw(Request::SetVringKick { index: 1, fd: Some(eventfd()) });
     assert_eq!(page(&bench), [(Some(2), Some(1 << 16)), (None, Some(2 << 16))]);
     assert_eq!(relayed_kicks(&bench), 1);
-    let reason = bench.report().vrings[1].relayed_because.clone();
+    let reason = bench.report().vrings[1].indirect_because.clone();
     assert_eq!(reason.as_deref(), Some("the doorbell function has no vector left; plug it anew"));
     // Plugged anew it begins with vector 0, when the driver has said so.
     bench.apply(Event::DoorbellGone);
@@ -143,8 +150,57 @@ fn numbers_are_used_up_and_calls_then_relayed_and_nothing_grows() {
         bench.owner_raw(Request::SetVringCall { index: 0, fd: Some(eventfd()) });
         bench.apply(Event::DoorbellRead);
     }
-    assert_eq!(sent(&bench).1.len(), 512);
+    assert_eq!(sent(&bench).1.len(), 16);
     assert_eq!(ways(&bench)[0], ("doorbell".to_owned(), "relayed".to_owned()));
+}
+
+#[test]
+fn a_guest_with_as_many_vectors_as_there_can_be_costs_the_broker_few_descriptors() {
+    let mut bench = connected();
+    attach(&mut bench, 2048);
+    for _ in 0..2000 {
+        bench.owner_raw(Request::SetVringKick { index: 0, fd: Some(eventfd()) });
+    }
+    assert_eq!(sent(&bench).0.len(), 64);
+}
+
+#[test]
+fn a_function_that_is_plugged_anew_is_given_nothing_before_its_driver_has_said_so() {
+    let mut bench = connected();
+    attach(&mut bench, 64);
+    bench.apply(Event::DoorbellRead);
+    bench.apply(Event::DoorbellGone);
+    bench.forget();
+    bench.apply(Event::DoorbellConnected);
+    assert!(sent(&bench).0.is_empty() && sent(&bench).1.is_empty());
+    assert!(
+        bench.trace.iter().any(|effect| matches!(effect, Effect::WatchDoorbell)),
+        "it is to read its greeting"
+    );
+}
+
+#[test]
+fn a_function_that_breaks_the_rules_carries_nothing_more_and_keeps_its_place() {
+    let mut bench = connected();
+    attach(&mut bench, 8);
+    bench.apply(Event::DoorbellRead);
+    let known = sent(&bench).1[0].1.clone();
+    bench.owner_raw(Request::SetVringCall { index: 0, fd: Some(eventfd()) });
+    bench.owner_raw(Request::SetVringCall { index: 0, fd: Some(known) });
+    assert_eq!(page(&bench)[0].1, Some(1 << 16));
+    bench.forget();
+    bench.wait(TIMEOUT);
+    assert_eq!(page(&bench), [(None, None); 2]);
+    let published = bench.trace.iter().position(|effect| matches!(effect, Effect::PublishDoorbell(..)));
+    let told = bench.trace.iter().position(|effect| matches!(effect, Effect::NotifyPeer(_)));
+    assert!(published < told);
+    bench.apply(Event::DoorbellRead);
+    assert_eq!(ways(&bench), vec![("relayed".to_owned(), "relayed".to_owned()); 2]);
+    for _ in 0..100 {
+        bench.apply(Event::DoorbellSpoke);
+    }
+    let lines = bench.trace.iter().filter(|effect| matches!(effect, Effect::Log(_))).count();
+    assert_eq!((bench.faults("doorbell"), lines), (101, 7));
 }
 
 #[test]

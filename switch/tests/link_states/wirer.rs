@@ -30,9 +30,12 @@ impl Wirer {
 
     /// Its front-end is about to say this. What has to be taken back is taken back before.
     pub fn tells(&mut self, request: &Request) {
-        match *request {
-            Request::SetVringEnable { index, enable: true } => drop(self.enabled.insert(index)),
-            Request::SetVringEnable { index, enable: false } | Request::GetVringBase { index } => {
+        match request {
+            &Request::SetVringEnable { index, enable: true } => drop(self.enabled.insert(index)),
+            &Request::SetVringKick { index, .. } => {
+                self.wired.retain(|end, _| u32::from(end.vring) + 1 != index);
+            }
+            &Request::SetVringEnable { index, enable: false } | &Request::GetVringBase { index } => {
                 self.enabled.remove(&index);
                 let enabled = &self.enabled;
                 self.wired.retain(|end, _| is_running(enabled, *end));

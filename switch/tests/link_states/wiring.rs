@@ -133,7 +133,7 @@ fn what_the_vmm_refuses_is_relayed_and_not_asked_again_until_it_is_another_event
     assert!(bench.is_up());
     assert_eq!((bench.wirer.count(), bench.wires.len()), (0, 4));
     let report = bench.report();
-    assert_eq!(report.vrings[0].relayed_because.as_deref(), Some("the peer's VMM refused the eventfd"));
+    assert_eq!(report.vrings[0].indirect_because.as_deref(), Some("the peer's VMM refused the eventfd"));
     bench.forget();
     bench.owner(Ask::MemTable(REGIONS.to_vec()));
     bench.work();
@@ -202,7 +202,39 @@ fn a_vmm_that_does_not_answer_loses_its_link() {
     }
     bench.wait(TIMEOUT);
     assert!(!bench.is_connected(Side::Peer));
-    assert_eq!(bench.faults("window_unconfirmed"), 1);
+    assert_eq!((bench.faults("wiring"), bench.faults("window_unconfirmed")), (1, 0));
+}
+
+#[test]
+fn a_queue_whose_kick_comes_anew_is_wired_anew() {
+    let mut bench = wired();
+    // It takes back what was wired before it says this.
+    bench.peer(Request::SetVringKick { index: 1, fd: Some(eventfd()) });
+    assert_eq!(bench.wirer.count(), 2);
+    bench.work();
+    assert_eq!(bench.wirer.count(), 4);
+}
+
+#[test]
+fn a_stopped_device_is_asked_to_take_nothing_back_and_holds_no_owner_up() {
+    let mut bench = Bench::new();
+    bench.wiring = true;
+    bench.connect(Side::Owner);
+    bench.owner_up(&REGIONS);
+    bench.peer_up();
+    while bench.vmm.act(Manner::Honest) {
+        bench.deliver();
+        bench.look();
+    }
+    assert!(bench.wirer.act(Manner::Honest));
+    bench.peer_stops(true);
+    bench.deliver();
+    bench.work();
+    bench.forget();
+    bench.owner(Ask::Stop(0));
+    bench.work();
+    assert!(bench.owner_reply.is_some() && bench.is_connected(Side::Peer));
+    assert!(!bench.trace.iter().any(|effect| matches!(effect, Effect::WirePeer(..))));
 }
 
 #[test]
@@ -214,5 +246,5 @@ fn with_the_policy_relay_no_vmm_is_handed_anything() {
     bench.peer_up();
     bench.work();
     assert_eq!((bench.wirer.count(), bench.wires.len()), (0, 4));
-    assert_eq!(bench.report().vrings[0].relayed_because.as_deref(), Some("the link's wiring is \"relay\""));
+    assert_eq!(bench.report().vrings[0].indirect_because.as_deref(), Some("the link's wiring is \"relay\""));
 }
