@@ -159,14 +159,15 @@ impl<'a> Session<'a> {
         self.transport.check()?;
         self.renew_control();
         self.hear_answers();
-        if let Some(generation) = self.live.as_ref().map(|live| live.port.generation()) {
-            let doorbell = self.transport.pair(self.page.link_id());
-            if doorbell != self.doorbell {
-                self.doorbell = doorbell;
+        // Also while the link is down: a function that is unplugged has to be let go all the same.
+        let doorbell = self.transport.pair(self.page.link_id());
+        if doorbell != self.doorbell {
+            self.doorbell = doorbell;
+            if let Some(generation) = self.live.as_ref().map(|live| live.port.generation()) {
                 self.tell(self.attach(generation));
             }
-            self.transport.follow_doorbell();
         }
+        self.transport.follow_doorbell();
         Ok(())
     }
 
@@ -376,3 +377,7 @@ impl<'a> Session<'a> {
         live.set_kicks(&vrings, false);
     }
 }
+
+#[cfg(test)]
+#[path = "session_tests.rs"]
+mod tests;
