@@ -22,6 +22,7 @@ use std::time::{Duration, Instant};
 use std::{fs, io};
 
 use self::function::Function;
+use self::page::Changed;
 use super::Pairing;
 use super::sys::event::Event;
 use super::sysfs::PciDevice;
@@ -153,14 +154,16 @@ impl Paired {
 
     fn follow(&self, device: &str, kicks: &[Event], virtqueue: &dyn ByVirtqueue) {
         let page = self.function.page();
-        let generation = page.generation();
         // Relaxed: who follows twice does no harm. A change that goes on ends with an interrupt.
-        if generation == self.followed.load(Ordering::Relaxed) || !generation.is_multiple_of(2) {
+        let followed = self.followed.load(Ordering::Relaxed);
+        if page.generation() == followed {
             return;
         }
         let mut armed = self.armed.lock().unwrap_or_else(PoisonError::into_inner);
-        for (vring, kick) in (0..page.entries()).zip(kicks) {
-            let Some(vector) = page.entry(vring).vector else { continue };
+        // A vector of an entry that is half written is none to unmask (12.3).
+        let Some(Changed { generation, entries }) = page.changed(followed) else { return };
+        for ((vring, entry), kick) in (0_u16..).zip(&entries).zip(kicks) {
+            let Some(vector) = entry.vector else { continue };
             match usize::try_from(vector).ok().and_then(|vector| armed.get_mut(vector)) {
                 None => {
                     tracing::warn!(device, vring, vector, "the doorbell function has no such vector");
@@ -180,7 +183,9 @@ impl Paired {
             }
         }
         self.followed.store(generation, Ordering::Relaxed);
-        for vring in 0..page.entries() {
+        // What was rung by an entry that went meanwhile may have reached nobody (12.4). Each
+        // follows the page as it is by now. All vrings, also those that lost their entry.
+        for (vring, _) in (0_u16..).zip(kicks) {
             self.call(vring, virtqueue);
         }
     }

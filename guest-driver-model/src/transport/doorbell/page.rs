@@ -50,6 +50,15 @@ pub struct Entry {
     pub doorbell: Option<u32>,
 }
 
+/// The entries of one generation.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Changed {
+    /// The generation; even.
+    pub generation: u64,
+    /// By vring; at most `MAX_VRINGS`.
+    pub entries: Vec<Entry>,
+}
+
 /// The page of a function.
 #[derive(Clone, Debug)]
 pub struct DoorbellPage(SharedMemory);
@@ -84,9 +93,26 @@ impl DoorbellPage {
         self.0.load_u64_acquire(offset_of!(abi::DoorbellHeader, generation) as u64).unwrap_or(1)
     }
 
-    /// Entries, as many as there can be; none that the page has no room for counts.
-    pub fn entries(&self) -> u16 {
-        self.table().map_or(0, |(_, count)| count)
+    /// All entries, if the page's generation is another one than `known` and the device changes
+    /// nothing meanwhile. None that the page has no room for counts.
+    pub fn changed(&self, known: u64) -> Option<Changed> {
+        self.changed_unless(known, || {})
+    }
+
+    /// As [`Self::changed`]; `meanwhile` happens when the entries are copied.
+    fn changed_unless(&self, known: u64, meanwhile: impl FnOnce()) -> Option<Changed> {
+        let generation = self.generation();
+        if generation == known || !generation.is_multiple_of(2) {
+            return None;
+        }
+        let count = self.table().map_or(0, |(_, count)| count);
+        let entries = (0..count).map(|vring| self.entry(vring)).collect();
+        meanwhile();
+        // Acquire fence: pairs with the device's release fence between its store of an odd
+        // generation and its stores to the page: had a load above seen one of these, the
+        // load below sees the odd value or a later one.
+        fence(Ordering::Acquire);
+        (self.generation() == generation).then_some(Changed { generation, entries })
     }
 
     /// The entry of a vring; for one that has none, all goes by the virtqueue.
@@ -205,7 +231,7 @@ mod tests {
         assert_eq!(page.entry(1), Entry { vector: None, doorbell: Some(9) });
         assert_eq!(page.entry(2), Entry::default());
         assert_eq!(page.entry(3), Entry::default(), "no such vring");
-        assert_eq!(page.entries(), 3);
+        assert_eq!(page.changed(0).unwrap().entries.len(), 3);
     }
 
     #[test]
@@ -225,6 +251,8 @@ mod tests {
             for vring in [0, 1, 64, u16::MAX] {
                 assert_eq!(page.entry(vring), Entry::default(), "{count} at {place}");
             }
+            let entries = page.changed(0).unwrap().entries;
+            assert!(entries.iter().all(|entry| *entry == Entry::default()), "{count} at {place}");
         }
     }
 
@@ -254,5 +282,29 @@ mod tests {
         // Odd: in the middle of a change, which does not end.
         memory.store_u64(GENERATION, 5).unwrap();
         assert_eq!(rung(&memory, || set(&memory, 0, (0, 0, 10))), [Some(10), None]);
+    }
+
+    #[test]
+    fn a_copy_of_the_entries_that_meets_a_change_is_none() {
+        let memory = page(&[(abi::DOORBELL_F_KICK, 3, 0); 2]);
+        let page = DoorbellPage::new(memory.clone(), 7).unwrap();
+        let of = |generation, vectors: [u32; 2]| {
+            let entries = vectors.map(|vector| Entry { vector: Some(vector), doorbell: None }).to_vec();
+            Some(Changed { generation, entries })
+        };
+        assert_eq!(page.changed(1), of(2, [3, 3]));
+        assert_eq!(page.changed(2), None, "nothing new");
+        // The first entry was copied before the change, so to speak, the second within it.
+        let begin = || {
+            memory.store_u64(GENERATION, 3).unwrap();
+            set(&memory, 1, (abi::DOORBELL_F_KICK, 4, 0));
+        };
+        assert_eq!(page.changed_unless(1, begin), None);
+        assert_eq!(page.changed(1), None, "in the middle of a change");
+        memory.store_u64(GENERATION, 4).unwrap();
+        assert_eq!(page.changed(2), of(4, [3, 4]));
+        // A change from beginning to end.
+        assert_eq!(page.changed_unless(2, || memory.store_u64(GENERATION, 6).unwrap()), None);
+        assert_eq!(page.changed(4), of(6, [3, 4]));
     }
 }
