@@ -34,6 +34,8 @@ struct Live {
     /// The owner has an IOMMU, so the device is asked for what the window does not show.
     asks: bool,
     reported: Vec<Fault>,
+    /// The device is still to be told of what has changed, by ATTACH.
+    attach_owed: bool,
 }
 
 impl Live {
@@ -163,9 +165,9 @@ impl<'a> Session<'a> {
         let doorbell = self.transport.pair(self.page.link_id());
         if doorbell != self.doorbell {
             self.doorbell = doorbell;
-            if let Some(generation) = self.live.as_ref().map(|live| live.port.generation()) {
-                self.tell(self.attach(generation));
-            }
+            self.attach();
+        } else if self.live.as_ref().is_some_and(|live| live.attach_owed) {
+            self.attach();
         }
         self.transport.follow_doorbell();
         Ok(())
@@ -263,9 +265,9 @@ impl<'a> Session<'a> {
         }
         self.tally.links += 1;
         let broken = port.faults().next().is_some();
-        self.live = Some(Live { port, asks, reported: Vec::new() });
+        self.live = Some(Live { port, asks, reported: Vec::new(), attach_owed: true });
         self.doorbell = self.transport.pair(self.page.link_id());
-        self.tell(self.attach(generation));
+        self.attach();
         if broken {
             self.report_faults();
         }
@@ -289,22 +291,37 @@ impl<'a> Session<'a> {
         }
     }
 
-    fn attach(&self, generation: u64) -> Command {
+    /// What ATTACH says now, if there is something to serve.
+    fn attachment(&self) -> Option<Command> {
+        let generation = self.live.as_ref()?.port.generation();
         let doorbell = self.doorbell.map(|doorbell| doorbell.vectors);
-        Command::Attach { generation, interrupt: self.interrupt, doorbell }
+        Some(Command::Attach { generation, interrupt: self.interrupt, doorbell })
     }
 
-    /// Gives the device a command. It may answer or not: the link works all the same.
-    fn tell(&mut self, command: Command) {
+    /// Tells the device what is served. What it cannot be told now is owed to it: without it,
+    /// kicks would go where nobody waits for them.
+    fn attach(&mut self) {
+        let Some(command) = self.attachment() else { return };
+        let sent = self.tell(command);
+        if let Some(live) = &mut self.live {
+            live.attach_owed = !sent;
+        }
+    }
+
+    /// Gives the device a command, and says whether there was room. It may answer or not: the
+    /// link works all the same.
+    fn tell(&mut self, command: Command) -> bool {
         self.renew_control();
         // Makes room, too.
         self.hear_answers();
-        if let Some(control) = &mut self.control
-            && let Err(error) = control.send(self.transport, command)
+        let Some(control) = &mut self.control else { return false };
+        let sent = control.send(self.transport, command);
+        if let Err(error) = &sent
             && self.quiet.allows_line()
         {
             tracing::warn!(device = self.transport.name(), "control ring: {error}");
         }
+        sent.is_ok()
     }
 
     /// 9.1: the mark is looked for before each command. To a ring that begins anew nobody is
@@ -314,11 +331,9 @@ impl<'a> Session<'a> {
             return;
         }
         self.control = ControlRing::new(self.transport).ok();
-        if let (Some(control), Some(live)) = (&mut self.control, &self.live) {
-            let (interrupt, doorbell) = (self.interrupt, self.doorbell.map(|doorbell| doorbell.vectors));
-            let attach = Command::Attach { generation: live.port.generation(), interrupt, doorbell };
-            // A fresh ring has room.
-            let _ = control.send(self.transport, attach);
+        let attachment = self.attachment();
+        if let (Some(control), Some(live), Some(attach)) = (&mut self.control, &mut self.live, attachment) {
+            live.attach_owed = control.send(self.transport, attach).is_err();
         }
     }
 

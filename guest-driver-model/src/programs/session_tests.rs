@@ -155,3 +155,30 @@ fn the_doorbell_function_is_looked_after_while_the_link_is_down() {
     session.round(&mut Idle).unwrap();
     assert_eq!(device.state.lock().unwrap().attached.last(), Some(&(0, 0)));
 }
+
+#[test]
+fn an_attachment_that_the_ring_had_no_room_for_is_made_up_for() {
+    let device = Fake::new();
+    device.pair_with(1);
+    device.link(2, abi::LINK_S_OWNER | abi::LINK_S_UP);
+    let mut session = Session::new(&device, false).unwrap();
+    session.round(&mut Idle).unwrap();
+    let with = (abi::ATTACH_F_DOORBELL, 8);
+    assert_eq!(device.state.lock().unwrap().attached, [with]);
+    // The device answers nothing while the ring is filled, and while the pairing changes.
+    device.state.lock().unwrap().answers = false;
+    for number in 0..abi::CONTROL_RING_SIZE.into() {
+        device.pair_with(2 + number);
+        session.check().unwrap();
+    }
+    device.state.lock().unwrap().pairing = None;
+    session.check().unwrap();
+    device.state.lock().unwrap().answers = true;
+    device.answer();
+    assert_eq!(device.state.lock().unwrap().attached.last(), Some(&with), "as many as the ring took");
+    session.check().unwrap();
+    assert_eq!(device.state.lock().unwrap().attached.last(), Some(&(0, 0)));
+    let told = device.state.lock().unwrap().attached.len();
+    session.check().unwrap();
+    assert_eq!(device.state.lock().unwrap().attached.len(), told, "once");
+}
