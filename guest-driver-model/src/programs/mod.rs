@@ -22,6 +22,7 @@ pub mod device;
 pub mod echo;
 mod error;
 pub mod generate;
+mod live;
 pub mod owner;
 pub mod pattern;
 pub mod peer_loop;

@@ -206,6 +206,7 @@ impl<'a> Peer<'a> {
             });
             if rounds >= ROUNDS || enough {
                 rounds = 0;
+                session.follow_doorbell();
                 program.check()?;
                 let running = self.reporter.tick(&traffic(program, self.tally + session.tally()));
                 let over = self.args.seconds.is_some_and(|seconds| running.as_secs_f64() >= seconds);

@@ -6,6 +6,7 @@ use std::time::{Duration, Instant};
 use vhost_pci_device::abi::{self, queue_of_vring};
 
 use super::ProgramError;
+use super::live::Live;
 use super::peer_loop::{LONGEST_SLEEP, PeerProgram};
 use super::quiet::Quiet;
 use super::tally::Tally;
@@ -14,7 +15,6 @@ use super::wire::Wire;
 use crate::control::{Command, ControlExchange, ControlRing};
 use crate::link::{LinkError, LinkPage};
 use crate::net::{PeerPort, receive_vring, transmit_vring};
-use crate::ring::Fault;
 use crate::transport::{Pairing, Transport};
 
 /// Between two looks for a link, where no interrupt tells of it.
@@ -27,36 +27,6 @@ const LINK_PATIENCE: Duration = Duration::from_secs(5);
 const LONGEST_PAUSE: Duration = Duration::from_millis(10);
 /// How long the device may take to answer when the program ends.
 const DETACH_TIME: Duration = Duration::from_millis(500);
-
-/// A link that is up.
-struct Live {
-    port: PeerPort,
-    /// The owner has an IOMMU, so the device is asked for what the window does not show.
-    asks: bool,
-    reported: Vec<Fault>,
-    /// The device is still to be told of what has changed, by ATTACH.
-    attach_owed: bool,
-}
-
-impl Live {
-    /// The vrings that the program sleeps for.
-    fn waited_for(&self, program: &dyn PeerProgram) -> Vec<u16> {
-        let of_pair = |pair| {
-            let packets = program.takes_packets(pair).then_some(transmit_vring(pair));
-            let buffers = program.waits_for_buffers(pair).then_some(receive_vring(pair));
-            packets.into_iter().chain(buffers)
-        };
-        (0..self.port.pairs()).flat_map(of_pair).collect()
-    }
-
-    /// Asks for kicks of all of the vrings, or of none. Whether one has work already, of which
-    /// no kick will tell.
-    fn set_kicks(&mut self, vrings: &[u16], enabled: bool) -> bool {
-        // A fault shows again with the next burst.
-        let set = |work, vring: &u16| work | self.port.set_kicks(*vring, enabled).unwrap_or(false);
-        vrings.iter().fold(false, set)
-    }
-}
 
 /// For a link area that does not appear.
 #[derive(Clone, Copy, Debug, Default)]
@@ -171,6 +141,12 @@ impl<'a> Session<'a> {
         }
         self.transport.follow_doorbell();
         Ok(())
+    }
+
+    /// For every few rounds: follows the doorbell page. A call that met a change of it which went
+    /// on may have gone nowhere; a program that never sleeps would find that out by the second.
+    pub fn follow_doorbell(&self) {
+        self.transport.follow_doorbell();
     }
 
     /// Lets go of the owner's vrings, and then tells the device so, if it is there.

@@ -11,6 +11,8 @@ use nix::unistd::ftruncate;
 use vhost_pci_device::abi::DeviceConfig;
 
 use super::*;
+use crate::programs::peer_loop::{PeerArgs, run_on};
+use crate::programs::stop::Stop;
 use crate::programs::traffic::Traffic;
 use crate::shm::SharedMemory;
 use crate::transport::TransportError;
@@ -181,4 +183,38 @@ fn an_attachment_that_the_ring_had_no_room_for_is_made_up_for() {
     let told = device.state.lock().unwrap().attached.len();
     session.check().unwrap();
     assert_eq!(device.state.lock().unwrap().attached.len(), told, "once");
+}
+
+/// Always has packets, so it never sleeps.
+struct Busy<'a> {
+    device: &'a Fake,
+    rounds: u64,
+    /// By round: how often the page had been followed.
+    followed: Vec<usize>,
+}
+
+impl PeerProgram for Busy<'_> {
+    fn poll(&mut self, _: &mut Wire<'_>) -> usize {
+        self.rounds += 1;
+        self.followed.push(self.device.state.lock().unwrap().followed);
+        1
+    }
+    fn traffic(&self) -> Traffic {
+        Traffic { rx_packets: self.rounds, ..Traffic::default() }
+    }
+}
+
+#[test]
+fn a_program_that_never_sleeps_follows_the_doorbell_page_every_few_rounds() {
+    let device = Fake::new();
+    device.pair_with(1);
+    device.link(2, abi::LINK_S_OWNER | abi::LINK_S_UP);
+    let mut program = Busy { device: &device, rounds: 0, followed: Vec::new() };
+    let args = PeerArgs { packets: Some(1000), ..PeerArgs::default() };
+    run_on(&device, &args, "test", &mut program, &Stop::default()).unwrap();
+    let rounds = program.followed.windows(65);
+    assert!(rounds.len() > 900);
+    for rounds in rounds {
+        assert!(rounds[0] < rounds[64], "{:?}", program.followed);
+    }
 }
