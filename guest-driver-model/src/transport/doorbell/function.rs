@@ -1,5 +1,8 @@
-//! QEMU's `ivshmem-doorbell` function through VFIO: its register, its page, its vectors.
+//! QEMU's `ivshmem-doorbell` function through VFIO: its register, its page, its vectors; and what
+//! of them the rest of the folder needs, so that it can be tried without a PCI function.
 
+use std::fs;
+use std::os::unix::fs::MetadataExt;
 use std::time::{Duration, Instant};
 
 use vhost_pci_device::abi;
@@ -48,9 +51,55 @@ pub enum FunctionError {
     NoVectors,
 }
 
-/// The function of a link, opened. The device is last to go: VFIO does not let go of one
+/// A function that is the link's, opened.
+pub trait Function: Send + Sync {
+    /// PCI address.
+    fn address(&self) -> &str;
+
+    /// The page.
+    fn page(&self) -> &DoorbellPage;
+
+    /// MSI-X vectors.
+    fn vectors(&self) -> u16;
+
+    /// Stores to the doorbell register.
+    fn ring(&self, value: u32);
+
+    /// Unmasks a vector, which then signals the eventfd, and rings it once to see that it
+    /// does. Says whether it did.
+    ///
+    /// # Errors
+    /// If the kernel does not do it.
+    fn arm(&self, vector: u16, event: &Event) -> Result<bool, TransportError>;
+
+    /// Why the function has to be let go, if it has to.
+    fn has_to_go(&self) -> Option<&'static str>;
+}
+
+/// Where functions are plugged.
+pub trait Slots: Send + Sync {
+    /// Those that may be a link's.
+    fn plugged(&self) -> Vec<Plugged>;
+
+    /// Opens one, if it is that of the link. No vector is unmasked yet.
+    ///
+    /// # Errors
+    /// [`FunctionError`].
+    fn open(&self, address: &str, link_id: u64) -> Result<Box<dyn Function>, FunctionError>;
+}
+
+/// A function that may be a link's.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Plugged {
+    /// PCI address.
+    pub address: String,
+    /// Another one when a function was plugged anew at the same address.
+    pub plugging: u64,
+}
+
+/// Such a function through VFIO. The device is last to go: VFIO does not let go of one
 /// whose registers are mapped.
-pub struct Function {
+struct VfioFunction {
     page: DoorbellPage,
     registers: Mmio,
     /// Readable when the kernel wants the function back, as for its removal.
@@ -59,10 +108,10 @@ pub struct Function {
     pci: VfioPci,
 }
 
-impl Function {
+impl VfioFunction {
     /// Opens a function, if it is that of the link. Binds it to vfio-pci if no driver has it.
     /// No vector is unmasked yet.
-    pub fn open(device: &PciDevice, link_id: u64) -> Result<Self, FunctionError> {
+    fn open(device: &PciDevice, link_id: u64) -> Result<Self, FunctionError> {
         match device.driver() {
             Some(driver) if !VfioPci::is_driver(&driver) => return Err(FunctionError::Driver { driver }),
             _ => {}
@@ -80,51 +129,59 @@ impl Function {
         pci.arm(0, &vec![None; vectors.into()])?;
         Ok(Self { page, registers, wanted_back, vectors, pci })
     }
+}
 
-    /// Functions that may be the link's.
-    pub fn candidates() -> Vec<PciDevice> {
-        PciDevice::candidates(Kind::Doorbell)
+/// The slots of this system.
+pub struct PciSlots;
+
+impl Slots for PciSlots {
+    fn plugged(&self) -> Vec<Plugged> {
+        let plugged = |device: PciDevice| {
+            // The folder in sysfs is another one for what is plugged later.
+            let plugging = fs::metadata(device.folder()).ok()?.ino();
+            Some(Plugged { address: device.address().to_owned(), plugging })
+        };
+        PciDevice::candidates(Kind::Doorbell).into_iter().filter_map(plugged).collect()
     }
 
-    /// PCI address.
-    pub fn address(&self) -> &str {
+    fn open(&self, address: &str, link_id: u64) -> Result<Box<dyn Function>, FunctionError> {
+        Ok(Box::new(VfioFunction::open(&PciDevice::at(address)?, link_id)?))
+    }
+}
+
+impl Function for VfioFunction {
+    fn address(&self) -> &str {
         self.pci.address()
     }
 
-    /// The page.
-    pub fn page(&self) -> &DoorbellPage {
+    fn page(&self) -> &DoorbellPage {
         &self.page
     }
 
-    /// MSI-X vectors.
-    pub fn vectors(&self) -> u16 {
+    fn vectors(&self) -> u16 {
         self.vectors
     }
 
-    /// Stores to the doorbell register.
-    pub fn ring(&self, value: u32) {
+    fn ring(&self, value: u32) {
         self.registers.write32(abi::DOORBELL_REGISTER, value);
     }
 
-    /// Unmasks a vector, which then signals the eventfd, and rings it once to see that it
-    /// does. Says whether it did.
-    pub fn arm(&self, vector: u16, event: &Event) -> Result<bool, TransportError> {
+    fn arm(&self, vector: u16, event: &Event) -> Result<bool, TransportError> {
         self.pci.arm(vector.into(), &[Some(event)])?;
         // One that was there before proves nothing, and is looked after by whoever waits.
         event.take();
         let position = self.registers.read32(POSITION);
         self.ring(position << 16 | u32::from(vector));
         let start = Instant::now();
-        while start.elapsed() < TRIAL {
-            if event.wait(TRIAL) {
+        while let Some(left) = TRIAL.checked_sub(start.elapsed()) {
+            if event.wait(left) {
                 return Ok(true);
             }
         }
         Ok(false)
     }
 
-    /// Why the function has to be let go, if it has to.
-    pub fn has_to_go(&self) -> Option<&'static str> {
+    fn has_to_go(&self) -> Option<&'static str> {
         if self.wanted_back.take() {
             Some("the kernel wants it back, to unplug it or for another driver")
         } else if self.registers.read32(POSITION) == u32::MAX {

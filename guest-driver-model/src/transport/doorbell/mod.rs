@@ -5,30 +5,28 @@
 //! |---|---|
 //! | [`page`] | the page that says how notifications go |
 //! | [`function`] | the PCI function, through VFIO |
+//! | [`search`] | which function is the link's, and when to try again one that is unfit |
 //!
-//! Here: finding the function that belongs to a link, letting it go, and following its page. A
+//! Here: taking the function that belongs to a link, letting it go, and following its page. A
 //! vector is unmasked when the page says what it is for, not before: QEMU on KVM ends itself
 //! over a vector that is unmasked before it knows the eventfd.
 
 mod function;
 mod page;
+mod search;
 
-use std::collections::HashMap;
+use std::io;
 use std::os::fd::{AsFd, BorrowedFd};
-use std::os::unix::fs::MetadataExt;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Mutex, PoisonError, RwLock};
-use std::time::{Duration, Instant};
-use std::{fs, io};
+use std::time::Instant;
 
-use self::function::Function;
+use self::function::{Function, PciSlots, Slots};
 use self::page::Changed;
+use self::search::{LetGo, Search};
 use super::Pairing;
 use super::sys::event::Event;
-use super::sysfs::PciDevice;
 
-/// A function that could not be used is tried again after so long: what is in the way may go.
-const TRY_AGAIN: Duration = Duration::from_secs(5);
 /// No generation of a page: it is odd.
 const NONE: u64 = 1;
 
@@ -42,6 +40,7 @@ pub trait ByVirtqueue {
 pub struct Doorbells {
     /// The device's name, for messages.
     device: String,
+    slots: Box<dyn Slots>,
     /// One a vring, signalled by the vector that the page names for it.
     kicks: Vec<Event>,
     paired: RwLock<Option<Paired>>,
@@ -50,7 +49,9 @@ pub struct Doorbells {
 
 /// A function in use.
 struct Paired {
-    function: Function,
+    function: Box<dyn Function>,
+    /// Which of the pluggings at its address it is.
+    plugging: u64,
     link_id: u64,
     number: u32,
     /// The page's generation that was followed last.
@@ -61,31 +62,19 @@ struct Paired {
     armed: Mutex<Vec<Option<u16>>>,
 }
 
-/// What was found unfit, and when.
-#[derive(Default)]
-struct Search {
-    pairings: u32,
-    /// By the folder in sysfs, which is another one when the function was plugged anew.
-    unfit: HashMap<u64, Unfit>,
-    /// That there is no function was said for this link.
-    missed: Option<u64>,
-}
-
-struct Unfit {
-    link_id: u64,
-    /// When it may be tried again; never, if nothing but plugging it anew can help.
-    again: Option<Instant>,
-    why: String,
-}
-
 impl Doorbells {
     /// For a device with this many vrings; none is paired yet.
     ///
     /// # Errors
     /// When the system gives no eventfds.
     pub fn new(device: &str, vrings: u16) -> io::Result<Self> {
+        Self::with_slots(device, vrings, Box::new(PciSlots))
+    }
+
+    fn with_slots(device: &str, vrings: u16, slots: Box<dyn Slots>) -> io::Result<Self> {
         let kicks = (0..vrings).map(|_| Event::new()).collect::<io::Result<_>>()?;
-        Ok(Self { device: device.to_owned(), kicks, paired: RwLock::default(), search: Mutex::default() })
+        let (paired, search) = (RwLock::default(), Mutex::default());
+        Ok(Self { device: device.to_owned(), slots, kicks, paired, search })
     }
 
     /// The eventfd that a vring's kicks signal when they arrive by the function.
@@ -103,31 +92,30 @@ impl Doorbells {
 
     /// Looks whether there is a function for the link, and whether the one in use still is one.
     pub fn pair(&self, link_id: u64) -> Option<Pairing> {
+        self.pair_at(link_id, Instant::now())
+    }
+
+    fn pair_at(&self, link_id: u64, now: Instant) -> Option<Pairing> {
         let mut search = self.search.lock().unwrap_or_else(PoisonError::into_inner);
         let mut slot = self.paired.write().unwrap_or_else(PoisonError::into_inner);
         if let Some(paired) = &*slot {
-            // Relaxed: ordered with nothing.
-            let deaf = paired.deaf.load(Ordering::Relaxed);
-            let why = match paired.link_id == link_id {
-                true if deaf => Some("a vector that its page names does not interrupt"),
-                true => paired.function.has_to_go(),
-                false => Some("the link is another one now"),
-            };
-            let Some(why) = why else { return Some(paired.pairing()) };
-            let address = paired.function.address();
-            tracing::warn!(
-                device = self.device,
-                doorbell = address,
-                "letting the doorbell function go: {why}"
-            );
-            if let Some(folder) = PciDevice::at(address).ok().and_then(|device| folder(&device)) {
-                let again = (!deaf).then(|| Instant::now() + TRY_AGAIN);
-                search.unfit.insert(folder, Unfit { link_id, again, why: why.into() });
-            }
+            let Some(reason) = paired.has_to_go(link_id) else { return Some(paired.pairing()) };
+            let (doorbell, why) = (paired.function.address(), reason.why());
+            tracing::warn!(device = self.device, doorbell, "letting the doorbell function go: {why}");
+            search.let_go(paired.plugging, link_id, reason, now);
             *slot = None;
         }
         if link_id != 0 {
-            *slot = search.find(&self.device, link_id);
+            let found = search.find(&*self.slots, &self.device, link_id, now);
+            *slot = found.map(|(function, plugging, number)| Paired {
+                armed: Mutex::new(vec![None; function.vectors().into()]),
+                function,
+                plugging,
+                link_id,
+                number,
+                followed: AtomicU64::new(NONE),
+                deaf: AtomicBool::new(false),
+            });
         }
         slot.as_ref().map(Paired::pairing)
     }
@@ -162,25 +150,14 @@ impl Paired {
         let mut armed = self.armed.lock().unwrap_or_else(PoisonError::into_inner);
         // A vector of an entry that is half written is none to unmask (12.3).
         let Some(Changed { generation, entries }) = page.changed(followed) else { return };
-        for ((vring, entry), kick) in (0_u16..).zip(&entries).zip(kicks) {
-            let Some(vector) = entry.vector else { continue };
-            match usize::try_from(vector).ok().and_then(|vector| armed.get_mut(vector)) {
-                None => {
-                    tracing::warn!(device, vring, vector, "the doorbell function has no such vector");
-                    self.deaf.store(true, Ordering::Relaxed);
-                }
-                Some(slot) if *slot == Some(vring) => {}
-                Some(slot) => {
-                    *slot = Some(vring);
-                    let interrupts = self.function.arm(vector as u16, kick).unwrap_or_else(|error| {
-                        tracing::warn!(device, vring, vector, "{error}");
-                        false
-                    });
-                    if !interrupts {
-                        self.deaf.store(true, Ordering::Relaxed);
-                    }
-                }
-            }
+        // One that is deaf is enough: each takes the time of a trial. Relaxed: ordered with
+        // nothing.
+        let heard = self.deaf.load(Ordering::Relaxed)
+            || (0_u16..).zip(&entries).zip(kicks).all(|((vring, entry), kick)| {
+                entry.vector.is_none_or(|vector| self.hears(&mut armed, device, vring, vector, kick))
+            });
+        if !heard {
+            self.deaf.store(true, Ordering::Relaxed);
         }
         self.followed.store(generation, Ordering::Relaxed);
         // What was rung by an entry that went meanwhile may have reached nobody (12.4). Each
@@ -189,63 +166,38 @@ impl Paired {
             self.call(vring, virtqueue);
         }
     }
-}
 
-impl Search {
-    /// The first function that is the link's.
-    fn find(&mut self, device: &str, link_id: u64) -> Option<Paired> {
-        let candidates: Vec<_> =
-            Function::candidates().into_iter().filter_map(|pci| Some((folder(&pci)?, pci))).collect();
-        // What was pulled out is not remembered.
-        self.unfit.retain(|known, _| candidates.iter().any(|(folder, _)| folder == known));
-        for (folder, pci) in &candidates {
-            let known = self.unfit.get(folder).filter(|unfit| unfit.link_id == link_id);
-            if known.is_some_and(|unfit| unfit.again.is_none_or(|again| Instant::now() < again)) {
-                continue;
-            }
-            match Function::open(pci, link_id) {
-                Ok(function) => {
-                    self.pairings = self.pairings.wrapping_add(1);
-                    self.unfit.remove(folder);
-                    self.missed = None;
-                    let vectors = function.vectors();
-                    tracing::info!(
-                        device,
-                        doorbell = pci.address(),
-                        vectors,
-                        "notifications can go by the doorbell function"
-                    );
-                    return Some(Paired {
-                        function,
-                        link_id,
-                        number: self.pairings,
-                        followed: AtomicU64::new(NONE),
-                        deaf: AtomicBool::new(false),
-                        armed: Mutex::new(vec![None; vectors.into()]),
-                    });
-                }
-                Err(error) => {
-                    let why = error.to_string();
-                    if known.is_none_or(|unfit| unfit.why != why) {
-                        tracing::info!(
-                            device,
-                            doorbell = pci.address(),
-                            "the doorbell function is not used: {why}"
-                        );
-                    }
-                    let again = Some(Instant::now() + TRY_AGAIN);
-                    self.unfit.insert(*folder, Unfit { link_id, again, why });
-                }
-            }
+    /// Whether kicks of a vring arrive by the vector: arms it, if it is another one than before.
+    fn hears(&self, armed: &mut [Option<u16>], device: &str, vring: u16, vector: u32, kick: &Event) -> bool {
+        let number = u16::try_from(vector).ok();
+        let Some((number, slot)) =
+            number.and_then(|number| Some((number, armed.get_mut(usize::from(number))?)))
+        else {
+            tracing::warn!(device, vring, vector, "the doorbell function has no such vector");
+            return false;
+        };
+        if *slot == Some(vring) {
+            return true;
         }
-        if self.missed.replace(link_id) != Some(link_id) {
-            tracing::info!(device, "no doorbell function of this link: notifications go through the broker");
+        *slot = Some(vring);
+        self.function.arm(number, kick).unwrap_or_else(|error| {
+            tracing::warn!(device, vring, vector, "{error}");
+            false
+        })
+    }
+
+    /// Why it is of no more use, if it is not.
+    fn has_to_go(&self, link_id: u64) -> Option<LetGo> {
+        if self.link_id != link_id {
+            return Some(LetGo::Other("the link is another one now"));
         }
-        None
+        // Relaxed: ordered with nothing.
+        if self.deaf.load(Ordering::Relaxed) {
+            return Some(LetGo::Deaf);
+        }
+        self.function.has_to_go().map(LetGo::Other)
     }
 }
 
-/// What tells a function's folder in sysfs from that of a function plugged later.
-fn folder(device: &PciDevice) -> Option<u64> {
-    fs::metadata(device.folder()).ok().map(|metadata| metadata.ino())
-}
+#[cfg(test)]
+mod tests;

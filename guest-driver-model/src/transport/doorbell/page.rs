@@ -168,7 +168,7 @@ impl DoorbellPage {
 }
 
 #[cfg(test)]
-mod tests {
+pub(super) mod tests {
     #![allow(clippy::unwrap_used)]
     use super::*;
     use std::cell::RefCell;
@@ -178,12 +178,12 @@ mod tests {
     use nix::unistd::ftruncate;
     use zerocopy::IntoBytes;
 
-    const GENERATION: u64 = offset_of!(abi::DoorbellHeader, generation) as u64;
+    pub const GENERATION: u64 = offset_of!(abi::DoorbellHeader, generation) as u64;
     const COUNT: u64 = offset_of!(abi::DoorbellHeader, vring_count) as u64;
     const PLACE: u64 = offset_of!(abi::DoorbellHeader, entries) as u64;
 
     /// A page of link 7 with these entries.
-    fn page(entries: &[(u32, u32, u32)]) -> SharedMemory {
+    pub fn page(entries: &[(u32, u32, u32)]) -> SharedMemory {
         let file = memfd_create(c"test", MFdFlags::MFD_CLOEXEC).unwrap();
         ftruncate(&file, abi::DOORBELL_PAGE_LEN as i64).unwrap();
         let memory = SharedMemory::map(file.as_fd(), 0, abi::DOORBELL_PAGE_LEN as usize).unwrap();
@@ -204,7 +204,8 @@ mod tests {
         memory
     }
 
-    fn set(memory: &SharedMemory, vring: u64, (flags, vector, doorbell): (u32, u32, u32)) {
+    /// Changes an entry: flags, vector, doorbell.
+    pub fn set(memory: &SharedMemory, vring: u64, (flags, vector, doorbell): (u32, u32, u32)) {
         let at = u64::from(abi::DOORBELL_ENTRIES) + 16 * vring;
         for (into, value) in [(0, flags), (4, vector), (8, doorbell)] {
             memory.store_u32(at + into, value).unwrap();
