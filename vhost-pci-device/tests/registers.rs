@@ -6,6 +6,7 @@ mod support;
 use proptest::prelude::{any, prop, proptest};
 use proptest::strategy::Strategy;
 use proptest::test_runner::Config;
+use support::broker::Features;
 use support::guest::{REGISTERS_AT, WINDOW_AT};
 use support::{Bench, HALF, VRINGS};
 use vm_memory::GuestAddress;
@@ -58,6 +59,19 @@ fn bars_are_placed_when_decoding_is_on_and_move_and_go() {
     assert_eq!(vmm.slots().len(), 3);
     guest.device.config_write(4, &0_u16.to_le_bytes());
     assert_eq!((vmm.slots().len(), vmm.traps().len()), (0, 0));
+}
+
+#[test]
+fn a_window_of_2_gib_is_placed_at_odd_multiples_of_its_length() {
+    let len = 2 << 30;
+    let bench = Bench::with(Features { window_len: len, config_window_len: len, ..Features::default() });
+    bench.guest.enable();
+    for address in [0x10_8000_0000, 0x11_0000_0000, 0x8000_0000] {
+        bench.guest.device.assign_bar(0, GuestAddress(0x6000_0000));
+        bench.guest.device.assign_bar(2, GuestAddress(address));
+        assert_eq!(bench.vmm.slots().len(), 3, "{address:#x}");
+        assert_eq!(bench.vmm.slots()[0].address.0, address);
+    }
 }
 
 #[test]

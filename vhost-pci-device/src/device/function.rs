@@ -7,7 +7,6 @@
 use std::io;
 use std::sync::Arc;
 
-use vm_memory::GuestAddress;
 use vmm_sys_util::eventfd::EventFd;
 
 use super::events::Pair;
@@ -113,7 +112,7 @@ impl Function {
     /// Writes configuration space.
     pub fn config_write(&mut self, offset: u16, data: &[u8]) {
         let registers = &mut self.registers;
-        registers.space.write(offset, data);
+        registers.config_write(offset, data);
         let control = registers.at.device_control;
         let value = registers.space.read16(control);
         if value & capability::INITIATE_FLR != 0 {
@@ -243,12 +242,9 @@ impl Function {
 
     /// Brings the BARs' places in line with the registers, and what depends on them.
     fn place(&mut self) {
-        let registers = &mut self.registers;
-        let decodes = registers.space.commands(COMMAND_MEMORY);
-        let address = |bar: Bar| bar.address(&registers.space).filter(|_| decodes).map(GuestAddress);
-        let wanted = registers.bars.map(address);
+        let wanted = self.registers.addresses();
         // Notifications leave the old place before it does.
-        registers.registers_at = None;
+        self.registers.registers_at = None;
         if self.places.at(REGISTERS_BAR) != wanted[0] {
             self.wiring.settle(&*self.vmm, &self.registers);
         }

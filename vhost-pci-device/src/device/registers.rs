@@ -6,9 +6,11 @@ use vm_memory::GuestAddress;
 use super::wiring::Wanted;
 use crate::abi::{CONFIG_LEN, PCI_DEVICE_ID_STAND_IN};
 use crate::frontend::handshake::Geometry;
-use crate::pci::bar::{Bar, NOTIFY_OFF_MULTIPLIER, NOTIFY_OFFSET, REGISTERS_BAR, REGISTERS_LEN, WINDOW_BAR};
+use crate::pci::bar::{
+    Bar, NOTIFY_OFF_MULTIPLIER, NOTIFY_OFFSET, REGISTERS_BAR, REGISTERS_LEN, Sizing, WINDOW_BAR,
+};
 use crate::pci::capability;
-use crate::pci::config::{COMMAND_MASTER, ConfigSpace};
+use crate::pci::config::{COMMAND_MASTER, COMMAND_MEMORY, ConfigSpace};
 use crate::pci::msix::Table;
 use crate::virtio::common::Common;
 use crate::vmm::MsiMessage;
@@ -21,6 +23,8 @@ pub struct Registers {
     pub at: capability::Places,
     /// The BARs.
     pub bars: [Bar; 2],
+    /// Which of them are being sized.
+    sizing: [Sizing; 2],
     /// The MSI-X table.
     pub table: Table,
     /// Common configuration.
@@ -55,6 +59,7 @@ impl Registers {
             space,
             at,
             bars,
+            sizing: Default::default(),
             table: Table::new(vectors),
             common: Common::new(queues, vectors),
             isr: 0,
@@ -62,6 +67,21 @@ impl Registers {
             requester_id,
             registers_at: None,
         }
+    }
+
+    /// Writes configuration space.
+    pub fn config_write(&mut self, offset: u16, data: &[u8]) {
+        self.space.write(offset, data);
+        for (bar, sizing) in self.bars.into_iter().zip(&mut self.sizing) {
+            sizing.note(bar, offset, data);
+        }
+    }
+
+    /// Where the BARs are to be; nowhere while the function does not decode memory.
+    pub fn addresses(&self) -> [Option<GuestAddress>; 2] {
+        let decodes = self.space.commands(COMMAND_MEMORY);
+        let address = |index: usize| self.bars[index].address(&self.space, self.sizing[index]);
+        [0, 1].map(|index| address(index).filter(|_| decodes).map(GuestAddress))
     }
 
     fn message(&self, vector: u16) -> Option<MsiMessage> {

@@ -15,7 +15,7 @@ use rustix::net::{
     SendFlags, recvmsg, sendmsg,
 };
 
-use super::{HALF, VRINGS, config_bytes, eventually};
+use super::{HALF, VRINGS, config_bytes_of, eventually};
 
 // vhost-user: Front-end message types.
 const GET_FEATURES: u32 = 1;
@@ -44,6 +44,8 @@ pub const ON: u32 = 2;
 pub struct Features {
     pub protocol: u64,
     pub window_len: u64,
+    /// What its configuration says of that.
+    pub config_window_len: u64,
     /// What it does when it is told of the end of a queue, before it answers.
     pub stop_pause: Duration,
 }
@@ -51,7 +53,12 @@ pub struct Features {
 impl Default for Features {
     fn default() -> Self {
         let standard = 1 << 0 | 1 << 3 | 1 << 5 | 1 << 9 | 1 << 15 | 1 << 22;
-        Self { protocol: standard | 1 << 60 | 1 << 61, window_len: 2 * HALF, stop_pause: Duration::ZERO }
+        Self {
+            protocol: standard | 1 << 60 | 1 << 61,
+            window_len: 2 * HALF,
+            config_window_len: 2 * HALF,
+            stop_pause: Duration::ZERO,
+        }
     }
 }
 
@@ -96,14 +103,24 @@ impl Broker {
                 return Err(io::ErrorKind::ConnectionRefused.into());
             }
             let (front, back) = UnixStream::pair()?;
-            let mut state = broker.state();
-            state.connections += 1;
-            state.main = Some(back.try_clone()?);
-            drop(state);
-            let (broker, hook) = (broker.clone(), hook.clone());
-            std::thread::spawn(move || broker.serve(back, &hook));
+            broker.take(back, hook.clone())?;
             Ok(front)
         }
+    }
+
+    /// Serves a connection that a test has accepted.
+    pub fn accept(&self, stream: UnixStream) -> io::Result<()> {
+        self.take(stream, Arc::new(|_| {}))
+    }
+
+    fn take(&self, back: UnixStream, hook: Hook) -> io::Result<()> {
+        let mut state = self.state();
+        state.connections += 1;
+        state.main = Some(back.try_clone()?);
+        drop(state);
+        let broker = self.clone();
+        std::thread::spawn(move || broker.serve(back, &hook));
+        Ok(())
     }
 
     fn state(&self) -> std::sync::MutexGuard<'_, State> {
@@ -152,6 +169,11 @@ impl Broker {
     /// Takes the count of a queue's notifications.
     pub fn kicks(&self, queue: u32) -> u64 {
         take_count(self.state().kicks[&queue].as_fd())
+    }
+
+    /// A duplicate of the eventfd of a queue's notifications, with the flags that they share.
+    pub fn kick_descriptor(&self, queue: u32) -> OwnedFd {
+        self.state().kicks[&queue].try_clone().unwrap()
     }
 
     /// Ends the connection; and, if so told, takes no other.
@@ -218,7 +240,11 @@ impl Broker {
             SET_PROTOCOL_FEATURES => state.accepted = u64::from_ne_bytes(payload.try_into().unwrap()),
             GET_QUEUE_NUM => return number(u64::from(VRINGS) + 1),
             SET_BACKEND_REQ_FD => state.channel = fds.pop().map(UnixStream::from),
-            GET_CONFIG => return Some([&payload[..12], &config_bytes()[..]].concat()),
+            GET_CONFIG => {
+                return Some(
+                    [&payload[..12], &config_bytes_of(self.features.config_window_len)[..]].concat(),
+                );
+            }
             GET_SHMEM_CONFIG => {
                 let mut answer = vec![0; 8 + 256 * 8];
                 answer[..4].copy_from_slice(&1_u32.to_ne_bytes());

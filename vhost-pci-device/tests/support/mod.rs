@@ -35,11 +35,16 @@ pub fn eventually(what: &str, mut is: impl FnMut() -> bool) {
 }
 
 pub fn config_bytes() -> [u8; CONFIG_LEN] {
+    config_bytes_of(2 * HALF)
+}
+
+/// The configuration of a device with a window of this length.
+pub fn config_bytes_of(window_len: u64) -> [u8; CONFIG_LEN] {
     let config = DeviceConfig {
         magic: abi::CONFIG_MAGIC.into(),
         version: abi::ABI_VERSION.into(),
         max_vrings: VRINGS.into(),
-        window_len: (2 * HALF).into(),
+        window_len: window_len.into(),
         link_offset: abi::LINK_OFFSET.into(),
         link_len: abi::LINK_LEN.into(),
         control_offset: abi::CONTROL_OFFSET.into(),
