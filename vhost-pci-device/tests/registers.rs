@@ -75,6 +75,19 @@ fn a_window_of_2_gib_is_placed_at_odd_multiples_of_its_length() {
 }
 
 #[test]
+fn a_bar_that_has_no_place_has_no_notifications_there() {
+    let bench = Bench::started();
+    assert_eq!(bench.vmm.registered().1, usize::from(VRINGS) + 1);
+    // On top of the window, and outside what the guest has: refused.
+    for address in [WINDOW_AT, 1 << 50] {
+        bench.guest.device.assign_bar(0, GuestAddress(address));
+        assert_eq!((bench.vmm.traps().len(), bench.vmm.registered().1), (1, 0), "{address:#x}");
+    }
+    bench.guest.device.assign_bar(0, GuestAddress(REGISTERS_AT));
+    assert_eq!(bench.vmm.registered().1, usize::from(VRINGS) + 1);
+}
+
+#[test]
 fn without_decoding_a_bar_reads_as_ones_and_takes_nothing() {
     let bench = Bench::new();
     let device = &bench.guest.device;

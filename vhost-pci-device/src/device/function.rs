@@ -251,7 +251,7 @@ impl Function {
         for (bar, address) in self.registers.bars.into_iter().zip(wanted) {
             self.places.put(&*self.vmm, bar, address, &self.window);
         }
-        self.registers.registers_at = wanted[0];
+        self.registers.registers_at = self.places.answering(REGISTERS_BAR);
         self.settle();
     }
 

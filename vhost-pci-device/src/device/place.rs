@@ -12,7 +12,7 @@ struct Place {
     address: GuestAddress,
     // Dropped in this order: memory before the trap beneath it.
     _slots: Vec<Held>,
-    _trap: Option<Held>,
+    trap: Option<Held>,
 }
 
 /// All BARs that are somewhere.
@@ -24,9 +24,15 @@ pub struct Places {
 }
 
 impl Places {
-    /// Where a BAR was put.
+    /// Where a BAR was put, whether the VMM let it or not.
     pub fn at(&self, bar: u8) -> Option<GuestAddress> {
         self.places.iter().find(|place| place.bar == bar).map(|place| place.address)
+    }
+
+    /// Where a BAR answers. An address that the VMM refused may be another device's.
+    pub fn answering(&self, bar: u8) -> Option<GuestAddress> {
+        let mut its = self.places.iter().filter(|place| place.bar == bar && place.trap.is_some());
+        its.next().map(|place| place.address)
     }
 
     /// Puts a BAR at an address or, with `None`, nowhere. What the VMM refuses is told, and tried
@@ -51,7 +57,7 @@ impl Places {
         });
         // A guest can do this as often as it likes: no line for the operator's log.
         let trap = trap.inspect_err(|error| tracing::debug!(%error, ?range, "no place for a BAR")).ok();
-        self.places.push(Place { bar: bar.number, address, _slots: slots, _trap: trap });
+        self.places.push(Place { bar: bar.number, address, _slots: slots, trap });
     }
 }
 
