@@ -36,6 +36,7 @@ use self::function::Function;
 use crate::frontend::handshake::Connection;
 pub use crate::frontend::handshake::HandshakeError;
 use crate::frontend::message::Direction;
+use crate::frontend::reach;
 use crate::frontend::session::{self, Connector};
 use crate::sys::event;
 use crate::vmm::Vmm;
@@ -136,12 +137,14 @@ impl Device {
     /// the broker may go and come.
     pub fn connect(socket: &Path, vmm: Arc<dyn Vmm>, options: Options) -> Result<Self, DeviceError> {
         let socket = socket.to_owned();
-        Self::new(move || UnixStream::connect(&socket), vmm, options)
+        Self::new(move || reach::connect(&socket), vmm, options)
     }
 
     /// As [`connect`](Self::connect), with connections that `connect` makes: for a VMM that cannot
     /// reach the socket from where it runs. Called now and, on the device's thread, after each
-    /// loss of the connection.
+    /// loss of the connection, again and again until there is one. It must not wait: the drop of
+    /// the device waits for it. (A blocking connect(2) waits without limit for a broker that does
+    /// not accept.)
     ///
     /// # Errors
     /// As there.

@@ -2,6 +2,7 @@
 //!
 //! | file | what it holds |
 //! |---|---|
+//! | [`reach`] | the way to the broker's socket |
 //! | [`handshake`] | negotiation, starting and stopping: what is asked of the broker |
 //! | [`session`] | the device's thread, which asks; reconnects |
 //! | [`channel`] | the thread that answers what the broker asks |
@@ -12,4 +13,5 @@
 pub mod channel;
 pub mod handshake;
 pub mod message;
+pub mod reach;
 pub mod session;
