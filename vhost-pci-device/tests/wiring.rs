@@ -3,7 +3,7 @@
 
 mod support;
 
-use std::os::fd::{AsRawFd, BorrowedFd};
+use std::os::fd::{AsFd, AsRawFd, BorrowedFd};
 
 use support::broker::{NOTIFY, ON, take_count};
 use support::guest::{CONFIG_VECTOR, DATA as MSI, REGISTERS_AT};
@@ -225,4 +225,18 @@ fn a_driver_that_polls_gets_no_interrupts_and_its_wire_stands() {
     assert_eq!(bench.vmm.interrupts(MESSAGE), 0);
     bench.guest.set_common(26, CONFIG_VECTOR.into(), 2);
     assert_eq!(bench.vmm.interrupts(MSI + u32::from(CONFIG_VECTOR)), 1);
+}
+
+#[test]
+fn what_is_no_eventfd_is_not_wired_even_while_masked() {
+    let bench = Bench::started();
+    bench.guest.set_masked(VECTOR, true);
+    let (reader, writer) = std::io::pipe().unwrap();
+    let memory = support::file(support::PAGE);
+    for fd in [reader.as_fd(), writer.as_fd(), memory.as_fd()] {
+        assert!(!bench.broker.wire(QUEUE, ON, &[fd]));
+        assert!(!bench.broker.wire(QUEUE, ON | NOTIFY, &[fd]));
+    }
+    assert_eq!(bench.guest.device.snapshot().wired_interrupts, 0);
+    assert!(bench.broker.wire(QUEUE, ON, &[borrow(&event())]));
 }

@@ -324,24 +324,33 @@ impl Function {
         }
     }
 
-    /// Joins a queue's interrupt or notification to an eventfd, or parts them.
+    /// Joins a queue's interrupt or notification to an eventfd, or parts them. What is then of no
+    /// use, the one that was joined before or the one that is refused, comes to `unused`.
     ///
     /// # Errors
     /// When the device or the queue is not started, or the VMM cannot.
-    pub fn wire(&mut self, queue: u32, direction: Direction, event: Option<EventFd>) -> io::Result<()> {
-        let queue = usize::try_from(queue).map_err(|_| io::ErrorKind::InvalidInput)?;
-        if queue >= self.pairs.len() {
-            return Err(io::ErrorKind::InvalidInput.into());
-        }
-        if event.is_some() && !(self.accepting && self.is_enabled(queue)) {
-            return Err(io::ErrorKind::NotConnected.into());
+    pub fn wire(
+        &mut self,
+        queue: u32,
+        direction: Direction,
+        event: Option<EventFd>,
+        unused: &mut Vec<EventFd>,
+    ) -> io::Result<()> {
+        let queue = usize::try_from(queue).unwrap_or(usize::MAX);
+        let known = queue < self.pairs.len();
+        if !known || event.is_some() && !(self.accepting && self.is_enabled(queue)) {
+            unused.extend(event);
+            let kind = if known { io::ErrorKind::NotConnected } else { io::ErrorKind::InvalidInput };
+            return Err(kind.into());
         }
         let registers = &self.registers;
         match direction {
             Direction::Interrupt => {
-                self.wiring.wire_interrupt(&*self.vmm, queue, event, registers.interrupt(queue))
+                self.wiring.wire_interrupt(&*self.vmm, queue, event, registers.interrupt(queue), unused)
             }
-            Direction::Notify => self.wiring.wire_notify(&*self.vmm, queue, event, registers.notify(queue)),
+            Direction::Notify => {
+                self.wiring.wire_notify(&*self.vmm, queue, event, registers.notify(queue), unused)
+            }
         }
     }
 }

@@ -20,7 +20,7 @@ mod wiring;
 
 use std::io;
 use std::net::Shutdown;
-use std::os::fd::{BorrowedFd, OwnedFd};
+use std::os::fd::BorrowedFd;
 use std::os::unix::net::UnixStream;
 use std::path::Path;
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError, TryLockError};
@@ -351,9 +351,12 @@ impl Shared {
     ///
     /// # Errors
     /// If it is refused.
-    pub fn wire(&self, queue: u32, direction: Direction, event: Option<OwnedFd>) -> io::Result<()> {
-        let event = event.map(event::from_descriptor);
-        lock(&self.function).wire(queue, direction, event)
+    pub fn wire(&self, queue: u32, direction: Direction, event: Option<EventFd>) -> io::Result<()> {
+        let mut unused = Vec::new();
+        let result = lock(&self.function).wire(queue, direction, event, &mut unused);
+        // Closed without the lock.
+        drop(unused);
+        result
     }
 
     /// Waits until the broker knows what the driver wants, or is gone; not for long.

@@ -69,6 +69,18 @@ struct Given<T> {
     event: EventFd,
 }
 
+impl<T> Given<T> {
+    fn new(event: EventFd) -> Self {
+        Self { registered: Registered(None), event }
+    }
+
+    /// Deregisters it.
+    fn let_go(self) -> EventFd {
+        drop(self.registered);
+        self.event
+    }
+}
+
 /// One virtqueue.
 #[derive(Default)]
 struct Line {
@@ -137,7 +149,8 @@ impl Wiring {
         }
     }
 
-    /// Joins an eventfd to a queue's interrupt, in place of one that was given before.
+    /// Joins an eventfd to a queue's interrupt, in place of one that was given before. What is
+    /// joined no more comes to `unused`.
     ///
     /// # Errors
     /// What the VMM answers; then none is joined.
@@ -147,19 +160,22 @@ impl Wiring {
         queue: usize,
         event: Option<EventFd>,
         message: Option<MsiMessage>,
+        unused: &mut Vec<EventFd>,
     ) -> io::Result<()> {
         let line = self.lines.get_mut(queue).ok_or(io::ErrorKind::InvalidInput)?;
-        line.interrupt = None;
-        if let Some(event) = event {
-            let mut given = Given { registered: Registered::default(), event };
-            given.registered.settle_irqfd(vmm, message, &given.event)?;
-            line.interrupt = Some(given);
+        unused.extend(line.interrupt.take().map(Given::let_go));
+        let Some(event) = event else { return Ok(()) };
+        let mut given = Given::new(event);
+        let result = given.registered.settle_irqfd(vmm, message, &given.event);
+        match result {
+            Ok(()) => line.interrupt = Some(given),
+            Err(_) => unused.push(given.let_go()),
         }
-        Ok(())
+        result
     }
 
     /// Joins a queue's notification to an eventfd, in place of the device's own and of one that was
-    /// given before.
+    /// given before. What is joined no more comes to `unused`.
     ///
     /// # Errors
     /// What the VMM answers; then the device's own is joined again.
@@ -169,12 +185,17 @@ impl Wiring {
         queue: usize,
         event: Option<EventFd>,
         address: Option<GuestAddress>,
+        unused: &mut Vec<EventFd>,
     ) -> io::Result<()> {
         let line = self.lines.get_mut(queue).ok_or(io::ErrorKind::InvalidInput)?;
         let pair = self.pairs.get(queue).ok_or(io::ErrorKind::InvalidInput)?;
-        line.notify = event.map(|event| Given { registered: Registered::default(), event });
+        unused.extend(line.notify.take().map(Given::let_go));
+        line.notify = event.map(Given::new);
         let result = line.settle_notify(vmm, address, &pair.kick);
-        if result.is_err() && line.notify.take().is_some() {
+        if result.is_err()
+            && let Some(given) = line.notify.take()
+        {
+            unused.push(given.let_go());
             // Should this fail as well, notifications are exits.
             let _ = line.settle_notify(vmm, address, &pair.kick);
         }

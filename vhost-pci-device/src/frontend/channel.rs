@@ -11,6 +11,7 @@ use rustix::event::{PollFd, PollFlags, poll};
 
 use super::message::{self, Direction, Request};
 use crate::device::Shared;
+use crate::sys::event;
 use crate::window::Request as Range;
 use crate::window::aperture::WindowError;
 
@@ -83,7 +84,13 @@ fn carry_out(shared: &Shared, request: Request) -> Result<(), Refused> {
             shared.unmap(range).map_err(|source| Refused::Window { what: "unmap", range, source })
         }
         Request::Wire { queue, direction, event } => {
-            shared.wire(queue, direction, event).map_err(|source| Refused::Wire { queue, direction, source })
+            // Looked at before the device's lock: a vCPU may want that.
+            let event = event.map(event::from_descriptor).transpose();
+            event.and_then(|event| shared.wire(queue, direction, event)).map_err(|source| Refused::Wire {
+                queue,
+                direction,
+                source,
+            })
         }
         Request::Impossible(reason) => Err(Refused::Impossible(reason)),
     }

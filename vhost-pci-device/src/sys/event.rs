@@ -15,11 +15,19 @@ pub fn new() -> io::Result<EventFd> {
     EventFd::new(EFD_NONBLOCK | EFD_CLOEXEC)
 }
 
-/// A descriptor that came with a message, as the eventfd it is said to be. Whether it is one
-/// the hypervisor tells when it is registered.
-pub fn from_descriptor(descriptor: OwnedFd) -> EventFd {
+/// A descriptor that came with a message, as the eventfd it is said to be: the kernel is asked,
+/// before anything is done with it. Polling or closing a file of another kind can take as long as
+/// its server likes.
+///
+/// # Errors
+/// `InvalidInput` if it is none; what the system answers where there is no /proc.
+pub fn from_descriptor(descriptor: OwnedFd) -> io::Result<EventFd> {
+    let info = std::fs::read_to_string(format!("/proc/self/fdinfo/{}", descriptor.as_raw_fd()))?;
+    if !info.lines().any(|line| line.starts_with("eventfd-count:")) {
+        return Err(io::Error::new(io::ErrorKind::InvalidInput, "the descriptor is no eventfd"));
+    }
     // SAFETY: `into_raw_fd` gives up the descriptor, so the new value is its only owner.
-    unsafe { EventFd::from_raw_fd(descriptor.into_raw_fd()) }
+    Ok(unsafe { EventFd::from_raw_fd(descriptor.into_raw_fd()) })
 }
 
 /// The descriptor, for calls that take one.

@@ -3,7 +3,7 @@
 use std::io;
 use std::os::fd::BorrowedFd;
 
-use rustix::fs::{fstat, fstatfs};
+use rustix::fs::{fcntl_get_seals, fstat, fstatfs};
 
 /// `TMPFS_MAGIC`: tmpfs, /dev/shm and memfds.
 const TMPFS: i64 = 0x0102_1994;
@@ -14,8 +14,8 @@ const HUGETLBFS: i64 = 0x9584_58f6;
 #[derive(Debug, thiserror::Error)]
 pub enum FileRefusal {
     /// Its file system could make a vCPU wait.
-    #[error("the file is on a file system of type {0:#x}, not in memory")]
-    NotMemory(i64),
+    #[error("the file is no memory file (memfd, tmpfs, hugetlbfs)")]
+    NotMemory,
     /// A vCPU that reaches beyond the end of a file never comes out of the hypervisor.
     #[error("the file ends at {file_len:#x}, before {end:#x}")]
     TooShort {
@@ -42,9 +42,12 @@ pub enum FileRefusal {
 /// # Errors
 /// As said.
 pub fn check(file: BorrowedFd<'_>, file_offset: u64, offset: u64, len: u64) -> Result<(), FileRefusal> {
+    // All memory files have seals and nothing else has any. The kernel itself answers this; the
+    // others may be asked of a file's server, which can take its time.
+    fcntl_get_seals(file).map_err(|_| FileRefusal::NotMemory)?;
     let kind = fstatfs(file).map_err(io::Error::from)?.f_type;
     if kind != TMPFS && kind != HUGETLBFS {
-        return Err(FileRefusal::NotMemory(kind));
+        return Err(FileRefusal::NotMemory);
     }
     let stat = fstat(file).map_err(io::Error::from)?;
     let file_len = u64::try_from(stat.st_size).unwrap_or(0);
