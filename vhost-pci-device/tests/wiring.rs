@@ -240,3 +240,37 @@ fn what_is_no_eventfd_is_not_wired_even_while_masked() {
     assert_eq!(bench.guest.device.snapshot().wired_interrupts, 0);
     assert!(bench.broker.wire(QUEUE, ON, &[borrow(&event())]));
 }
+
+#[test]
+fn an_interrupt_that_the_hypervisor_refused_comes_when_it_refuses_no_more() {
+    let bench = Bench::started();
+    let kick = event();
+    bench.guest.set_masked(VECTOR, true);
+    assert!(bench.broker.wire(QUEUE, ON, &[borrow(&kick)]));
+    bench.vmm.refuse(true, false);
+    bench.guest.set_masked(VECTOR, false);
+    kick.write(1).unwrap();
+    assert_eq!(bench.vmm.interrupts(MESSAGE), 0);
+    bench.vmm.refuse(false, false);
+    let mut count = 0;
+    support::eventually("the interrupt", || {
+        count += bench.vmm.interrupts(MESSAGE);
+        count > 0
+    });
+    std::thread::sleep(std::time::Duration::from_millis(250));
+    assert_eq!(count + bench.vmm.interrupts(MESSAGE), 1);
+}
+
+#[test]
+fn an_interrupt_that_was_refused_comes_without_a_broker_too() {
+    let bench = Bench::started();
+    bench.guest.set_masked(VECTOR, true);
+    bench.broker.call(QUEUE);
+    bench.vmm.refuse(true, false);
+    bench.broker.die(true);
+    support::eventually("the loss", || !bench.guest.device.snapshot().connected);
+    bench.guest.set_masked(VECTOR, false);
+    assert_eq!(bench.vmm.interrupts(MESSAGE), 0);
+    bench.vmm.refuse(false, false);
+    support::eventually("the interrupt", || bench.vmm.interrupts(MESSAGE) == 1);
+}

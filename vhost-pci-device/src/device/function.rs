@@ -235,8 +235,13 @@ impl Function {
         self.is_live() && self.registers.common.queues().get(queue).is_some_and(|queue| queue.enabled)
     }
 
+    /// Whether the VMM has refused to register an interrupt: worth another [`settle`](Self::settle).
+    pub fn is_refused(&self) -> bool {
+        self.wiring.is_refused()
+    }
+
     /// Brings what is registered in line with the registers.
-    fn settle(&mut self) {
+    pub fn settle(&mut self) {
         self.wiring.settle(&*self.vmm, &self.registers);
     }
 

@@ -235,12 +235,13 @@ impl Device {
         }
     }
 
-    /// Changes the function, and wakes the device's thread if the broker is to be told.
+    /// Changes the function, and wakes the device's thread if the broker is to be told, or the VMM
+    /// to be asked again.
     fn change(&self, change: impl FnOnce(&mut Function)) {
         let mut function = lock(&self.shared.function);
-        let before = function.desired.epoch;
+        let before = (function.desired.epoch, function.is_refused());
         change(&mut function);
-        if function.desired.epoch != before {
+        if (function.desired.epoch, function.is_refused()) != before {
             event::signal(&self.shared.wake);
         }
     }
@@ -292,6 +293,19 @@ impl Shared {
             Ok(guard) => Some(guard),
             Err(TryLockError::Poisoned(guard)) => Some(guard.into_inner()),
             Err(TryLockError::WouldBlock) => None,
+        }
+    }
+
+    /// Whether the VMM is to be asked [`again`](Self::settle_again).
+    pub fn is_refused(&self) -> bool {
+        lock(&self.function).is_refused()
+    }
+
+    /// Asks the VMM again for what it has refused, if there is such.
+    pub fn settle_again(&self) {
+        let mut function = lock(&self.function);
+        if function.is_refused() {
+            function.settle();
         }
     }
 

@@ -114,6 +114,8 @@ pub struct Wiring {
     config: Registered<MsiMessage>,
     pairs: Arc<Vec<Pair>>,
     config_event: EventFd,
+    /// The VMM has refused an interrupt's eventfd that stands here.
+    refused: bool,
     /// The VMM has refused something, and the operator was told so.
     told: bool,
 }
@@ -125,28 +127,39 @@ impl Wiring {
     /// When there is no descriptor left.
     pub fn new(pairs: Arc<Vec<Pair>>) -> io::Result<Self> {
         let lines = pairs.iter().map(|_| Line::default()).collect();
-        Ok(Self { lines, config: Registered::default(), pairs, config_event: event::new()?, told: false })
+        let (config, config_event) = (Registered::default(), event::new()?);
+        Ok(Self { lines, config, pairs, config_event, refused: false, told: false })
     }
 
     /// Registers what is to be registered and nothing else. What the VMM refuses stays
     /// unregistered: a notification is then an exit, an interrupt waits for the next call.
     pub fn settle(&mut self, vmm: &dyn Vmm, wanted: &dyn Wanted) {
-        let mut refused = None;
-        let mut note = |result: io::Result<()>| refused = result.err().or(refused.take());
-        note(self.config.settle_irqfd(vmm, wanted.config(), &self.config_event));
+        let (mut interrupt, mut notification) = (Ok(()), Ok(()));
+        let note = |of: &mut io::Result<()>, result: io::Result<()>| {
+            if result.is_err() {
+                *of = result;
+            }
+        };
+        note(&mut interrupt, self.config.settle_irqfd(vmm, wanted.config(), &self.config_event));
         for (queue, (line, pair)) in self.lines.iter_mut().zip(self.pairs.iter()).enumerate() {
             let message = wanted.interrupt(queue);
-            note(line.call.settle_irqfd(vmm, message, &pair.call));
+            note(&mut interrupt, line.call.settle_irqfd(vmm, message, &pair.call));
             if let Some(given) = &mut line.interrupt {
-                note(given.registered.settle_irqfd(vmm, message, &given.event));
+                note(&mut interrupt, given.registered.settle_irqfd(vmm, message, &given.event));
             }
-            note(line.settle_notify(vmm, wanted.notify(queue), &pair.kick));
+            note(&mut notification, line.settle_notify(vmm, wanted.notify(queue), &pair.kick));
         }
-        if let Some(error) = refused
+        self.refused = interrupt.is_err();
+        if let Err(error) = interrupt.and(notification)
             && !std::mem::replace(&mut self.told, true)
         {
             tracing::warn!(%error, "the hypervisor refuses an eventfd (told once)");
         }
+    }
+
+    /// Whether an interrupt waits for the VMM to take what it refused.
+    pub fn is_refused(&self) -> bool {
+        self.refused
     }
 
     /// Joins an eventfd to a queue's interrupt, in place of one that was given before. What is
@@ -216,6 +229,7 @@ impl Wiring {
             *line = Line::default();
         }
         self.config = Registered::default();
+        self.refused = false;
         event::drain(&self.config_event);
         self.pairs.iter().for_each(Pair::drain);
     }

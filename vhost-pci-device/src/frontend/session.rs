@@ -27,6 +27,9 @@ const LONGEST_PAUSE: Duration = Duration::from_secs(2);
 /// How long the answers to a stopped device's requests may take.
 const ANSWERS_TIME: Duration = Duration::from_secs(1);
 
+/// How often the VMM is asked again for an interrupt that it refused.
+const ASK_AGAIN: Duration = Duration::from_millis(100);
+
 /// How the broker is reached, each time anew.
 pub type Connector = Box<dyn FnMut() -> io::Result<UnixStream> + Send>;
 
@@ -79,17 +82,25 @@ fn again(shared: &Shared, geometry: Geometry, connect: &mut Connector) -> Result
     }
 }
 
+/// A time limit for a wait; none without `left`, unless the VMM is to be asked again before.
+fn limit(shared: &Shared, left: Option<Duration>) -> Option<Timespec> {
+    let again = shared.is_refused().then_some(ASK_AGAIN);
+    let left = left.into_iter().chain(again).min()?;
+    Some(Timespec { tv_sec: left.as_secs() as i64, tv_nsec: left.subsec_nanos().into() })
+}
+
 /// Waits, or until the device is dropped.
 fn wait(shared: &Shared, pause: Duration) {
     let until = Instant::now() + pause;
     while let Some(left) = until.checked_duration_since(Instant::now()).filter(|_| !shared.is_ending()) {
-        let time = Timespec { tv_sec: left.as_secs() as i64, tv_nsec: left.subsec_nanos().into() };
+        let time = limit(shared, Some(left));
         // What woke it is looked at when there is a broker again.
-        if poll(&mut [PollFd::from_borrowed_fd(event::borrow(&shared.wake), PollFlags::IN)], Some(&time))
+        if poll(&mut [PollFd::from_borrowed_fd(event::borrow(&shared.wake), PollFlags::IN)], time.as_ref())
             .is_ok_and(|count| count > 0)
         {
             event::drain(&shared.wake);
         }
+        shared.settle_again();
     }
 }
 
@@ -150,10 +161,11 @@ fn converse(shared: &Shared, connection: &mut Connection) -> Result<(), Handshak
             PollFd::from_borrowed_fd(event::borrow(&shared.wake), PollFlags::IN),
             PollFd::from_borrowed_fd(connection.main.as_fd(), PollFlags::IN | PollFlags::RDHUP),
         ];
-        match poll(&mut fds, None) {
+        match poll(&mut fds, limit(shared, None).as_ref()) {
             Err(rustix::io::Errno::INTR) => continue,
             other => other.map_err(io::Error::from)?,
         };
+        shared.settle_again();
         // Nothing was asked, so nothing comes but the end.
         if !fds[1].revents().is_empty() {
             return Ok(());
