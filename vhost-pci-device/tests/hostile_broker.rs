@@ -1,19 +1,26 @@
 //! What a broker that means harm can do to a vCPU, or to a device that is being unplugged: nothing.
-#![allow(clippy::unwrap_used, missing_docs)]
+#![allow(clippy::unwrap_used, clippy::panic, missing_docs)]
 
 mod support;
 
+use std::io::IoSliceMut;
+use std::os::fd::OwnedFd;
 use std::os::unix::net::UnixStream;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use std::sync::mpsc;
 use std::thread;
 use std::time::Duration;
 
+use rustix::fs::{OFlags, fcntl_setfl};
+use rustix::io::{ReadWriteFlags, preadv2, write};
 use rustix::net::{
     AddressFamily, SocketAddrUnix, SocketFlags, SocketType, accept, bind, connect, listen, socket_with,
 };
 use support::broker::{Broker, Features};
-use support::eventually;
+use support::guest::{DATA, REGISTERS_AT};
 use support::vmm::FakeVmm;
+use support::{Bench, eventually};
 use vhost_pci_device::{Device, Options};
 
 /// What is to be done in this time, or the test fails.
@@ -64,4 +71,97 @@ fn a_device_goes_at_once_though_nobody_accepts_its_connection() {
     eventually("the loss", || !device.snapshot().connected);
     thread::sleep(Duration::from_millis(200));
     in_time("the drop", move || drop(device));
+}
+
+const QUEUE: u16 = 1;
+const NOTIFICATIONS: usize = 200_000;
+
+fn drain(event: &OwnedFd) {
+    let mut count = [0; 8];
+    // An error is an empty count.
+    let _ = preadv2(event, &mut [IoSliceMut::new(&mut count)], u64::MAX, ReadWriteFlags::NOWAIT);
+}
+
+/// Makes an eventfd blocking, and fills it again and again. Empties it only after progress: whoever
+/// is caught in a write stays there.
+struct Attack {
+    stop: Arc<AtomicBool>,
+    threads: Vec<thread::JoinHandle<()>>,
+}
+
+impl Attack {
+    fn on(event: OwnedFd, progress: Arc<AtomicUsize>) -> Self {
+        fcntl_setfl(&event, OFlags::empty()).unwrap();
+        let (stop, event) = (Arc::new(AtomicBool::new(false)), Arc::new(event));
+        let filler = {
+            let (stop, event) = (stop.clone(), event.clone());
+            thread::spawn(move || {
+                while !stop.load(Ordering::Relaxed) {
+                    write(&*event, &(u64::MAX - 1).to_ne_bytes()).unwrap();
+                }
+            })
+        };
+        let stopped = stop.clone();
+        let emptier = thread::spawn(move || {
+            // The last write of the other waits for this one.
+            let mut seen = 0;
+            while !stopped.load(Ordering::Relaxed) || !filler.is_finished() {
+                let now = progress.load(Ordering::Relaxed);
+                if now != seen || stopped.load(Ordering::Relaxed) {
+                    seen = now;
+                    drain(&event);
+                }
+            }
+        });
+        Self { stop, threads: vec![emptier] }
+    }
+}
+
+impl Drop for Attack {
+    fn drop(&mut self) {
+        self.stop.store(true, Ordering::Relaxed);
+        for thread in self.threads.drain(..) {
+            thread.join().unwrap();
+        }
+    }
+}
+
+#[test]
+fn a_vcpu_notifies_though_the_broker_fills_the_eventfd_and_lets_it_block() {
+    let bench = Bench::new();
+    bench.vmm.refuse(false, true);
+    bench.start();
+    let progress = Arc::new(AtomicUsize::new(0));
+    let attack = Attack::on(bench.broker.kick_descriptor(QUEUE.into()), progress.clone());
+    let offset = bench.guest.notify_address(QUEUE) - REGISTERS_AT;
+    let device = bench.guest.device.clone();
+    in_time("the notifications", move || {
+        for _ in 0..NOTIFICATIONS {
+            device.bar_write(0, offset, &QUEUE.to_le_bytes());
+            progress.fetch_add(1, Ordering::Relaxed);
+        }
+    });
+    in_time("the drop under attack", move || drop(bench));
+    drop(attack);
+}
+
+#[test]
+fn an_eventfd_that_is_left_full_and_blocking_keeps_no_signal_of_the_loss() {
+    let bench = Bench::new();
+    bench.vmm.refuse(false, true);
+    bench.start();
+    let kick = bench.broker.kick_descriptor(QUEUE.into());
+    let progress = Arc::new(AtomicUsize::new(0));
+    let attack = Attack::on(kick.try_clone().unwrap(), progress.clone());
+    for _ in 0..1000 {
+        bench.guest.notify(QUEUE);
+        progress.fetch_add(1, Ordering::Relaxed);
+    }
+    drop(attack);
+    drain(&kick);
+    write(&kick, &(u64::MAX - 1).to_ne_bytes()).unwrap();
+    bench.guest.notify(QUEUE);
+    bench.vmm.interrupts(DATA + u32::from(QUEUE));
+    bench.broker.die(true);
+    eventually("the driver is woken", || bench.vmm.interrupts(DATA + u32::from(QUEUE)) > 0);
 }

@@ -78,7 +78,8 @@ fn a_notification_that_is_an_exit_is_never_written_to_what_was_given() {
     assert!(bench.broker.wire(QUEUE, ON | NOTIFY, &[borrow(&call)]));
     let offset = bench.guest.notify_address(QUEUE as u16) - REGISTERS_AT;
     bench.guest.device.bar_write(0, offset, &[1, 0]);
-    assert_eq!((take_count(borrow(&call)), bench.broker.kicks(QUEUE)), (0, 1));
+    bench.broker.wait_for_kick(QUEUE);
+    assert_eq!(take_count(borrow(&call)), 0);
 }
 
 #[test]
@@ -183,7 +184,8 @@ fn what_the_hypervisor_refuses_is_refused_and_relayed() {
     bench.vmm.refuse(false, false);
     bench.guest.notify(QUEUE as u16);
     bench.broker.call(QUEUE);
-    assert_eq!((bench.broker.kicks(QUEUE), bench.vmm.interrupts(MESSAGE)), (1, 1));
+    bench.broker.wait_for_kick(QUEUE);
+    assert_eq!(bench.vmm.interrupts(MESSAGE), 1);
     let snapshot = bench.guest.device.snapshot();
     assert_eq!((snapshot.wired_interrupts, snapshot.wired_notifications), (1, 0));
 }

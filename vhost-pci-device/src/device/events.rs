@@ -29,4 +29,13 @@ impl Pair {
         event::drain(&self.kick);
         event::drain(&self.call);
     }
+
+    /// Takes a count away that leaves no room for a signal, which no driver's and no owner's is.
+    pub fn drain_full(&self) {
+        for its in [&self.kick, &self.call] {
+            if event::is_full(its) {
+                event::drain(its);
+            }
+        }
+    }
 }

@@ -9,9 +9,9 @@ use std::sync::Arc;
 
 use vmm_sys_util::eventfd::EventFd;
 
-use super::events::Pair;
 use super::place::Places;
 use super::registers::Registers;
+use super::signals::Signals;
 use super::wiring::{Wanted, Wiring};
 use crate::frontend::handshake::Geometry;
 use crate::frontend::message::Direction;
@@ -21,7 +21,6 @@ use crate::pci::bar::{
 };
 use crate::pci::capability;
 use crate::pci::config::COMMAND_MEMORY;
-use crate::sys::event;
 use crate::virtio::common::Change;
 use crate::vmm::Vmm;
 use crate::window::Window;
@@ -45,7 +44,7 @@ pub struct Function {
     places: Places,
     wiring: Wiring,
     registers: Registers,
-    pairs: Arc<Vec<Pair>>,
+    signals: Arc<Signals>,
     window: Arc<Window>,
     vmm: Arc<dyn Vmm>,
     /// What the driver wants.
@@ -66,15 +65,15 @@ impl Function {
     pub fn new(
         geometry: Geometry,
         requester_id: u32,
-        pairs: Arc<Vec<Pair>>,
+        signals: Arc<Signals>,
         window: Arc<Window>,
         vmm: Arc<dyn Vmm>,
     ) -> io::Result<Self> {
         Ok(Self {
             places: Places::default(),
-            wiring: Wiring::new(pairs.clone())?,
+            wiring: Wiring::new(signals.pairs().clone())?,
             registers: Registers::new(geometry, requester_id),
-            pairs,
+            signals,
             window,
             vmm,
             desired: Desired::default(),
@@ -226,8 +225,8 @@ impl Function {
     /// A notification that came as an exit: the broker relays it.
     fn notified(&self, queue: usize) {
         let live = self.registers.notify(queue).is_some() || self.is_enabled(queue);
-        if let Some(pair) = self.pairs.get(queue).filter(|_| live) {
-            event::signal(&pair.kick);
+        if live {
+            self.signals.kick(queue);
         }
     }
 
@@ -272,6 +271,7 @@ impl Function {
     /// the guest's reach.
     pub fn reset(&mut self) {
         self.accepting = false;
+        self.signals.clear();
         self.wiring.clear();
         self.window.close();
         self.registers.common.reset();
@@ -322,9 +322,11 @@ impl Function {
         self.wiring.unwire();
         self.window.close();
         self.settle();
-        for (queue, pair) in self.pairs.iter().enumerate() {
+        for (queue, pair) in self.signals.pairs().iter().enumerate() {
+            // What the broker leaves full and blocking must not keep others' signals waiting.
+            pair.drain_full();
             if self.is_enabled(queue) {
-                event::signal(&pair.call);
+                self.signals.call(queue);
             }
         }
     }
@@ -342,7 +344,7 @@ impl Function {
         unused: &mut Vec<EventFd>,
     ) -> io::Result<()> {
         let queue = usize::try_from(queue).unwrap_or(usize::MAX);
-        let known = queue < self.pairs.len();
+        let known = queue < self.signals.pairs().len();
         if !known || event.is_some() && !(self.accepting && self.is_enabled(queue)) {
             unused.extend(event);
             let kind = if known { io::ErrorKind::NotConnected } else { io::ErrorKind::InvalidInput };

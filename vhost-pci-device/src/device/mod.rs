@@ -7,15 +7,18 @@
 //! | `place` | where the BARs are, and the window's slots |
 //! | `wiring` | which eventfds are joined to which interrupts and notifications |
 //! | `events` | the device's own eventfds |
+//! | `signals` | the thread that signals them |
 //!
 //! One lock protects the registers, another the window. Both are held for register work, system
 //! calls and methods of [`Vmm`] only: never while anybody waits for the broker. Threads: the
-//! VMM's vCPUs; the device's thread, which talks to the broker; a thread that answers the broker.
+//! VMM's vCPUs; the device's thread, which talks to the broker; a thread that answers the broker;
+//! a thread that signals eventfds which the broker shares.
 
 pub(crate) mod events;
 mod function;
 mod place;
 mod registers;
+mod signals;
 mod wiring;
 
 use std::io;
@@ -33,6 +36,7 @@ use vmm_sys_util::eventfd::EventFd;
 use self::events::Pair;
 pub(crate) use self::function::Desired;
 use self::function::Function;
+use self::signals::{Signaller, Signals};
 use crate::frontend::handshake::Connection;
 pub use crate::frontend::handshake::HandshakeError;
 use crate::frontend::message::Direction;
@@ -99,6 +103,8 @@ pub struct Device {
     shared: Arc<Shared>,
     bars: [BarInfo; 2],
     thread: Option<JoinHandle<()>>,
+    // After the device's thread, which may still have something to signal.
+    _signaller: Signaller,
 }
 
 /// What the device's threads and the VMM's share.
@@ -160,7 +166,9 @@ impl Device {
         let window = Arc::new(Window::new(geometry.apertures)?);
         let pairs = (0..geometry.queues).map(|_| Pair::new()).collect::<io::Result<Vec<_>>>()?;
         let pairs = Arc::new(pairs);
-        let function = Function::new(geometry, options.requester_id, pairs.clone(), window.clone(), vmm)?;
+        let signaller = Signals::start(pairs.clone())?;
+        let signals = signaller.signals().clone();
+        let function = Function::new(geometry, options.requester_id, signals, window.clone(), vmm)?;
         let bars = function.bars().map(|bar| BarInfo {
             bar: bar.number,
             len: bar.len,
@@ -179,7 +187,7 @@ impl Device {
             let shared = shared.clone();
             move || session::run(&shared, geometry, connect, connection)
         })?;
-        Ok(Self { shared, bars, thread: Some(thread) })
+        Ok(Self { shared, bars, thread: Some(thread), _signaller: signaller })
     }
 
     /// The function's BARs.

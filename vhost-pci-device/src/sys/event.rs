@@ -49,11 +49,22 @@ pub fn has_count(event: &EventFd) -> bool {
     is(event, PollFlags::IN)
 }
 
-/// Makes it readable; for the device's own eventfds only. Never waits: the broker, which has a
-/// duplicate, could have made it blocking and full, but then it is readable already.
+/// Whether a signal would have to wait.
+pub fn is_full(event: &EventFd) -> bool {
+    !is(event, PollFlags::OUT)
+}
+
+/// Makes an eventfd readable that only this process has: never waits.
 pub fn signal(event: &EventFd) {
-    if is(event, PollFlags::OUT) {
-        // An error is a full count: readable already.
+    // An error is a full count: readable already.
+    let _ = event.write(1);
+}
+
+/// Makes an eventfd readable of which another process has a duplicate. That process can have it
+/// wait, until somebody drains it: not for a thread that anybody waits for.
+pub fn signal_shared(event: &EventFd) {
+    // Full is readable already. Who fills it after this look has its way.
+    if !is_full(event) {
         let _ = event.write(1);
     }
 }

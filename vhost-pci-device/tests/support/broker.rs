@@ -171,6 +171,16 @@ impl Broker {
         take_count(self.state().kicks[&queue].as_fd())
     }
 
+    /// Whether there was exactly one notification of a queue that is an exit, which comes soon.
+    pub fn wait_for_kick(&self, queue: u32) {
+        let mut kicks = 0;
+        eventually("the notification", || {
+            kicks += self.kicks(queue);
+            kicks > 0
+        });
+        assert_eq!(kicks, 1);
+    }
+
     /// A duplicate of the eventfd of a queue's notifications, with the flags that they share.
     pub fn kick_descriptor(&self, queue: u32) -> OwnedFd {
         self.state().kicks[&queue].try_clone().unwrap()
