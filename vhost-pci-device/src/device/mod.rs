@@ -6,6 +6,7 @@
 //! | `registers` | their values |
 //! | `place` | where the BARs are, and the window's slots |
 //! | `wiring` | which eventfds are joined to which interrupts and notifications |
+//! | `error` | why there is none |
 //! | `events` | the device's own eventfds |
 //! | `signals` | the thread that signals them |
 //!
@@ -14,6 +15,7 @@
 //! VMM's vCPUs; the device's thread, which talks to the broker; a thread that answers the broker;
 //! a thread that signals eventfds which the broker shares.
 
+mod error;
 pub(crate) mod events;
 mod function;
 mod place;
@@ -33,12 +35,14 @@ use std::time::{Duration, Instant};
 use vm_memory::GuestAddress;
 use vmm_sys_util::eventfd::EventFd;
 
+pub use self::error::DeviceError;
 use self::events::Pair;
 pub(crate) use self::function::Desired;
 use self::function::Function;
 use self::signals::{Signaller, Signals};
 use crate::frontend::handshake::Connection;
 pub use crate::frontend::handshake::HandshakeError;
+use crate::frontend::lines::Lines;
 use crate::frontend::message::Direction;
 use crate::frontend::reach;
 use crate::frontend::session::{self, Connector};
@@ -56,20 +60,6 @@ pub struct Options {
     /// The function's requester id (bus << 8 | device << 3 | function), which comes back in
     /// [`MsiMessage`](crate::MsiMessage). A VMM whose MSIs need none leaves it 0.
     pub requester_id: u32,
-}
-
-/// Why there is no device.
-#[derive(Debug, thiserror::Error)]
-pub enum DeviceError {
-    /// There is nobody at the socket.
-    #[error("connecting to the broker (is it running, and may you use its socket?): {0}")]
-    Connect(io::Error),
-    /// The broker cannot be used.
-    #[error("negotiating with the broker: {0}")]
-    Broker(HandshakeError),
-    /// The host gives no address space, descriptor or thread.
-    #[error("the host lacks resources for the device: {0}")]
-    Host(#[from] io::Error),
 }
 
 /// A BAR of the function, for a VMM that chooses addresses.
@@ -122,6 +112,7 @@ pub(crate) struct Shared {
     /// What ends the conversation that is under way when it is shut down; or that the device is
     /// going away.
     current: Mutex<Current>,
+    lines: Mutex<Lines>,
 }
 
 #[derive(Default)]
@@ -182,6 +173,7 @@ impl Device {
             wake: event::new()?,
             serving: Mutex::new(()),
             current: Mutex::default(),
+            lines: Mutex::new(Lines::new(Instant::now())),
         });
         let thread = std::thread::Builder::new().name("vhost-pci broker".into()).spawn({
             let shared = shared.clone();
@@ -317,6 +309,11 @@ impl Shared {
         }
     }
 
+    /// Whether what the broker does is worth another line of the log.
+    pub fn may_tell(&self) -> bool {
+        lock(&self.lines).take(Instant::now())
+    }
+
     /// What the driver wants.
     pub fn desired(&self) -> Desired {
         lock(&self.function).desired.clone()
@@ -324,7 +321,9 @@ impl Shared {
 
     /// There is a broker.
     pub fn connected(&self, wiring: bool) {
-        tracing::info!(wiring, "the vhost-pci device has its broker");
+        if self.may_tell() {
+            tracing::info!(wiring, "the vhost-pci device has its broker");
+        }
         let mut function = lock(&self.function);
         function.connected = true;
         self.changed.notify_all();

@@ -15,9 +15,6 @@ use crate::sys::event;
 use crate::window::Request as Range;
 use crate::window::aperture::WindowError;
 
-/// Refusals of one connection that are worth a line.
-const LINES: u32 = 16;
-
 /// Starts the thread for one connection. It ends when the channel does, and ends the main
 /// socket then: a broker whose channel is broken is of no use.
 ///
@@ -31,7 +28,9 @@ pub fn spawn(
 ) -> io::Result<JoinHandle<()>> {
     let (channel, main) = (channel.try_clone()?, main.try_clone()?);
     std::thread::Builder::new().name("vhost-pci channel".into()).spawn(move || {
-        if let Err(error) = serve(&shared, &channel, wiring) {
+        if let Err(error) = serve(&shared, &channel, wiring)
+            && shared.may_tell()
+        {
             tracing::warn!(%error, "the broker's back-end channel is broken");
         }
         // An error: it is shut down already.
@@ -41,7 +40,6 @@ pub fn spawn(
 }
 
 fn serve(shared: &Shared, channel: &UnixStream, wiring: bool) -> io::Result<()> {
-    let mut lines = 0;
     loop {
         // The read below has a time limit, for the rest of a message; not the wait for one.
         match poll(&mut [PollFd::from_borrowed_fd(channel.as_fd(), PollFlags::IN)], None) {
@@ -55,9 +53,8 @@ fn serve(shared: &Shared, channel: &UnixStream, wiring: bool) -> io::Result<()> 
         let request = std::mem::replace(&mut message.request, Request::Impossible(""));
         let result = carry_out(shared, request);
         if let Err(reason) = &result
-            && lines < LINES
+            && shared.may_tell()
         {
-            lines += 1;
             tracing::warn!(%reason, "refused what the broker asked for");
         }
         message.answer(channel, result.is_ok())?;

@@ -7,11 +7,13 @@
 //! | [`session`] | the device's thread, which asks; reconnects |
 //! | [`channel`] | the thread that answers what the broker asks |
 //! | [`message`] | the broker's questions as bytes |
+//! | [`lines`] | how many lines of the log the broker can cause |
 //!
 //! No vCPU ever waits for anything here.
 
 pub mod channel;
 pub mod handshake;
+pub mod lines;
 pub mod message;
 pub mod reach;
 pub mod session;

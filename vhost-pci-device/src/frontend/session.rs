@@ -47,18 +47,20 @@ pub fn run(shared: &Arc<Shared>, geometry: Geometry, mut connect: Connector, fir
             Ok(connection) => {
                 told = None;
                 let since = Instant::now();
-                if let Err(error) = serve(shared, connection) {
+                if let Err(error) = serve(shared, connection)
+                    && shared.may_tell()
+                {
                     tracing::warn!(%error, "the connection to the broker has ended");
                 }
-                // A broker that hangs up at once is asked less and less often.
-                if since.elapsed() > pause {
+                // A broker that hangs up soon is asked less and less often.
+                if since.elapsed() >= LONGEST_PAUSE {
                     pause = FIRST_PAUSE;
                 }
             }
             Err(error) => {
                 // Once for each cause, not for each attempt.
                 let words = error.to_string();
-                if told.as_ref() != Some(&words) {
+                if told.as_ref() != Some(&words) && shared.may_tell() {
                     tracing::warn!(error = words, "no broker; trying again");
                     told = Some(words);
                 }
