@@ -12,6 +12,7 @@ use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::sync::{Mutex, MutexGuard, PoisonError};
 
 use rustix::fs::{MemfdFlags, SealFlags, fcntl_add_seals, ftruncate, memfd_create};
+use rustix::param::page_size;
 
 use super::file::{self, FileRefusal};
 use super::layout::{Aperture, Apertures, Ranges, Refusal, Request};
@@ -21,6 +22,18 @@ use crate::sys::reservation::Reservation;
 const LEAST_BUCKET: u64 = 2 << 20;
 /// The most times that a bucket is mapped.
 const MOST_BUCKETS: u64 = 1024;
+
+/// Length of a page, bytes: what the broker's ranges and the window's slots are multiples of.
+const PAGE: usize = 4096;
+
+/// A host with larger pages would map more than it was asked for, over what is beside it.
+fn check_page(page: usize) -> io::Result<()> {
+    if page == PAGE {
+        return Ok(());
+    }
+    let reason = format!("the host has pages of {page} bytes, and the window needs pages of {PAGE}");
+    Err(io::Error::new(io::ErrorKind::Unsupported, reason))
+}
 
 /// Why a change of the window was not made.
 #[derive(Debug, thiserror::Error)]
@@ -50,8 +63,10 @@ impl Window {
     /// A window that is closed and at rest.
     ///
     /// # Errors
-    /// What the system answers where it lacks address space or descriptors.
+    /// What the system answers where it lacks address space or descriptors; `Unsupported` where
+    /// its pages are not of 4096 bytes.
     pub fn new(apertures: Apertures) -> io::Result<Self> {
+        check_page(page_size())?;
         let reservation = Reservation::new(apertures.region_len())?;
         let bucket_len = LEAST_BUCKET
             .max(apertures.region_len() / 2 / MOST_BUCKETS)
@@ -179,5 +194,21 @@ impl Window {
             at += len;
         }
         Ok(())
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    #![allow(clippy::unwrap_used)]
+    use super::*;
+
+    #[test]
+    fn a_host_with_larger_pages_is_refused_with_their_length() {
+        assert!(check_page(4096).is_ok());
+        for page in [16 << 10, 64 << 10] {
+            let error = check_page(page).unwrap_err();
+            assert_eq!(error.kind(), io::ErrorKind::Unsupported);
+            assert!(error.to_string().contains(&page.to_string()));
+        }
     }
 }
