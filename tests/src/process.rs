@@ -34,7 +34,7 @@ impl Process {
     }
 
     /// As [`Process::spawn`], but standard input and output are the caller's.
-    pub(crate) fn spawn_with_pipes(name: &str, mut command: Command, log: &Path) -> Result<Self> {
+    pub fn spawn_with_pipes(name: &str, mut command: Command, log: &Path) -> Result<Self> {
         let file = File::options().create(true).append(true).open(log);
         command.stderr(file.with_context(|| format!("{name}: cannot write {}", log.display()))?);
         let child = sys::spawn_dying_with_us(command).with_context(|| format!("{name}: does not start"))?;

@@ -1,0 +1,144 @@
+//! `compare`: vhost-pci beside DPDK's vhost and memif, and beside what the hardware allows, in one
+//! run on the same two processors. `tests/bench/compare` installs and builds what it needs and
+//! starts this.
+//!
+//! | file | what it holds |
+//! |---|---|
+//! | `measure` | rounds and windows |
+//! | `probe`, `host` | where the processors are, and who else uses them |
+//! | `contender` | what can be measured |
+//! | `ours`, `dpdk`, `floors` | what is |
+//! | `link`, `peer`, `board` | a broker, our receiver's process, and its counters |
+//! | `testpmd` | DPDK's program, as sender or receiver |
+//! | `sys` | a bare ring: the only `unsafe` |
+//! | `report`, `ratios`, `plot` | the table and the JSON object; the SVG |
+
+mod board;
+mod contender;
+mod dpdk;
+mod floors;
+mod host;
+mod link;
+mod measure;
+mod ours;
+mod peer;
+mod plot;
+mod probe;
+mod ratios;
+mod report;
+mod sys;
+mod testpmd;
+
+use std::fs;
+use std::path::PathBuf;
+use std::process::ExitCode;
+use std::time::Duration;
+
+use anyhow::{Context, Result, ensure};
+use clap::{Parser, Subcommand};
+
+use crate::contender::Contender;
+use crate::host::Machine;
+use crate::measure::Plan;
+use crate::report::Report;
+
+/// Measures vhost-pci beside DPDK's vhost and memif. Keeps two processors busy; needs no VM, no
+/// hugepages and no privileges.
+#[derive(Debug, Parser)]
+#[command(max_term_width = 100)]
+struct Cli {
+    /// Print one JSON object instead of a table
+    #[arg(long)]
+    json: bool,
+    /// A first answer within 5 minutes
+    #[arg(long)]
+    quick: bool,
+    /// Rounds, in each of which every contender has its turn with every size
+    #[arg(long, value_parser = clap::value_parser!(u32).range(1..=1000))]
+    rounds: Option<u32>,
+    /// Packet sizes, bytes
+    #[arg(long, value_delimiter = ',', default_values_t = [64, 256, 1500],
+        value_parser = clap::value_parser!(u16).range(60..=1514))]
+    sizes: Vec<u16>,
+    /// Only contenders with one of these in their names
+    #[arg(long, value_delimiter = ',')]
+    only: Vec<String>,
+    /// Draw a plot
+    #[arg(long, value_name = "FILE")]
+    svg: Option<PathBuf>,
+    #[command(subcommand)]
+    role: Option<Role>,
+}
+
+/// Processes that the program starts by itself.
+#[derive(Debug, Subcommand)]
+enum Role {
+    #[command(hide = true)]
+    Peer(peer::Args),
+}
+
+/// Rounds, unless told otherwise; those of a quick run end by the clock if it comes to that.
+const ROUNDS: u32 = 6;
+const QUICK_ROUNDS: u32 = 3;
+const QUICK: Duration = Duration::from_secs(290);
+/// Windows a start.
+const WINDOWS: usize = 2;
+
+fn main() -> ExitCode {
+    let level = tracing_subscriber::filter::LevelFilter::INFO;
+    tracing_subscriber::fmt().with_max_level(level).with_writer(std::io::stderr).init();
+    let cli = Cli::parse();
+    let result = match cli.role {
+        Some(Role::Peer(args)) => peer::run(args),
+        None => compare(&cli),
+    };
+    match result {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(error) => {
+            eprintln!("compare: {error:#}");
+            ExitCode::FAILURE
+        }
+    }
+}
+
+fn contenders(only: &[String]) -> Vec<Box<dyn Contender>> {
+    let mut all: Vec<Box<dyn Contender>> = vec![Box::new(ours::Ours)];
+    all.extend(dpdk::PAIRS.into_iter().map(|pair| Box::new(pair) as Box<dyn Contender>));
+    all.extend([
+        Box::new(ours::IntoOurs) as Box<dyn Contender>,
+        Box::new(floors::Memcpy),
+        Box::new(floors::Spsc),
+    ]);
+    all.retain(|contender| {
+        only.is_empty() || only.iter().any(|word| contender.name().contains(word.as_str()))
+    });
+    all
+}
+
+fn compare(cli: &Cli) -> Result<()> {
+    let contenders = contenders(&cli.only);
+    ensure!(!contenders.is_empty(), "no contender has such a name");
+    // Before the first measurement: a machine with one processor has nothing to compare.
+    probe::round_trip().context("two processors, 0 and 1, are needed")?;
+    let plan = Plan {
+        sizes: cli.sizes.iter().map(|size| usize::from(*size)).collect(),
+        rounds: cli.rounds.unwrap_or(if cli.quick { QUICK_ROUNDS } else { ROUNDS }) as usize,
+        windows: WINDOWS,
+        limit: cli.quick.then_some(QUICK),
+    };
+    let machine = Machine::this(testpmd::version(), testpmd::has_hugepages());
+    eprintln!("compare: {}", machine.line());
+    let measured = measure::measure(&contenders, &plan);
+    let report = Report::new(machine, &contenders, &measured);
+    if let Some(path) = &cli.svg {
+        fs::write(path, plot::svg(&report.results)).with_context(|| path.display().to_string())?;
+        eprintln!("compare: the plot is in {}", path.display());
+    }
+    if cli.json {
+        println!("{}", serde_json::to_string(&report)?);
+    } else {
+        print!("{}", report.table());
+    }
+    ensure!(measured.corrupted == 0, "{} packets were corrupted", measured.corrupted);
+    Ok(())
+}

@@ -1,0 +1,218 @@
+//! Rounds, in which every contender has its turn with every size: it is started, runs for a few
+//! windows with a probe before and after each, and is ended.
+
+use std::collections::BTreeMap;
+use std::thread;
+use std::time::{Duration, Instant};
+
+use anyhow::{Context, Result, ensure};
+
+use crate::contender::{Contender, Count, Kind, Running};
+use crate::host::Ticks;
+use crate::probe::{self, Class};
+
+/// Length of a window.
+const WINDOW: Duration = Duration::from_secs(1);
+/// Between the end of a pause and the beginning of a window.
+const SETTLE: Duration = Duration::from_millis(60);
+/// Between a signal to stand still and the probe.
+const STILL: Duration = Duration::from_millis(5);
+/// Until packets flow.
+const FLOW: Duration = Duration::from_secs(10);
+/// Packets that have to have arrived before the first window.
+const ENOUGH: u64 = 100_000;
+/// A window in which others used more of a processor than this is worth nothing, percent.
+pub const MOST_OTHERS: f64 = 6.0;
+/// Packets of which the receiver may have counted one thing and not yet the other.
+const SLACK: u64 = 256;
+
+/// How much is measured.
+#[derive(Clone, Debug)]
+pub struct Plan {
+    /// Packet sizes, bytes.
+    pub sizes: Vec<usize>,
+    /// Rounds.
+    pub rounds: usize,
+    /// Windows of a contender a start.
+    pub windows: usize,
+    /// No round begins that would probably end later than this.
+    pub limit: Option<Duration>,
+}
+
+/// One window of a contender.
+#[derive(Clone, Copy, Debug)]
+pub struct Window {
+    /// Which, as a place in the list of contenders.
+    pub contender: usize,
+    /// Packet size, bytes.
+    pub size: usize,
+    /// Where the processors were.
+    pub class: Class,
+    /// Million packets a second.
+    pub mpps: f64,
+}
+
+/// All that was measured.
+#[derive(Debug, Default)]
+pub struct Measured {
+    /// The windows that count.
+    pub windows: Vec<Window>,
+    /// Rounds that were begun.
+    pub rounds: usize,
+    /// Windows dropped because of others.
+    pub dropped: usize,
+    /// Round trips of one cache line, nanoseconds: of every probe.
+    pub round_trips: Vec<f64>,
+    /// By contender and size: why it could not run, or gave nothing.
+    pub failures: BTreeMap<(usize, usize), String>,
+    /// By contender: what its sides agreed on.
+    pub negotiated: BTreeMap<usize, String>,
+    /// Packets of which every byte was looked at, and those found wrong.
+    pub sampled: u64,
+    /// Those that were wrong.
+    pub corrupted: u64,
+}
+
+/// Measures, with a line on stderr for each start.
+pub fn measure(contenders: &[Box<dyn Contender>], plan: &Plan) -> Measured {
+    let mut measured = Measured::default();
+    let begin = Instant::now();
+    for round in 0..plan.rounds {
+        let each = begin.elapsed() / round.max(1) as u32;
+        if round > 0 && plan.limit.is_some_and(|limit| begin.elapsed() + each > limit) {
+            eprintln!("compare: no time for more than {round} rounds");
+            break;
+        }
+        measured.rounds += 1;
+        let mut turns: Vec<(usize, usize)> = Vec::new();
+        for (at, contender) in contenders.iter().enumerate() {
+            turns.extend(contender.sizes(&plan.sizes).into_iter().map(|size| (size, at)));
+        }
+        // The same size by all in turn; and each round begins with another contender.
+        turns.sort_unstable_by_key(|(size, at)| (*size, (at + round) % contenders.len()));
+        for (size, at) in turns {
+            let Some(contender) = contenders.get(at).filter(|_| !measured.failures.contains_key(&(at, size)))
+            else {
+                continue;
+            };
+            let windows = if contender.kind() == Kind::Floor { 1 } else { plan.windows };
+            let taken = take(&**contender, (at, size), windows, &mut measured);
+            let name = contender.name();
+            match taken {
+                Ok(line) => eprintln!(
+                    "compare: {:4.0} s, round {}/{}: {name:<22} {size:>6} B  {line}",
+                    begin.elapsed().as_secs_f64(),
+                    round + 1,
+                    plan.rounds
+                ),
+                Err(error) => {
+                    eprintln!("compare: {name}, {size} B: left out from now on: {error:#}");
+                    measured.failures.insert((at, size), format!("{error:#}"));
+                }
+            }
+        }
+    }
+    measured
+}
+
+/// Measures one contender for some windows. Says how it was.
+fn take(
+    contender: &dyn Contender,
+    (at, size): (usize, usize),
+    windows: usize,
+    measured: &mut Measured,
+) -> Result<String> {
+    let mut running = contender.start(size)?;
+    let result = watch(&mut *running, (at, size), windows, measured);
+    if result.is_err() {
+        eprintln!("{}", running.logs());
+    }
+    result
+}
+
+fn watch(
+    running: &mut dyn Running,
+    (at, size): (usize, usize),
+    windows: usize,
+    measured: &mut Measured,
+) -> Result<String> {
+    let flow = Instant::now();
+    while running.received()?.packets < ENOUGH {
+        ensure!(flow.elapsed() < FLOW, "it moved fewer than {ENOUGH} packets in {FLOW:?}");
+        thread::sleep(Duration::from_millis(20));
+    }
+    if let Some(words) = running.negotiated() {
+        measured.negotiated.insert(at, words);
+    }
+    let mut line = String::new();
+    let mut taken = Vec::new();
+    let mut before = standing_still(running, measured)?;
+    for _ in 0..windows {
+        thread::sleep(SETTLE);
+        let (rate, others) = window(running, size)?;
+        let after = standing_still(running, measured)?;
+        let class = Class::of(before, after);
+        let busy = others > MOST_OTHERS;
+        line += &format!("{rate:7.2} M/s {}", class.word());
+        if busy {
+            line += &format!(" (dropped: others used {others:.0} %)");
+            measured.dropped += 1;
+        } else {
+            taken.push(Window { contender: at, size, class, mpps: rate });
+        }
+        before = after;
+    }
+    let verdict = running.verdict()?;
+    measured.sampled += verdict.sampled;
+    measured.corrupted += verdict.corrupted;
+    if verdict.corrupted > 0 {
+        line += &format!(": counts 0, as {} packets were corrupted", verdict.corrupted);
+        taken.iter_mut().for_each(|window| window.mpps = 0.0);
+    }
+    measured.windows.extend(taken);
+    Ok(line)
+}
+
+/// The probe, while the contender stands still. It runs again afterwards.
+fn standing_still(running: &mut dyn Running, measured: &mut Measured) -> Result<f64> {
+    running.pause()?;
+    thread::sleep(STILL);
+    let trip = probe::round_trip();
+    running.resume()?;
+    let trip = trip.context("the probe")?;
+    measured.round_trips.push(trip);
+    Ok(trip)
+}
+
+/// Million packets a second, and what others used meanwhile, percent of a processor.
+fn window(running: &mut dyn Running, size: usize) -> Result<(f64, f64)> {
+    let pids = running.pids();
+    let ticks = Ticks::now(&pids)?;
+    let from = running.received()?;
+    thread::sleep(WINDOW);
+    let to = running.received()?;
+    let seconds = to.at.duration_since(from.at).as_secs_f64();
+    let others = Ticks::now(&pids)?.others_percent_since(ticks, seconds);
+    Ok((rate(from, to, size)? / seconds / 1e6, others))
+}
+
+/// Packets, if all of them had the right length.
+fn rate(from: Count, to: Count, size: usize) -> Result<f64> {
+    let (packets, bytes) = (to.packets - from.packets, to.bytes - from.bytes);
+    let off = bytes.abs_diff(packets * size as u64);
+    ensure!(off <= SLACK * size as u64, "{packets} packets of {size} bytes would not be {bytes} bytes");
+    Ok(packets as f64)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn packets_of_another_length_are_no_rate() {
+        let at = Instant::now();
+        let count = |packets, bytes| Count { at, packets, bytes };
+        assert!(rate(count(0, 0), count(10_000, 640_064), 64).is_ok_and(|packets| packets == 10_000.0));
+        assert!(rate(count(0, 0), count(10_000, 600_000), 64).is_err());
+    }
+}

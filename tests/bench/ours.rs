@@ -1,0 +1,135 @@
+//! Our driver half as owner into our peer, through a real broker. And the same peer with DPDK's
+//! `net_virtio_user` as owner.
+
+use anyhow::Result;
+use nix::sys::signal::Signal;
+use vhost_pci_tests::Process;
+
+use crate::contender::{Contender, Count, Kind, Running, Verdict, programs, signal_all};
+use crate::host::SENDER;
+use crate::link::{Link, pinned};
+use crate::peer::Content;
+use crate::testpmd::{Role, Testpmd};
+
+/// Our owner into our peer.
+pub struct Ours;
+
+impl Contender for Ours {
+    fn name(&self) -> &'static str {
+        "ours copy"
+    }
+
+    fn about(&self) -> &'static str {
+        "our owner, which writes every byte of each packet, -> our peer, which takes a private copy of each"
+    }
+
+    fn kind(&self) -> Kind {
+        Kind::Ours
+    }
+
+    fn start(&self, size: usize) -> Result<Box<dyn Running>> {
+        let link = Link::open(size, Content::Pattern)?;
+        let mut command = pinned(SENDER, &programs()?.join("vhost-pci-guest"));
+        command.args(["owner", "--mode", "gen", "--check", "none", "--wait", "poll", "--json"]);
+        command.args(["--size", &size.to_string(), "--socket"]).arg(link.path("owner.sock"));
+        let owner = Process::spawn("owner", command, &link.path("owner.log"))?;
+        Ok(Box::new(OursRunning { owner, link }))
+    }
+}
+
+struct OursRunning {
+    owner: Process,
+    link: Link,
+}
+
+impl Running for OursRunning {
+    fn pids(&self) -> Vec<u32> {
+        [&self.link.pids()[..], &[self.owner.pid()]].concat()
+    }
+
+    fn pause(&mut self) -> Result<()> {
+        signal_all([&mut self.owner, self.link.peer()], Signal::SIGSTOP)
+    }
+
+    fn resume(&mut self) -> Result<()> {
+        signal_all([self.link.peer(), &mut self.owner], Signal::SIGCONT)
+    }
+
+    fn received(&mut self) -> Result<Count> {
+        self.link.received()
+    }
+
+    fn verdict(&mut self) -> Result<Verdict> {
+        self.link.verdict()
+    }
+
+    fn negotiated(&mut self) -> Option<String> {
+        self.link.negotiated().ok()
+    }
+
+    fn logs(&self) -> String {
+        format!("{}owner:\n{}", self.link.logs(), self.owner.log())
+    }
+}
+
+/// DPDK's front-end into our peer.
+pub struct IntoOurs;
+
+impl Contender for IntoOurs {
+    fn name(&self) -> &'static str {
+        "virtio-user into ours"
+    }
+
+    fn about(&self) -> &'static str {
+        "net_virtio_user (offers packed, in order, vectorised) -> our peer, which takes a private copy of each"
+    }
+
+    fn kind(&self) -> Kind {
+        Kind::Mixed
+    }
+
+    fn start(&self, size: usize) -> Result<Box<dyn Running>> {
+        let link = Link::open(size, Content::Testpmd)?;
+        let device = format!("net_virtio_user0,path={},{PACKED}", link.path("owner.sock").display());
+        let owner = Testpmd::start(&link.path(""), Role::Sender(size), &device)?;
+        Ok(Box::new(IntoOursRunning { owner, link }))
+    }
+}
+
+/// `net_virtio_user` at its fastest.
+pub const PACKED: &str = "queue_size=1024,packed_vq=1,in_order=1,mrg_rxbuf=0,vectorized=1";
+
+struct IntoOursRunning {
+    owner: Testpmd,
+    link: Link,
+}
+
+impl Running for IntoOursRunning {
+    fn pids(&self) -> Vec<u32> {
+        [&self.link.pids()[..], &[self.owner.pid()]].concat()
+    }
+
+    fn pause(&mut self) -> Result<()> {
+        signal_all([self.owner.process(), self.link.peer()], Signal::SIGSTOP)
+    }
+
+    fn resume(&mut self) -> Result<()> {
+        signal_all([self.link.peer(), self.owner.process()], Signal::SIGCONT)
+    }
+
+    fn received(&mut self) -> Result<Count> {
+        self.link.received()
+    }
+
+    fn verdict(&mut self) -> Result<Verdict> {
+        self.link.verdict()
+    }
+
+    fn negotiated(&mut self) -> Option<String> {
+        self.link.negotiated().ok()
+    }
+
+    fn logs(&self) -> String {
+        format!("{}{}", self.link.logs(), self.owner.logs())
+    }
+}

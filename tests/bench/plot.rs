@@ -1,0 +1,210 @@
+//! The figures as a picture: a panel a class, a group of bars a packet size, whiskers from the
+//! slowest window to the fastest, and what the hardware allows as lines. Plain SVG, on white, so
+//! that it can be read on a dark page, too.
+
+use std::fmt::Write;
+
+use crate::contender::Kind;
+use crate::probe::Class;
+use crate::report::Row;
+
+/// In pixels, as all lengths here.
+const WIDTH: f64 = 1000.0;
+const LEFT: f64 = 64.0;
+const RIGHT: f64 = 24.0;
+/// Height of the bars' field, and what is above and below it in a panel.
+const FIELD: f64 = 260.0;
+const ABOVE: f64 = 54.0;
+const BELOW: f64 = 50.0;
+/// Lines of the legend.
+const LEGEND_LINE: f64 = 22.0;
+const LEGEND_COLUMN: f64 = 230.0;
+const LEGEND_COLUMNS: usize = 4;
+/// Between groups, and the widest bar.
+const GAP: f64 = 34.0;
+const BAR: f64 = 44.0;
+/// Colours that can be told apart by everyone (Okabe and Ito).
+const COLOURS: [&str; 7] = ["#0072b2", "#e69f00", "#d55e00", "#009e73", "#56b4e9", "#cc79a7", "#f0e442"];
+const FLOOR_COLOUR: &str = "#333333";
+
+/// The picture.
+pub fn svg(rows: &[Row]) -> String {
+    let (floors, bars): (Vec<_>, Vec<_>) = rows.iter().partition(|row| row.kind == Kind::Floor);
+    let mut names: Vec<_> = Vec::new();
+    for row in &bars {
+        if !names.contains(&row.contender) {
+            names.push(row.contender);
+        }
+    }
+    // In the order of the list of contenders, however they came first.
+    names.sort_by_key(|name| bars.iter().find(|row| row.contender == *name).map(|row| row.order));
+    let mut sizes: Vec<_> = bars.iter().map(|row| row.size).collect();
+    sizes.sort_unstable();
+    sizes.dedup();
+    let mut classes = vec![Class::Near, Class::Far];
+    classes.retain(|class| bars.iter().any(|row| row.class == *class));
+    if classes.is_empty() {
+        classes.push(Class::Mixed);
+    }
+    let legend = 20.0 + LEGEND_LINE * (names.len() + 1).div_ceil(LEGEND_COLUMNS) as f64;
+    let height = legend + classes.len() as f64 * (ABOVE + FIELD + BELOW);
+    let mut text = String::new();
+    // Writing to a string does not fail.
+    let _ = writeln!(
+        text,
+        "<svg xmlns=\"http://www.w3.org/2000/svg\" width=\"{WIDTH}\" height=\"{height}\" \
+         viewBox=\"0 0 {WIDTH} {height}\" font-family=\"Helvetica, Arial, sans-serif\" font-size=\"13\" \
+         fill=\"#111111\">\n<rect width=\"100%\" height=\"100%\" fill=\"#ffffff\"/>"
+    );
+    draw_legend(&names, &mut text);
+    for (nth, class) in classes.iter().enumerate() {
+        let panel = Panel {
+            top: legend + nth as f64 * (ABOVE + FIELD + BELOW) + ABOVE,
+            class: *class,
+            bars: bars.iter().copied().filter(|row| row.class == *class).collect(),
+            floors: floors.iter().copied().filter(|row| row.class == *class).collect(),
+        };
+        panel.draw(&names, &sizes, &mut text);
+    }
+    text + "</svg>\n"
+}
+
+fn draw_legend(names: &[&str], text: &mut String) {
+    let place = |at: usize| {
+        let (column, line) = (at % LEGEND_COLUMNS, at / LEGEND_COLUMNS);
+        (LEFT + column as f64 * LEGEND_COLUMN, 16.0 + line as f64 * LEGEND_LINE)
+    };
+    for (at, name) in names.iter().enumerate() {
+        let (x, y) = place(at);
+        let _ = writeln!(
+            text,
+            "<rect x=\"{x}\" y=\"{y}\" width=\"14\" height=\"14\" fill=\"{}\"/><text x=\"{}\" y=\"{}\">{name}</text>",
+            colour(at),
+            x + 20.0,
+            y + 12.0
+        );
+    }
+    let (x, y) = place(names.len());
+    let _ = writeln!(
+        text,
+        "<line x1=\"{x}\" x2=\"{}\" y1=\"{}\" y2=\"{}\" stroke=\"{FLOOR_COLOUR}\" stroke-width=\"2\" \
+         stroke-dasharray=\"5 3\"/><text x=\"{}\" y=\"{}\">floor: what a bare ring does</text>",
+        x + 14.0,
+        y + 7.0,
+        y + 7.0,
+        x + 20.0,
+        y + 12.0
+    );
+}
+
+fn colour(at: usize) -> &'static str {
+    COLOURS.get(at % COLOURS.len()).copied().unwrap_or(FLOOR_COLOUR)
+}
+
+/// One class.
+struct Panel<'a> {
+    /// Of the bars' field.
+    top: f64,
+    class: Class,
+    bars: Vec<&'a Row>,
+    floors: Vec<&'a Row>,
+}
+
+impl Panel<'_> {
+    fn draw(&self, names: &[&str], sizes: &[usize], text: &mut String) {
+        let ring = |size: usize| self.floors.iter().find(|row| row.size == size && row.contender != "memcpy");
+        let rings = sizes.iter().filter_map(|size| ring(*size)).map(|row| row.median);
+        let highest = self.bars.iter().map(|row| row.max).chain(rings).fold(1.0, f64::max);
+        let step = step(highest);
+        let top_value = (highest / step).ceil() * step;
+        let y = |value: f64| self.top + FIELD * (1.0 - value / top_value);
+        let right = WIDTH - RIGHT;
+        let _ = writeln!(
+            text,
+            "<text x=\"{LEFT}\" y=\"{}\" font-size=\"15\" font-weight=\"bold\">processors {} each other: million \
+             packets a second, one core each side</text>",
+            self.top - 30.0,
+            match self.class {
+                Class::Near => "near",
+                Class::Far => "far from",
+                Class::Mixed => "now near, now far from",
+            }
+        );
+        for line in 0..=(top_value / step).round() as u32 {
+            let value = f64::from(line) * step;
+            let _ = writeln!(
+                text,
+                "<line x1=\"{LEFT}\" x2=\"{right}\" y1=\"{0:.1}\" y2=\"{0:.1}\" stroke=\"#dddddd\"/>\
+                 <text x=\"{1}\" y=\"{2:.1}\" text-anchor=\"end\">{value}</text>",
+                y(value),
+                LEFT - 8.0,
+                y(value) + 4.0
+            );
+        }
+        let group = (right - LEFT) / sizes.len().max(1) as f64;
+        let bar = ((group - GAP) / names.len().max(1) as f64).min(BAR);
+        for (nth, size) in sizes.iter().enumerate() {
+            let middle = LEFT + group * (nth as f64 + 0.5);
+            let first = middle - bar * names.len() as f64 / 2.0;
+            let _ = writeln!(
+                text,
+                "<text x=\"{middle:.1}\" y=\"{:.1}\" text-anchor=\"middle\" font-weight=\"bold\">{size} B</text>",
+                self.top + FIELD + 22.0
+            );
+            if let Some(row) = ring(*size) {
+                let (from, to) = (first - GAP / 3.0, first + bar * names.len() as f64 + GAP / 3.0);
+                let _ = writeln!(
+                    text,
+                    "<line x1=\"{from:.1}\" x2=\"{to:.1}\" y1=\"{0:.1}\" y2=\"{0:.1}\" stroke=\"{FLOOR_COLOUR}\" \
+                     stroke-width=\"2\" stroke-dasharray=\"5 3\"/>\
+                     <text x=\"{to:.1}\" y=\"{1:.1}\" text-anchor=\"end\" font-size=\"11\">{2:.1}</text>",
+                    y(row.median),
+                    y(row.median) - 4.0,
+                    row.median
+                );
+            }
+            for (at, name) in names.iter().enumerate() {
+                let row = self.bars.iter().find(|row| row.size == *size && row.contender == *name);
+                if let Some(row) = row {
+                    draw_bar(row, first + bar * at as f64, bar, colour(at), &y, text);
+                }
+            }
+        }
+    }
+}
+
+/// A bar, its whisker, and its number, which stands above both.
+fn draw_bar(row: &Row, x: f64, width: f64, colour: &str, y: &dyn Fn(f64) -> f64, text: &mut String) {
+    let (top, bottom, middle) = (y(row.median), y(0.0), x + width / 2.0);
+    let (left, inner, height) = (x + 2.0, width - 4.0, bottom - top);
+    let (low, high) = (y(row.min), y(row.max));
+    let (from, to) = (middle - 5.0, middle + 5.0);
+    let _ = writeln!(
+        text,
+        "<rect x=\"{left:.1}\" y=\"{top:.1}\" width=\"{inner:.1}\" height=\"{height:.1}\" fill=\"{colour}\"/>\
+         <path d=\"M{middle:.1} {low:.1}V{high:.1}M{from:.1} {low:.1}H{to:.1}M{from:.1} {high:.1}H{to:.1}\" \
+         stroke=\"#111111\" fill=\"none\"/>\
+         <text x=\"{middle:.1}\" y=\"{:.1}\" text-anchor=\"middle\" font-size=\"11\">{:.1}</text>",
+        high - 5.0,
+        row.median
+    );
+}
+
+/// Between two lines of the grid: 1, 2 or 5 times a power of ten, for 4 to 10 lines.
+fn step(highest: f64) -> f64 {
+    let power = 10_f64.powf((highest / 4.0).log10().floor());
+    [5.0, 2.0, 1.0].iter().map(|factor| factor * power).find(|step| highest / step >= 4.0).unwrap_or(power)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn there_are_between_four_and_ten_lines() {
+        for highest in [1.0, 3.9, 4.0, 9.9, 27.0, 41.0, 99.0, 100.0, 397.0] {
+            let lines = highest / step(highest);
+            assert!((4.0..=10.0).contains(&lines), "{highest}: {lines}");
+        }
+    }
+}

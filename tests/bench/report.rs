@@ -1,0 +1,220 @@
+//! What windows come to, and how that is printed: a table, and one JSON object.
+
+use std::collections::BTreeMap;
+use std::fmt::Write;
+
+use serde::Serialize;
+
+use crate::contender::{Contender, Kind};
+use crate::host::Machine;
+use crate::measure::{MOST_OTHERS, Measured};
+use crate::probe::{Class, FAR_ABOVE, NEAR_BELOW};
+use crate::ratios::{self, Ratio};
+
+/// A contender with a size, in a class.
+#[derive(Clone, Debug, Serialize)]
+pub struct Row {
+    /// Its name.
+    pub contender: &'static str,
+    /// What it is compared as.
+    #[serde(skip)]
+    pub kind: Kind,
+    /// Its place in the list of contenders.
+    #[serde(skip)]
+    pub order: usize,
+    /// Packet size, bytes.
+    pub size: usize,
+    /// Where the processors were.
+    pub class: Class,
+    /// Million packets a second: the middle window.
+    pub median: f64,
+    /// The slowest.
+    pub min: f64,
+    /// The fastest.
+    pub max: f64,
+    /// How many.
+    pub windows: usize,
+    /// Payload of the middle one, 10^9 bytes a second.
+    pub gigabytes_per_second: f64,
+}
+
+/// Windows of a class.
+#[derive(Clone, Copy, Debug, Default, Serialize)]
+pub struct ClassCount {
+    /// How many there were.
+    pub windows: usize,
+}
+
+/// All of it.
+#[derive(Debug, Serialize)]
+pub struct Report {
+    machine: Machine,
+    rounds: usize,
+    /// Windows of each class.
+    classes: BTreeMap<&'static str, ClassCount>,
+    /// Windows in which others were too busy.
+    windows_dropped: usize,
+    /// Round trip of one cache line between the two processors, nanoseconds.
+    round_trip: Spread,
+    /// Packets of which every byte was looked at, and wrong ones.
+    packets_sampled: u64,
+    packets_corrupted: u64,
+    contenders: BTreeMap<&'static str, About>,
+    /// The figures.
+    pub results: Vec<Row>,
+    ratios: BTreeMap<String, Ratio>,
+}
+
+#[derive(Debug, Serialize)]
+struct About {
+    about: &'static str,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    negotiated: Option<String>,
+    /// By size: why there is nothing.
+    #[serde(skip_serializing_if = "BTreeMap::is_empty")]
+    failures: BTreeMap<usize, String>,
+}
+
+#[derive(Clone, Copy, Debug, Serialize)]
+struct Spread {
+    median: f64,
+    min: f64,
+    max: f64,
+}
+
+impl Spread {
+    fn of(mut values: Vec<f64>) -> Option<Self> {
+        values.sort_by(f64::total_cmp);
+        let (count, last) = (values.len(), *values.last()?);
+        // Of an even number the mean of the middle two.
+        let median = (values[(count - 1) / 2] + values[count / 2]) / 2.0;
+        Some(Self { median, min: values[0], max: last })
+    }
+}
+
+impl Report {
+    /// From what was measured.
+    pub fn new(machine: Machine, contenders: &[Box<dyn Contender>], measured: &Measured) -> Self {
+        let mut groups: BTreeMap<(usize, usize, Class), Vec<f64>> = BTreeMap::new();
+        let mut classes: BTreeMap<_, _> =
+            Class::ALL.iter().map(|class| (class.word(), ClassCount::default())).collect();
+        for window in &measured.windows {
+            groups.entry((window.size, window.contender, window.class)).or_default().push(window.mpps);
+            classes.entry(window.class.word()).or_default().windows += 1;
+        }
+        let results: Vec<_> = groups
+            .into_iter()
+            .filter_map(|((size, at, class), values)| {
+                let (contender, windows) = (contenders.get(at)?, values.len());
+                let Spread { median, min, max } = Spread::of(values)?;
+                let gigabytes_per_second = median * size as f64 / 1e3;
+                let (contender, kind) = (contender.name(), contender.kind());
+                Some(Row {
+                    contender,
+                    kind,
+                    order: at,
+                    size,
+                    class,
+                    median,
+                    min,
+                    max,
+                    windows,
+                    gigabytes_per_second,
+                })
+            })
+            .collect();
+        let about = |(at, contender): (usize, &dyn Contender)| {
+            let failures = measured.failures.iter().filter(|((whose, _), _)| *whose == at);
+            let about = About {
+                about: contender.about(),
+                negotiated: measured.negotiated.get(&at).cloned(),
+                failures: failures.map(|((_, size), why)| (*size, first_line(why))).collect(),
+            };
+            (contender.name(), about)
+        };
+        let nothing = Spread { median: f64::NAN, min: f64::NAN, max: f64::NAN };
+        Self {
+            machine,
+            rounds: measured.rounds,
+            classes,
+            windows_dropped: measured.dropped,
+            round_trip: Spread::of(measured.round_trips.clone()).unwrap_or(nothing),
+            packets_sampled: measured.sampled,
+            packets_corrupted: measured.corrupted,
+            contenders: contenders.iter().map(|contender| &**contender).enumerate().map(about).collect(),
+            ratios: ratios::all(&results),
+            results,
+        }
+    }
+
+    /// For people.
+    pub fn table(&self) -> String {
+        let mut text = self.machine.line() + "\n";
+        let classes = self.classes.iter().map(|(word, count)| format!("{word} {}", count.windows));
+        let Spread { median, min, max } = self.round_trip;
+        // Writing to a string does not fail.
+        let _ = writeln!(
+            text,
+            "{} rounds; windows of 1 s: {}; dropped {} (others used more than {MOST_OTHERS} % of a processor)\n\
+             cache-line round trip {median:.0} ns ({min:.0} to {max:.0}); near below {NEAR_BELOW}, far above \
+             {FAR_ABOVE}\npackets looked at {}, corrupted {}",
+            self.rounds,
+            classes.collect::<Vec<_>>().join(", "),
+            self.windows_dropped,
+            self.packets_sampled,
+            self.packets_corrupted
+        );
+        for class in Class::ALL {
+            if self.results.iter().any(|row| row.class == class) {
+                self.class_table(class, &mut text);
+            }
+        }
+        let _ = writeln!(text, "\nratios of medians");
+        for (name, ratio) in &self.ratios {
+            let _ = writeln!(text, "  {name:<42} {}", ratio.text());
+        }
+        let _ = writeln!(text);
+        for (name, About { about, negotiated, failures }) in &self.contenders {
+            let _ = writeln!(text, "{name}: {about}");
+            if let Some(words) = negotiated {
+                let _ = writeln!(text, "  negotiated: {words}");
+            }
+            for (size, why) in failures {
+                let _ = writeln!(text, "  nothing at {size} B: {why}");
+            }
+        }
+        text
+    }
+
+    fn class_table(&self, class: Class, text: &mut String) {
+        let _ = writeln!(
+            text,
+            "\n{:<7} {:<22} {:>9} {:>9} {:>9} {:>8} {:>8} {:>9}",
+            class.word(),
+            "M packets a second",
+            "median",
+            "min",
+            "max",
+            "windows",
+            "GB/s",
+            "to ours"
+        );
+        for row in self.results.iter().filter(|row| row.class == class) {
+            let ours = self
+                .results
+                .iter()
+                .find(|other| other.kind == Kind::Ours && (other.size, other.class) == (row.size, row.class));
+            let ratio = ours.map_or("-".into(), |ours| format!("{:.2}", row.median / ours.median));
+            let Row { contender, size, median, min, max, windows, gigabytes_per_second, .. } = row;
+            let _ = writeln!(
+                text,
+                "{size:>5} B {contender:<22} {median:>9.2} {min:>9.2} {max:>9.2} {windows:>8} \
+                 {gigabytes_per_second:>8.2} {ratio:>9}"
+            );
+        }
+    }
+}
+
+fn first_line(text: &str) -> String {
+    text.lines().next().unwrap_or_default().into()
+}

@@ -1,0 +1,170 @@
+//! The least that a ring between two processors can be: one producer, one consumer, an index each
+//! on a line of its own, and slots that are whole cache lines. The only `unsafe` of this program.
+
+use std::cell::UnsafeCell;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering};
+
+/// Bytes.
+const LINE: usize = 64;
+
+/// An index, and the neighbouring line, which some processors fetch with it.
+#[derive(Default)]
+#[repr(align(128))]
+struct Index(AtomicU64);
+
+#[expect(dead_code, reason = "reached by `Ring::slot` as bytes")]
+#[repr(align(64))]
+struct Line(UnsafeCell<[u8; LINE]>);
+
+struct Ring {
+    /// Messages ever produced, and ever consumed.
+    head: Index,
+    tail: Index,
+    lines: Box<[Line]>,
+    len: usize,
+    /// Lines of a slot.
+    stride: usize,
+    /// Slots; a power of two.
+    count: u64,
+}
+
+// SAFETY: a slot is touched by one side at a time: by the consumer from when `head` has passed it,
+// by the producer from when `tail` has. There is one `Producer` and one `Consumer` of a ring, as
+// only `ring` makes them and neither can be cloned.
+unsafe impl Sync for Ring {}
+
+impl Ring {
+    /// Where a message is.
+    fn slot(&self, at: u64) -> *mut u8 {
+        let index = (at & (self.count - 1)) as usize * self.stride;
+        // In bounds: `ring` has made `count` slots of `stride` lines each. The pointer is derived
+        // from the whole slice, so it may go on to the slot's other lines.
+        self.lines.as_ptr().wrapping_add(index).cast_mut().cast()
+    }
+
+    /// Copies a message. The length is known to the compiler where it matters.
+    ///
+    /// # Safety
+    /// `from` can be read and `to` be written for `self.len` bytes, which do not overlap, and
+    /// nobody else touches them meanwhile.
+    #[inline]
+    unsafe fn copy(&self, from: *const u8, to: *mut u8) {
+        let len = if self.len == LINE { LINE } else { self.len };
+        // SAFETY: the caller's.
+        unsafe {
+            if len == LINE {
+                std::ptr::copy_nonoverlapping(from, to, LINE);
+            } else {
+                std::ptr::copy_nonoverlapping(from, to, len);
+            }
+        }
+    }
+}
+
+/// The sending end.
+pub struct Producer {
+    ring: Arc<Ring>,
+    head: u64,
+    /// As last seen.
+    tail: u64,
+}
+
+/// The receiving end.
+pub struct Consumer {
+    ring: Arc<Ring>,
+    tail: u64,
+    /// As last seen.
+    head: u64,
+}
+
+/// A ring of so many slots, brought up to a power of two, for messages of so many bytes.
+pub fn ring(slots: usize, len: usize) -> (Producer, Consumer) {
+    let (count, stride) = (slots.next_power_of_two(), len.div_ceil(LINE).max(1));
+    let lines = (0..count * stride).map(|_| Line(UnsafeCell::new([0; LINE]))).collect();
+    let ring = Arc::new(Ring {
+        head: Index::default(),
+        tail: Index::default(),
+        lines,
+        len,
+        stride,
+        count: count as u64,
+    });
+    (Producer { ring: Arc::clone(&ring), head: 0, tail: 0 }, Consumer { ring, tail: 0, head: 0 })
+}
+
+impl Producer {
+    /// Sends as many of the messages, which lie one behind the other, as there is room for.
+    pub fn send(&mut self, messages: &[u8]) -> usize {
+        let wanted = (messages.len() / self.ring.len) as u64;
+        if self.ring.count - (self.head - self.tail) < wanted {
+            // Acquire: pairs with the store of `tail` in `receive`.
+            self.tail = self.ring.tail.0.load(Ordering::Acquire);
+        }
+        let count = wanted.min(self.ring.count - (self.head - self.tail));
+        for (message, at) in messages.chunks_exact(self.ring.len).zip(self.head..self.head + count) {
+            // SAFETY: `message` has `len` bytes, and so has the slot, which `tail` has passed.
+            unsafe { self.ring.copy(message.as_ptr(), self.ring.slot(at)) };
+        }
+        self.head += count;
+        if count > 0 {
+            // Release: pairs with the load of `head` in `receive`.
+            self.ring.head.0.store(self.head, Ordering::Release);
+        }
+        count as usize
+    }
+}
+
+impl Consumer {
+    /// Copies out as many messages as there are and room is for.
+    pub fn receive(&mut self, into: &mut [u8]) -> usize {
+        if self.head == self.tail {
+            // Acquire: pairs with the store of `head` in `send`.
+            self.head = self.ring.head.0.load(Ordering::Acquire);
+        }
+        let count = (self.head - self.tail).min((into.len() / self.ring.len) as u64);
+        for (message, at) in into.chunks_exact_mut(self.ring.len).zip(self.tail..self.tail + count) {
+            // SAFETY: `message` has `len` bytes, and so has the slot, which `head` has passed.
+            unsafe { self.ring.copy(self.ring.slot(at), message.as_mut_ptr()) };
+        }
+        self.tail += count;
+        if count > 0 {
+            // Release: pairs with the load of `tail` in `send`.
+            self.ring.tail.0.store(self.tail, Ordering::Release);
+        }
+        count as usize
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn messages_arrive_whole_and_in_order() {
+        for len in [64, 100, 1500] {
+            let (mut producer, mut consumer) = ring(8, len);
+            let sender = std::thread::spawn(move || {
+                let mut next = 0_u32;
+                while next < 10_000 {
+                    let burst: Vec<u8> = (next..next + 4)
+                        .flat_map(|number| [number as u8, (number >> 8) as u8].repeat(len / 2))
+                        .collect();
+                    next += producer.send(&burst) as u32;
+                }
+                next
+            });
+            let (mut expected, mut into) = (0_u32, vec![0; 3 * len]);
+            while expected < 10_000 {
+                let count = consumer.receive(&mut into);
+                for message in into.chunks_exact(len).take(count) {
+                    let whole = [expected as u8, (expected >> 8) as u8].repeat(len / 2);
+                    assert_eq!(message, whole, "message {expected} of {len} bytes");
+                    expected += 1;
+                }
+                std::thread::yield_now();
+            }
+            assert!(sender.join().is_ok_and(|sent| sent >= expected));
+        }
+    }
+}
