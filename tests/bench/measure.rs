@@ -21,6 +21,12 @@ const STILL: Duration = Duration::from_millis(5);
 const FLOW: Duration = Duration::from_secs(10);
 /// Packets that have to have arrived before the first window.
 const ENOUGH: u64 = 100_000;
+/// How long to wait, before a start, for others to leave the processors alone, and how long one
+/// look at that takes.
+const QUIET: Duration = Duration::from_secs(15);
+const LOOK: Duration = Duration::from_millis(150);
+/// Windows that are tried for each that is wanted, as some may be dropped.
+const TRIES: usize = 2;
 /// A window in which others used more of a processor than this is worth nothing, percent.
 pub const MOST_OTHERS: f64 = 6.0;
 /// Packets of which the receiver may have counted one thing and not yet the other.
@@ -35,7 +41,7 @@ pub struct Plan {
     pub rounds: usize,
     /// Windows of a contender a start.
     pub windows: usize,
-    /// No round begins that would probably end later than this.
+    /// No contender is started later than this.
     pub limit: Option<Duration>,
 }
 
@@ -77,12 +83,7 @@ pub struct Measured {
 pub fn measure(contenders: &[Box<dyn Contender>], plan: &Plan) -> Measured {
     let mut measured = Measured::default();
     let begin = Instant::now();
-    for round in 0..plan.rounds {
-        let each = begin.elapsed() / round.max(1) as u32;
-        if round > 0 && plan.limit.is_some_and(|limit| begin.elapsed() + each > limit) {
-            eprintln!("compare: no time for more than {round} rounds");
-            break;
-        }
+    'rounds: for round in 0..plan.rounds {
         measured.rounds += 1;
         let mut turns: Vec<(usize, usize)> = Vec::new();
         for (at, contender) in contenders.iter().enumerate() {
@@ -95,6 +96,11 @@ pub fn measure(contenders: &[Box<dyn Contender>], plan: &Plan) -> Measured {
             else {
                 continue;
             };
+            if plan.limit.is_some_and(|limit| begin.elapsed() > limit) {
+                eprintln!("compare: round {} ends before its time, which is over", round + 1);
+                break 'rounds;
+            }
+            wait_until_quiet();
             let windows = if contender.kind() == Kind::Floor { 1 } else { plan.windows };
             let taken = take(&**contender, (at, size), windows, &mut measured);
             let name = contender.name();
@@ -113,6 +119,20 @@ pub fn measure(contenders: &[Box<dyn Contender>], plan: &Plan) -> Measured {
         }
     }
     measured
+}
+
+/// Waits for others to leave the processors alone; not for ever.
+fn wait_until_quiet() {
+    let begin = Instant::now();
+    while begin.elapsed() < QUIET {
+        let Ok(before) = Ticks::now(&[]) else { return };
+        thread::sleep(LOOK);
+        let Ok(after) = Ticks::now(&[]) else { return };
+        // A tick is more than `MOST_OTHERS` of so short a time.
+        if after.others_percent_since(before, LOOK.as_secs_f64()) < 2.0 * MOST_OTHERS {
+            return;
+        }
+    }
 }
 
 /// Measures one contender for some windows. Says how it was.
@@ -147,13 +167,16 @@ fn watch(
     let mut line = String::new();
     let mut taken = Vec::new();
     let mut before = standing_still(running, measured)?;
-    for _ in 0..windows {
+    for _ in 0..windows * TRIES {
+        if taken.len() == windows {
+            break;
+        }
         thread::sleep(SETTLE);
         let (rate, others) = window(running, size)?;
         let after = standing_still(running, measured)?;
         let class = Class::of(before, after);
         let busy = others > MOST_OTHERS;
-        line += &format!("{rate:7.2} M/s {}", class.word());
+        line += &format!(" {rate:7.2} M/s {:5}", class.word());
         if busy {
             line += &format!(" (dropped: others used {others:.0} %)");
             measured.dropped += 1;
