@@ -36,6 +36,7 @@ use std::time::Duration;
 
 use anyhow::{Context, Result, ensure};
 use clap::{Parser, Subcommand};
+use guest_driver_model::programs::stop::Stop;
 
 use crate::contender::Contender;
 use crate::host::Machine;
@@ -128,7 +129,9 @@ fn compare(cli: &Cli) -> Result<()> {
     };
     let machine = Machine::this(testpmd::version(), testpmd::has_hugepages());
     eprintln!("compare: {}", machine.line());
-    let measured = measure::measure(&contenders, &plan);
+    // So that processes and directories go before this one does.
+    let stop = Stop::on_signals().context("signal handlers")?;
+    let measured = measure::measure(&contenders, &plan, &stop);
     let report = Report::new(machine, &contenders, &measured);
     if let Some(path) = &cli.svg {
         fs::write(path, plot::svg(&report.results)).with_context(|| path.display().to_string())?;

@@ -6,6 +6,7 @@ use std::thread;
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, ensure};
+use guest_driver_model::programs::stop::Stop;
 
 use crate::contender::{Contender, Count, Kind, Running};
 use crate::host::Ticks;
@@ -79,8 +80,8 @@ pub struct Measured {
     pub corrupted: u64,
 }
 
-/// Measures, with a line on stderr for each start.
-pub fn measure(contenders: &[Box<dyn Contender>], plan: &Plan) -> Measured {
+/// Measures, with a line on stderr for each start, until `stop` is requested at the latest.
+pub fn measure(contenders: &[Box<dyn Contender>], plan: &Plan, stop: &Stop) -> Measured {
     let mut measured = Measured::default();
     let begin = Instant::now();
     'rounds: for round in 0..plan.rounds {
@@ -102,8 +103,13 @@ pub fn measure(contenders: &[Box<dyn Contender>], plan: &Plan) -> Measured {
             }
             wait_until_quiet();
             let windows = if contender.kind() == Kind::Floor { 1 } else { plan.windows };
-            let taken = take(&**contender, (at, size), windows, &mut measured);
+            let taken = take(&**contender, (at, size), windows, (&mut measured, stop));
             let name = contender.name();
+            // Who is interrupted at a terminal has seen the contender's processes end, too.
+            if stop.is_requested() {
+                eprintln!("compare: interrupted");
+                break 'rounds;
+            }
             match taken {
                 Ok(line) => eprintln!(
                     "compare: {:4.0} s, round {}/{}: {name:<22} {size:>6} B  {line}",
@@ -140,11 +146,11 @@ fn take(
     contender: &dyn Contender,
     (at, size): (usize, usize),
     windows: usize,
-    measured: &mut Measured,
+    (measured, stop): (&mut Measured, &Stop),
 ) -> Result<String> {
     let mut running = contender.start(size)?;
     let result = watch(&mut *running, (at, size), windows, measured);
-    if result.is_err() {
+    if result.is_err() && !stop.is_requested() {
         eprintln!("{}", running.logs());
     }
     result

@@ -26,6 +26,8 @@ const BAR: f64 = 44.0;
 /// Colours that can be told apart by everyone (Okabe and Ito).
 const COLOURS: [&str; 7] = ["#0072b2", "#e69f00", "#d55e00", "#009e73", "#56b4e9", "#cc79a7", "#f0e442"];
 const FLOOR_COLOUR: &str = "#333333";
+/// Of numbers: a white rim, so that a line behind one does not cross it out.
+const RIM: &str = "stroke=\"#ffffff\" stroke-width=\"4\" stroke-linejoin=\"round\" paint-order=\"stroke\"";
 
 /// The picture.
 pub fn svg(rows: &[Row]) -> String {
@@ -157,10 +159,11 @@ impl Panel<'_> {
                     text,
                     "<line x1=\"{from:.1}\" x2=\"{to:.1}\" y1=\"{0:.1}\" y2=\"{0:.1}\" stroke=\"{FLOOR_COLOUR}\" \
                      stroke-width=\"2\" stroke-dasharray=\"5 3\"/>\
-                     <text x=\"{to:.1}\" y=\"{1:.1}\" text-anchor=\"end\" font-size=\"11\">{2:.1}</text>",
+                     <text x=\"{3:.1}\" y=\"{1:.1}\" text-anchor=\"start\" font-size=\"11\" {RIM}>{2:.1}</text>",
                     y(row.median),
-                    y(row.median) - 4.0,
-                    row.median
+                    y(row.median) + 4.0,
+                    row.median,
+                    to - 2.0
                 );
             }
             for (at, name) in names.iter().enumerate() {
@@ -184,7 +187,7 @@ fn draw_bar(row: &Row, x: f64, width: f64, colour: &str, y: &dyn Fn(f64) -> f64,
         "<rect x=\"{left:.1}\" y=\"{top:.1}\" width=\"{inner:.1}\" height=\"{height:.1}\" fill=\"{colour}\"/>\
          <path d=\"M{middle:.1} {low:.1}V{high:.1}M{from:.1} {low:.1}H{to:.1}M{from:.1} {high:.1}H{to:.1}\" \
          stroke=\"#111111\" fill=\"none\"/>\
-         <text x=\"{middle:.1}\" y=\"{:.1}\" text-anchor=\"middle\" font-size=\"11\">{:.1}</text>",
+         <text x=\"{middle:.1}\" y=\"{:.1}\" text-anchor=\"middle\" font-size=\"11\" {RIM}>{:.1}</text>",
         high - 5.0,
         row.median
     );
