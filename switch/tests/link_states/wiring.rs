@@ -106,6 +106,20 @@ fn wired() -> Bench {
     bench
 }
 
+/// The same, with every WIRE on its way.
+fn about_to_be_wired() -> Bench {
+    let mut bench = Bench::new();
+    bench.wiring = true;
+    bench.connect(Side::Owner);
+    bench.owner_up(&REGIONS);
+    bench.peer_up();
+    while bench.vmm.act(Manner::Honest) {
+        bench.deliver();
+        bench.look();
+    }
+    bench
+}
+
 fn ways(bench: &Bench, vring: usize) -> [String; 2] {
     let report = bench.report();
     [report.vrings[vring].kicks.clone(), report.vrings[vring].calls.clone()]
@@ -172,15 +186,7 @@ fn a_replaced_call_is_answered_when_the_peer_has_the_new_one_and_that_is_signall
 
 #[test]
 fn a_request_that_meets_a_device_started_again_is_said_again() {
-    let mut bench = Bench::new();
-    bench.wiring = true;
-    bench.connect(Side::Owner);
-    bench.owner_up(&REGIONS);
-    bench.peer_up();
-    while bench.vmm.act(Manner::Honest) {
-        bench.deliver();
-        bench.look();
-    }
+    let mut bench = about_to_be_wired();
     // All four requests are on their way. The first is carried out; then the device is reset.
     assert!(bench.wirer.act(Manner::Honest));
     bench.peer_stops(true);
@@ -217,15 +223,7 @@ fn a_queue_whose_kick_comes_anew_is_wired_anew() {
 
 #[test]
 fn a_stopped_device_is_asked_to_take_nothing_back_and_holds_no_owner_up() {
-    let mut bench = Bench::new();
-    bench.wiring = true;
-    bench.connect(Side::Owner);
-    bench.owner_up(&REGIONS);
-    bench.peer_up();
-    while bench.vmm.act(Manner::Honest) {
-        bench.deliver();
-        bench.look();
-    }
+    let mut bench = about_to_be_wired();
     assert!(bench.wirer.act(Manner::Honest));
     bench.peer_stops(true);
     bench.deliver();

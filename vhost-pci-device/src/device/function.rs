@@ -21,7 +21,7 @@ use crate::pci::bar::{
 };
 use crate::pci::capability;
 use crate::pci::config::COMMAND_MEMORY;
-use crate::virtio::common::Change;
+use crate::virtio::common_config::Change;
 use crate::vmm::Vmm;
 use crate::window::Window;
 

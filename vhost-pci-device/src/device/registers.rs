@@ -12,7 +12,7 @@ use crate::pci::bar::{
 use crate::pci::capability;
 use crate::pci::config::{COMMAND_MASTER, COMMAND_MEMORY, ConfigSpace};
 use crate::pci::msix::Table;
-use crate::virtio::common::Common;
+use crate::virtio::common_config::Common;
 use crate::vmm::MsiMessage;
 
 /// The registers.

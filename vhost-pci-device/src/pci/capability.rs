@@ -7,7 +7,7 @@ use super::bar::{
 };
 use super::config::ConfigSpace;
 use crate::abi::{CONFIG_LEN, SHMID_WINDOW};
-use crate::virtio::common;
+use crate::virtio::common_config;
 
 /// Where the list starts.
 pub const FIRST: u8 = 0x40;
@@ -115,7 +115,7 @@ pub fn install(space: &mut ConfigSpace, queues: u16, vectors: u16, window_len: u
     let msix_flags = list.push(&msix) + 2;
 
     let notify_len = u64::from(queues) * u64::from(NOTIFY_OFF_MULTIPLIER);
-    list.virtio(COMMON_CFG, REGISTERS_BAR, 0, (COMMON_OFFSET, common::LEN as u64), &[]);
+    list.virtio(COMMON_CFG, REGISTERS_BAR, 0, (COMMON_OFFSET, common_config::LEN as u64), &[]);
     list.virtio(NOTIFY_CFG, REGISTERS_BAR, 0, (NOTIFY_OFFSET, notify_len), &[NOTIFY_OFF_MULTIPLIER]);
     list.virtio(ISR_CFG, REGISTERS_BAR, 0, (ISR_OFFSET, 1), &[]);
     list.virtio(DEVICE_CFG, REGISTERS_BAR, 0, (DEVICE_OFFSET, CONFIG_LEN as u64), &[]);

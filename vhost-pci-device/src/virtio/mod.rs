@@ -2,8 +2,8 @@
 //!
 //! | file | what it holds |
 //! |---|---|
-//! | [`common`] | the common configuration structure and the device status |
+//! | [`common_config`] | the common configuration structure and the device status |
 //! | [`queue`] | one virtqueue's registers |
 
-pub mod common;
+pub mod common_config;
 pub mod queue;

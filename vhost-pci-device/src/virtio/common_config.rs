@@ -260,5 +260,5 @@ impl Common {
 }
 
 #[cfg(test)]
-#[path = "common_tests.rs"]
+#[path = "common_config_tests.rs"]
 mod tests;
