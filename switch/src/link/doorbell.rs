@@ -79,9 +79,9 @@ impl Doorbell {
         effects: &mut Vec<Effect>,
     ) -> bool {
         self.armed = armed.min(MAX_VECTORS).min(VECTORS_PER_VRING * u32::from(vrings));
-        self.wanted = if self.is_refused { Ends::new() } else { wanted.clone() };
+        let wanted = if self.is_refused { Ends::new() } else { wanted.clone() };
         let before = effects.len();
-        for (end, eventfd) in &self.wanted.clone() {
+        for (end, eventfd) in &wanted {
             match end.from {
                 Side::Owner => self.give_vector(eventfd, effects),
                 Side::Peer => self.give_call(eventfd, CALLS_PER_VRING * usize::from(vrings), effects),
@@ -91,6 +91,7 @@ impl Doorbell {
             self.deadline = Some(now + self.timeout);
             effects.push(Effect::WatchDoorbell);
         }
+        self.wanted = wanted;
         let page: Vec<_> = (0..vrings).map(|vring| self.entry(vring)).collect();
         let changes = page != self.page;
         if changes {

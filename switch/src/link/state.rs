@@ -282,6 +282,11 @@ impl Link {
         self.config.window_len
     }
 
+    /// Whether it matters when the VMM with the doorbell function has read what it was sent.
+    pub fn awaits_doorbell(&self) -> bool {
+        self.doorbell_function.as_ref().is_some_and(|doorbell| doorbell.deadline().is_some())
+    }
+
     /// Whether the peer's driver has started its device.
     pub fn is_shown(&self) -> bool {
         self.peer.as_ref().is_some_and(PeerSession::is_started)

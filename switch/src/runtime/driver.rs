@@ -234,6 +234,8 @@ impl LinkDriver {
             watch.next = now + watch.pause;
             self.look_at_witness();
         }
+        // One that has waited too long is not looked at for ever.
+        self.doorbell_watch.take_if(|_| !self.link.awaits_doorbell());
         if let Some(watch) = self.doorbell_watch.as_mut().filter(|watch| now >= watch.next) {
             watch.pause = (watch.pause * 2).min(LOOK_WAITED_FOR);
             watch.next = now + watch.pause;

@@ -195,9 +195,9 @@ impl Worker {
         let _ = self.shared.wake.read();
         let shared = Arc::clone(&self.shared);
         let mut mailbox = shared.mailbox();
-        let signals = std::mem::take(&mut mailbox.signals);
+        let mut signals = std::mem::take(&mut mailbox.signals);
         if let Some(wiring) = mailbox.wiring.take() {
-            self.rewire(wiring);
+            signals.extend(self.rewire(wiring));
         }
         if signals.is_empty() && self.routes.is_empty() {
             mailbox.running = false;
@@ -214,17 +214,18 @@ impl Worker {
         true
     }
 
-    fn rewire(&mut self, Wiring { wires, doorbell }: Wiring) {
+    /// Waits for other sources from now on. Gives what is to be signalled once: what was passed
+    /// on last may have reached an eventfd that its VMM had looked at for the last time.
+    fn rewire(&mut self, Wiring { wires, doorbell }: Wiring) -> Vec<Eventfd> {
+        let mut again = Vec::new();
         for (_, route) in self.routes.drain() {
             // Fails only for a descriptor that is not waited for.
             let _ = self.epoll.delete(route.source.as_fd());
-            // What was passed on last may have reached an eventfd that its VMM had looked at
-            // for the last time.
             if let Action::Signal { target, .. } = &route.action
                 && let Some(wire) = wires.iter().find(|wire| wire.source == route.source)
                 && wire.target != *target
             {
-                signal(&wire.target);
+                again.push(wire.target.clone());
             }
         }
         let signals = wires.into_iter().map(|wire| {
@@ -244,6 +245,7 @@ impl Worker {
                 Err(error) => warn!(link = %self.name, %error, "an eventfd cannot be relayed"),
             }
         }
+        again
     }
 
     fn pass_on(&self, route: &Route) {
@@ -331,6 +333,45 @@ mod tests {
         kick.write(1).unwrap();
         link.wire(&[Wire { vring: 0, from: Side::Peer, source, target }], None);
         assert!(wait_for(&call));
+    }
+
+    #[test]
+    fn a_replaced_target_is_signalled_once() {
+        let link = relay();
+        let (kick, source) = pair();
+        let (_, old) = pair();
+        let (call, target) = pair();
+        link.wire(&[Wire { vring: 0, from: Side::Peer, source: source.clone(), target: old }], None);
+        thread::sleep(Duration::from_millis(20));
+        link.wire(&[Wire { vring: 0, from: Side::Peer, source, target }], None);
+        assert!(wait_for(&call));
+        thread::sleep(Duration::from_millis(20));
+        assert!(call.read().is_err());
+        drop(kick);
+    }
+
+    #[test]
+    fn a_replaced_target_that_blocks_holds_up_nobody_who_tells_the_relay_something() {
+        let link = relay();
+        let (_kick, source) = pair();
+        let (_, old) = pair();
+        // Full, and a write to it waits.
+        let full = EventFd::from_flags(EfdFlags::empty()).unwrap();
+        full.write(u64::MAX - 1).unwrap();
+        let target = Eventfd::new(full.as_fd().try_clone_to_owned().unwrap());
+        link.wire(&[Wire { vring: 0, from: Side::Peer, source: source.clone(), target: old }], None);
+        thread::sleep(Duration::from_millis(20));
+        link.wire(&[Wire { vring: 0, from: Side::Peer, source, target: target.clone() }], None);
+        thread::sleep(Duration::from_millis(20));
+        let (told, hears) = std::sync::mpsc::channel();
+        thread::spawn(move || {
+            link.signal(&target);
+            link.wire(&[], None);
+            let _ = told.send(link);
+        });
+        let link = hears.recv_timeout(Duration::from_secs(5)).unwrap();
+        full.read().unwrap();
+        end(link);
     }
 
     #[test]

@@ -189,7 +189,9 @@ fn a_function_that_breaks_the_rules_carries_nothing_more_and_keeps_its_place() {
     bench.owner_raw(Request::SetVringCall { index: 0, fd: Some(known) });
     assert_eq!(page(&bench)[0].1, Some(1 << 16));
     bench.forget();
+    assert!(bench.link.awaits_doorbell());
     bench.wait(TIMEOUT);
+    assert!(!bench.link.awaits_doorbell(), "the clock would wake for it for ever");
     assert_eq!(page(&bench), [(None, None); 2]);
     let published = bench.trace.iter().position(|effect| matches!(effect, Effect::PublishDoorbell(..)));
     let told = bench.trace.iter().position(|effect| matches!(effect, Effect::NotifyPeer(_)));
