@@ -21,6 +21,7 @@ use guest_driver_model::programs::stop::Stop;
 use guest_driver_model::programs::traffic::Traffic;
 use guest_driver_model::programs::waiting::{Wait, WaitArgs};
 use guest_driver_model::programs::{self, ProgramError};
+use guest_driver_model::ring::split::layout::avail_event;
 use guest_driver_model::shm::SharedMemory;
 use guest_driver_model::transport::{Transport, TransportError};
 use net_support::{IOVA, LinkWriter, TwoViews, device_config, frame};
@@ -436,7 +437,7 @@ fn a_queue_that_has_an_interrupt_of_its_own_wakes_a_sleeping_driver_by_it() {
 fn asleep_at(bench: &Bench, vring: u16) -> impl FnMut() -> bool {
     let places = bench.layout.vrings()[usize::from(vring)].places;
     let word = |at| bench.views.owner.load_u16(at).unwrap();
-    move || word(places.avail_event()) == word(places.avail + 2)
+    move || word(avail_event(&places)) == word(places.avail + 2)
 }
 
 #[test]

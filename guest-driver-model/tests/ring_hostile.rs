@@ -6,6 +6,7 @@ mod net_support;
 
 use guest_driver_model::link::{Access, Mapping};
 use guest_driver_model::ring::device::MAX_CHAIN;
+use guest_driver_model::ring::split::layout::{avail_event, used_event};
 use guest_driver_model::ring::walk::MAX_SEGMENTS;
 use guest_driver_model::ring::{
     AddError, Buffer, ChainBurst, Completion, DeviceRing, Direction, DriverFaultKind, DriverRing, Place,
@@ -427,7 +428,7 @@ fn an_event_index_decides_about_calls_and_nothing_else() {
     let mut calls = 0;
     for index in 0..=u16::MAX {
         // Also this side's own word, which the owner can write as well.
-        for at in [ring.places.used_event(), ring.places.avail_event()] {
+        for at in [used_event(&ring.places), avail_event(&ring.places)] {
             ring.views.owner.store_u16(at, index.wrapping_mul(40_503)).unwrap();
         }
         ring.avail_index(index.wrapping_add(1));

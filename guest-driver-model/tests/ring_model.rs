@@ -1,11 +1,11 @@
 //! The ring's notification rule under a model checker (loom): the very code of
-//! `ring::index` over words whose every reordering is tried. A lost wake-up is a consumer
+//! `ring::split::index` over words whose every reordering is tried. A lost wake-up is a consumer
 //! that sleeps for ever, which loom finds as a deadlock.
 #![allow(clippy::unwrap_used, missing_docs)]
 
 use std::sync::Arc as StdArc;
 
-use guest_driver_model::ring::index::{Consumer, Producer, Wish, Word};
+use guest_driver_model::ring::split::index::{Consumer, Producer, Wish, Word};
 use loom::model::Builder;
 use loom::sync::atomic::{AtomicU16, Ordering, fence};
 use loom::sync::{Arc, Condvar, Mutex};

@@ -1,29 +1,19 @@
-//! The device half of a split virtqueue (virtio 1.3, 2.7), over memory that the
-//! driver's VM can rewrite at any moment.
+//! The device half of a virtqueue, whatever its format.
 //!
-//! Owns: private copies of both indices and of the last used elements; each shared
-//! field is fetched once, validated, and the copy is used. Never touches a buffer's
-//! contents, never notifies anybody: it says whether to.
-//!
-//! A ring that breaks the rules yields a [`Fault`] and is dead until it is made anew.
-//! Chains that were popped before the fault was met stay good and can be completed.
-//!
-//! What the mapping table does not show is no fault where the owner has an IOMMU: see
-//! [`OnMiss`].
+//! Owns: which format it is, and what the formats' halves have in common. A port works on
+//! this; what an operation does to the ring is the format's own affair.
 
 use std::fmt;
 
 use vhost_pci_device::abi::FaultKind;
-use virtio_bindings::virtio_ring::{VRING_AVAIL_F_NO_INTERRUPT, VRING_USED_F_NO_NOTIFY};
 
-use super::chain::{ChainBurst, Descriptor, Direction};
+use super::chain::{ChainBurst, Direction};
 use super::features::RingFeatures;
-use super::index::{Consumer, Producer, Wish, Word};
-use super::layout::{DESC_LEN, FLAGS_AT, INDEX_AT, RingConfig, SLOTS_AT};
+use super::layout::RingConfig;
 use super::miss::{Finding, Miss, OnMiss};
-use super::walk::{Broken, Lookup, Stop, Walk};
-use crate::shm::{SharedMemory, ShmError, Slots, Word16};
-use crate::translate::{Access, Part, Translation};
+use super::split::device::SplitDevice;
+use crate::shm::SharedMemory;
+use crate::translate::Translation;
 
 /// The most descriptors of one chain, in the ring and an indirect table together:
 /// what Linux's vhost takes (UIO_MAXIOV). A ring smaller than that sets the limit
@@ -49,27 +39,18 @@ impl fmt::Display for Fault {
 
 /// The device half of one vring.
 #[derive(Debug)]
-pub struct DeviceRing {
-    vring: u16,
-    size: u16,
-    /// Descriptors that one chain may have.
-    chain_limit: u16,
-    indirect: bool,
-    desc: Slots<16>,
-    avail: Slots<2>,
-    used: Slots<8>,
-    available: Consumer<Word16>,
-    completed: Producer<Word16>,
-    window: SharedMemory,
-    lookup: Lookup,
-    /// For chains that are only looked at.
-    ahead: ChainBurst,
-    /// The used elements as this side last wrote them: a store that would change
-    /// nothing would only take the cache line from the driver's CPU.
-    used_shadow: Box<[[u32; 2]]>,
-    /// The private copy of an indirect table.
-    table: Vec<u8>,
-    fault: Option<Fault>,
+pub enum DeviceRing {
+    /// A split virtqueue (virtio 1.3, 2.7).
+    Split(SplitDevice),
+}
+
+/// Does the same to a ring of either format.
+macro_rules! either {
+    ($self:ident, $ring:ident => $operation:expr) => {
+        match $self {
+            Self::Split($ring) => $operation,
+        }
+    };
 }
 
 impl DeviceRing {
@@ -86,95 +67,52 @@ impl DeviceRing {
         translation: Translation,
         features: RingFeatures,
     ) -> Result<Self, Fault> {
-        let geometry = |value| Fault { kind: FaultKind::Geometry, vring, value };
-        let places = config.place(&translation).map_err(|_| geometry(u64::from(config.size())))?;
-        let outside = |error: ShmError| match error {
-            ShmError::OutOfBounds { offset, .. } | ShmError::Misaligned { offset, .. } => geometry(offset),
-        };
-        let word = |offset| Word16::new(window, offset).map_err(outside);
-        let used_index = word(places.used + INDEX_AT)?;
-        // The one load of the used index: afterwards the private copy counts.
-        let start = Word::load(&used_index);
-        let (kicks, calls) = match features.event_idx {
-            true => (
-                Wish::Event { word: word(places.avail_event())? },
-                Wish::Event { word: word(places.used_event())? },
-            ),
-            false => (
-                Wish::Flag { word: word(places.used + FLAGS_AT)?, bit: VRING_USED_F_NO_NOTIFY as u16 },
-                Wish::Flag { word: word(places.avail + FLAGS_AT)?, bit: VRING_AVAIL_F_NO_INTERRUPT as u16 },
-            ),
-        };
-        Ok(Self {
-            vring,
-            size: places.size,
-            chain_limit: places.size.min(MAX_CHAIN),
-            indirect: features.indirect,
-            desc: Slots::new(window, places.desc, places.size).map_err(outside)?,
-            avail: Slots::new(window, places.avail + SLOTS_AT, places.size).map_err(outside)?,
-            used: Slots::new(window, places.used + SLOTS_AT, places.size).map_err(outside)?,
-            available: Consumer::new(word(places.avail + INDEX_AT)?, kicks, start),
-            completed: Producer::new(used_index, calls, start),
-            window: window.clone(),
-            lookup: Lookup::new(translation),
-            ahead: ChainBurst::default(),
-            // No element has this id, so each slot's first element is stored.
-            used_shadow: vec![[u32::MAX; 2]; usize::from(places.size)].into(),
-            table: Vec::new(),
-            fault: None,
-        })
+        SplitDevice::new(vring, config, window, translation, features).map(Self::Split)
     }
 
     /// The same ring, with another answer to a buffer that is not in the mapping table.
-    pub fn on_miss(mut self, on_miss: OnMiss) -> Self {
-        self.lookup.on_miss = on_miss;
-        self
+    pub fn on_miss(self, on_miss: OnMiss) -> Self {
+        match self {
+            Self::Split(ring) => Self::Split(ring.on_miss(on_miss)),
+        }
     }
 
     /// What the ring does about a buffer that is not in the mapping table.
     #[inline]
     pub fn miss_policy(&self) -> OnMiss {
-        self.lookup.on_miss
+        either!(self, ring => ring.miss_policy())
     }
 
     /// From now on chains are popped by another mapping table. The ring itself stays where
     /// it is, and what was popped is the caller's to put back.
+    #[inline]
     pub fn set_translation(&mut self, translation: Translation) {
-        self.lookup.translation = translation;
+        either!(self, ring => ring.set_translation(translation))
     }
 
     /// The owner's vring number.
+    #[inline]
     pub fn vring(&self) -> u16 {
-        self.vring
+        either!(self, ring => ring.vring())
     }
 
     /// Entries.
+    #[inline]
     pub fn size(&self) -> u16 {
-        self.size
+        either!(self, ring => ring.size())
     }
 
     /// Why the ring is dead, if it is.
+    #[inline]
     pub fn fault(&self) -> Option<Fault> {
-        self.fault
+        either!(self, ring => ring.fault())
     }
 
     /// How many chains can be popped: one acquire load of the available index.
     /// Errors: [`FaultKind::AvailJump`].
     #[inline]
     pub fn poll_avail(&mut self) -> Result<u16, Fault> {
-        if let Some(fault) = self.fault {
-            return Err(fault);
-        }
-        let index = self.available.observe();
-        // The driver owns `size` slots, of which those after the used index that it
-        // can know may be filled. It never takes one back.
-        let outstanding = index.wrapping_sub(self.completed.published());
-        let new = index.wrapping_sub(self.available.next());
-        if outstanding > self.size || new > self.size {
-            return Err(self.broken((FaultKind::AvailJump, u64::from(index))));
-        }
-        self.available.accept(index);
-        Ok(new)
+        either!(self, ring => ring.poll_avail())
     }
 
     /// Pops up to `budget` chains and appends them to `burst`. Returns how many.
@@ -189,205 +127,52 @@ impl DeviceRing {
         direction: Direction,
         burst: &mut ChainBurst,
     ) -> Result<usize, Fault> {
-        if let Some(fault) = self.fault {
-            return Err(fault);
-        }
-        self.lookup.misses.clear();
-        let mut ready = usize::from(self.available.known());
-        if ready < budget {
-            ready = usize::from(self.poll_avail()?);
-        }
-        let wanted = ready.min(budget);
-        for popped in 0..wanted {
-            let at = self.available.next();
-            let mark = burst.mark();
-            match self.pop_chain(at, direction, burst, mark) {
-                Ok(()) => self.available.advance(),
-                Err(Stop::Broken(broken)) => {
-                    burst.abandon(mark);
-                    let fault = self.broken(broken);
-                    return if popped == 0 { Err(fault) } else { Ok(popped) };
-                }
-                Err(Stop::Missing) => {
-                    burst.abandon(mark);
-                    self.look_ahead(wanted - popped, direction);
-                    return Ok(popped);
-                }
-            }
-        }
-        Ok(wanted)
-    }
-
-    /// Notes what the chains behind the next one lack, so that it can be asked for in one
-    /// go. They are popped, and checked, later.
-    #[cold]
-    fn look_ahead(&mut self, count: usize, direction: Direction) {
-        let mut ahead = std::mem::take(&mut self.ahead);
-        for step in 1..count {
-            ahead.clear();
-            // `count` is at most the ring's size.
-            let at = self.available.next().wrapping_add(step as u16);
-            let result = self.pop_chain(at, direction, &mut ahead, 0);
-            if self.lookup.misses.is_full() || matches!(result, Err(Stop::Broken(_))) {
-                break;
-            }
-        }
-        self.ahead = ahead;
+        either!(self, ring => ring.pop_burst(budget, direction, burst))
     }
 
     /// What the last burst ended for, if it was not for want of chains.
     #[inline]
     pub fn misses(&self) -> &[Miss] {
-        self.lookup.misses.noted()
+        either!(self, ring => ring.misses())
     }
 
     /// What was found out about a miss. The next bursts go by it until it is forgotten,
     /// except where the mapping table says more.
+    #[inline]
     pub fn found(&mut self, miss: Miss, finding: Finding) {
-        self.lookup.misses.found(miss, finding);
+        either!(self, ring => ring.found(miss, finding))
     }
 
     /// Forgets what was found out.
+    #[inline]
     pub fn forget_findings(&mut self) {
-        self.lookup.misses.forget();
+        either!(self, ring => ring.forget_findings())
     }
 
     /// Puts the last `count` popped chains back: the next burst starts with them. They must
     /// not have been completed.
+    #[inline]
     pub fn put_back(&mut self, count: usize) {
-        debug_assert!(count <= usize::from(self.available.next().wrapping_sub(self.completed.next())));
-        self.available.put_back(count as u16);
+        either!(self, ring => ring.put_back(count))
     }
 
     /// Takes all used elements back that were pushed and not flushed.
-    pub fn take_back_used(&mut self) {
-        self.completed.take_back();
-    }
-
-    /// Appends the chain at an index of the available ring (2.7.5, 2.7.5.3).
     #[inline]
-    fn pop_chain(
-        &mut self,
-        at: u16,
-        direction: Direction,
-        burst: &mut ChainBurst,
-        mark: usize,
-    ) -> Result<(), Stop> {
-        let head = self.avail.load(at);
-        let mut walk = Walk::new(at, direction, mark);
-        let mut index = head;
-        for walked in 0..self.chain_limit {
-            if index >= self.size {
-                return Err(Stop::Broken((FaultKind::DescriptorIndex, u64::from(index))));
-            }
-            // The one fetch of this descriptor.
-            let descriptor = Descriptor::from_halves(self.desc.load(index));
-            if descriptor.is_indirect() {
-                self.pop_table(&descriptor, self.chain_limit - walked, &mut walk, burst)?;
-                return walk.finish(head, burst);
-            }
-            walk.take(&descriptor, &mut self.lookup, burst)?;
-            match descriptor.next() {
-                Some(next) => index = next,
-                None => return walk.finish(head, burst),
-            }
-        }
-        Err(Stop::Broken((FaultKind::ChainTooLong, u64::from(self.chain_limit))))
-    }
-
-    /// Appends the descriptors of an indirect table (2.7.5.3), which may have `limit`
-    /// at most. The table is copied once; no byte of it is fetched again.
-    fn pop_table(
-        &mut self,
-        descriptor: &Descriptor,
-        limit: u16,
-        walk: &mut Walk,
-        burst: &mut ChainBurst,
-    ) -> Result<(), Stop> {
-        let wrong = (FaultKind::Indirect, u64::from(descriptor.len));
-        let count = descriptor.len / DESC_LEN;
-        if !self.indirect
-            || descriptor.next().is_some()
-            || count == 0
-            || count > u32::from(limit)
-            || !descriptor.len.is_multiple_of(DESC_LEN)
-        {
-            return Err(wrong.into());
-        }
-        // The descriptor's write flag means nothing here (2.7.5.3.2).
-        self.copy_table(descriptor, walk)?;
-        let (entries, _) = self.table.as_chunks::<{ DESC_LEN as usize }>();
-        let mut index = 0_u16;
-        for _ in 0..count {
-            // `index` is below `count`: the first is 0, and the others are checked.
-            let Some(entry) = entries.get(usize::from(index)) else { break };
-            let value = u128::from_le_bytes(*entry);
-            let entry = Descriptor::from_halves([value as u64, (value >> 64) as u64]);
-            if entry.is_indirect() {
-                return Err(wrong.into());
-            }
-            walk.take(&entry, &mut self.lookup, burst)?;
-            match entry.next() {
-                Some(next) if u32::from(next) >= count => {
-                    return Err(Stop::Broken((FaultKind::DescriptorIndex, u64::from(next))));
-                }
-                Some(next) => index = next,
-                None => return Ok(()),
-            }
-        }
-        Err(Stop::Broken((FaultKind::ChainTooLong, u64::from(count))))
-    }
-
-    /// Makes `table` the private copy of an indirect table, whose length was checked: at most
-    /// `MAX_CHAIN` descriptors.
-    fn copy_table(&mut self, descriptor: &Descriptor, walk: &Walk) -> Result<(), Stop> {
-        let Descriptor { addr, len, .. } = *descriptor;
-        self.table.resize(len as usize, 0);
-        let outside = |_: ShmError| (FaultKind::Unmapped, addr);
-        if let Ok(offset) = self.lookup.translation.translate(addr, len, Access::READ) {
-            return Ok(self.window.read(offset, &mut self.table).map_err(outside)?);
-        }
-        let mut done = 0_usize;
-        while let Some(rest) = self.table.get_mut(done..)
-            && !rest.is_empty()
-        {
-            let iova = addr.wrapping_add(done as u64);
-            match self.lookup.translation.part(iova, rest.len() as u32, Access::READ) {
-                Part::Mapped { offset, len } => {
-                    let (now, _) = rest.split_at_mut(len as usize);
-                    self.window.read(offset, now).map_err(outside)?;
-                    done += len as usize;
-                }
-                Part::Missing { len: gap, why } => {
-                    let offset = self.lookup.missing_table(walk.at, (addr, len), (iova, gap), why)?;
-                    return Ok(self.window.read(offset, &mut self.table).map_err(outside)?);
-                }
-            }
-        }
-        Ok(())
+    pub fn take_back_used(&mut self) {
+        either!(self, ring => ring.take_back_used())
     }
 
     /// Gives a popped chain back with the number of bytes that were written to it.
     /// The driver sees it after [`Self::flush_used`].
     #[inline]
     pub fn push_used(&mut self, head: u16, written: u32) {
-        let next = self.completed.next();
-        debug_assert_ne!(next, self.available.next(), "more chains completed than popped");
-        let element = [u32::from(head), written];
-        let slot = usize::from(next & (self.size - 1));
-        if let Some(shadow) = self.used_shadow.get_mut(slot)
-            && *shadow != element
-        {
-            *shadow = element;
-            self.used.store(next, element);
-        }
-        self.completed.advance();
+        either!(self, ring => ring.push_used(head, written))
     }
 
     /// Shows all pushed elements to the driver, by one release store of the index.
     #[inline]
     pub fn flush_used(&mut self) {
-        self.completed.publish();
+        either!(self, ring => ring.flush_used())
     }
 
     /// Whether the driver wants a call for what was flushed since this was last
@@ -395,31 +180,21 @@ impl DeviceRing {
     /// too.
     #[inline]
     pub fn needs_call(&mut self) -> bool {
-        self.completed.needs_notification()
+        either!(self, ring => ring.needs_call())
     }
 
     /// Asks the driver for kicks, or not to kick (2.7.10). Returns whether chains are
     /// waiting already: after enabling, who gets `true` must pop, not sleep. To be enabled
     /// before each sleep: with VIRTIO_F_EVENT_IDX the driver kicks once for each time.
+    #[inline]
     pub fn set_kicks(&mut self, enabled: bool) -> Result<bool, Fault> {
-        if enabled {
-            self.available.ask_for(1);
-        } else {
-            self.available.ask_for_none();
-        }
-        Ok(self.poll_avail()? > 0)
+        either!(self, ring => ring.set_kicks(enabled))
     }
 
     /// Marks the ring dead for a rule that only the user of its buffers can check,
     /// such as [`FaultKind::Length`].
     #[cold]
     pub fn fail(&mut self, kind: FaultKind, value: u64) -> Fault {
-        self.broken((kind, value))
-    }
-
-    /// The first fault stays.
-    #[cold]
-    fn broken(&mut self, (kind, value): Broken) -> Fault {
-        *self.fault.get_or_insert(Fault { kind, vring: self.vring, value })
+        either!(self, ring => ring.fail(kind, value))
     }
 }

@@ -1,18 +1,13 @@
-//! The driver half of a split virtqueue (virtio 1.3, 2.7), over memory in which the
-//! device's VM can rewrite the ring at any moment.
+//! The driver half of a virtqueue, whatever its format.
 //!
-//! Owns: private copies of everything it put into the ring, and the free list; what
-//! the device may have overwritten is never read back. Never touches a buffer's
-//! contents, never notifies anybody: it says whether to.
+//! Owns: which format it is, and what the formats' halves have in common. What an
+//! operation does to the ring is the format's own affair.
 
 use std::fmt;
 
-use virtio_bindings::virtio_ring::{VRING_AVAIL_F_NO_INTERRUPT, VRING_USED_F_NO_NOTIFY};
-
-use super::chain::Descriptor;
-use super::index::{Consumer, Producer, Wish};
-use super::layout::{DESC_LEN, FLAGS_AT, INDEX_AT, RingPlaces, SLOTS_AT, avail_len, desc_len, used_len};
-use crate::shm::{SharedMemory, ShmError, Slots, Word16};
+use super::layout::{DESC_LEN, RingPlaces};
+use super::split::driver::SplitDriver;
+use crate::shm::{SharedMemory, ShmError};
 
 /// A piece of a buffer that the driver makes available.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -102,42 +97,20 @@ pub struct Completion {
     pub len: u32,
 }
 
-/// What is known of a head in flight. `descriptors` is 0 for all others.
-#[derive(Clone, Copy, Debug, Default)]
-struct InFlight {
-    token: u64,
-    writable_len: u32,
-    descriptors: u16,
-    last: u16,
-}
-
 /// The driver half of one vring.
 #[derive(Debug)]
-pub struct DriverRing {
-    vring: u16,
-    size: u16,
-    memory: SharedMemory,
-    iova_base: u64,
-    indirect: Option<IndirectTables>,
-    desc: Slots<16>,
-    avail: Slots<2>,
-    used: Slots<8>,
-    made_available: Producer<Word16>,
-    completed: Consumer<Word16>,
-    /// What this side last wrote: a store that would change nothing would only take
-    /// the cache line from the device's CPU.
-    desc_shadow: Box<[[u64; 2]]>,
-    avail_shadow: Box<[u16]>,
-    /// By head.
-    in_flight: Box<[InFlight]>,
-    in_flight_count: u16,
-    /// The free list, first in first out, so that in steady state each slot gets the
-    /// descriptor that it had before.
-    free_next: Box<[u16]>,
-    free_first: u16,
-    free_last: u16,
-    free_count: u16,
-    fault: Option<DriverFault>,
+pub enum DriverRing {
+    /// A split virtqueue (virtio 1.3, 2.7).
+    Split(SplitDriver),
+}
+
+/// Does the same to a ring of either format.
+macro_rules! either {
+    ($self:ident, $ring:ident => $operation:expr) => {
+        match $self {
+            Self::Split($ring) => $operation,
+        }
+    };
 }
 
 impl DriverRing {
@@ -150,15 +123,7 @@ impl DriverRing {
         iova_base: u64,
         indirect: Option<IndirectTables>,
     ) -> Result<Self, ShmError> {
-        let kicks = Wish::Flag {
-            word: Word16::new(memory, places.used + FLAGS_AT)?,
-            bit: VRING_USED_F_NO_NOTIFY as u16,
-        };
-        let calls = Wish::Flag {
-            word: Word16::new(memory, places.avail + FLAGS_AT)?,
-            bit: VRING_AVAIL_F_NO_INTERRUPT as u16,
-        };
-        Self::with_wishes(vring, places, memory, iova_base, indirect, (kicks, calls))
+        SplitDriver::new(vring, places, memory, iova_base, indirect).map(Self::Split)
     }
 
     /// As [`Self::new`], where VIRTIO_F_EVENT_IDX was negotiated.
@@ -169,74 +134,31 @@ impl DriverRing {
         iova_base: u64,
         indirect: Option<IndirectTables>,
     ) -> Result<Self, ShmError> {
-        let kicks = Wish::Event { word: Word16::new(memory, places.avail_event())? };
-        let calls = Wish::Event { word: Word16::new(memory, places.used_event())? };
-        Self::with_wishes(vring, places, memory, iova_base, indirect, (kicks, calls))
-    }
-
-    /// `kicks` is the device's word, `calls` this side's.
-    fn with_wishes(
-        vring: u16,
-        places: &RingPlaces,
-        memory: &SharedMemory,
-        iova_base: u64,
-        indirect: Option<IndirectTables>,
-        (kicks, calls): (Wish<Word16>, Wish<Word16>),
-    ) -> Result<Self, ShmError> {
-        // One slot at least, so that no slice below is empty; others than powers of
-        // two are rounded down, as `Slots` does.
-        let size = 1_u16 << places.size.clamp(1, super::layout::MAX_SIZE).ilog2();
-        memory.zero(places.desc, u64::from(desc_len(size)))?;
-        memory.zero(places.avail, u64::from(avail_len(size)))?;
-        memory.zero(places.used, u64::from(used_len(size)))?;
-        if let Some(tables) = indirect {
-            memory.zero(tables.offset, IndirectTables::len(tables.entries, size))?;
-        }
-        let entries = usize::from(size);
-        Ok(Self {
-            vring,
-            size,
-            memory: memory.clone(),
-            iova_base,
-            indirect,
-            desc: Slots::new(memory, places.desc, size)?,
-            avail: Slots::new(memory, places.avail + SLOTS_AT, size)?,
-            used: Slots::new(memory, places.used + SLOTS_AT, size)?,
-            made_available: Producer::new(Word16::new(memory, places.avail + INDEX_AT)?, kicks, 0),
-            completed: Consumer::new(Word16::new(memory, places.used + INDEX_AT)?, calls, 0),
-            // Neither value is ever written: each slot's first store takes place.
-            desc_shadow: vec![[u64::MAX; 2]; entries].into(),
-            avail_shadow: vec![u16::MAX; entries].into(),
-            in_flight: vec![InFlight::default(); entries].into(),
-            in_flight_count: 0,
-            free_next: (1..=size).collect(),
-            free_first: 0,
-            free_last: size - 1,
-            free_count: size,
-            fault: None,
-        })
+        SplitDriver::with_event_idx(vring, places, memory, iova_base, indirect).map(Self::Split)
     }
 
     /// The vring's number.
+    #[inline]
     pub fn vring(&self) -> u16 {
-        self.vring
+        either!(self, ring => ring.vring())
     }
 
     /// Entries.
+    #[inline]
     pub fn size(&self) -> u16 {
-        self.size
+        either!(self, ring => ring.size())
     }
 
     /// Free descriptors.
     #[inline]
     pub fn free(&self) -> u16 {
-        self.free_count
+        either!(self, ring => ring.free())
     }
 
     /// Buffers added and not reaped.
     #[inline]
     pub fn in_flight(&self) -> u16 {
-        self.in_flight_count
+        either!(self, ring => ring.in_flight())
     }
 
     /// Adds one buffer, made of pieces. The device sees it after [`Self::publish`].
@@ -246,152 +168,44 @@ impl DriverRing {
     /// ring has tables of that length, and a descriptor for each piece otherwise.
     #[inline]
     pub fn add(&mut self, pieces: &[Buffer], token: u64) -> Result<(), AddError> {
-        let mut writable_len = 0_u32;
-        let mut writable_seen = false;
-        for piece in pieces {
-            if piece.len == 0 || (writable_seen && !piece.writable) {
-                return Err(AddError::Invalid);
-            }
-            writable_seen |= piece.writable;
-            if piece.writable {
-                writable_len = writable_len.saturating_add(piece.len);
-            }
-        }
-        if pieces.is_empty() || pieces.len() > usize::from(self.size) {
-            return Err(AddError::Invalid);
-        }
-        let head = self.free_first;
-        let table =
-            self.indirect.filter(|tables| pieces.len() > 1 && pieces.len() <= usize::from(tables.entries));
-        let last = match table {
-            _ if self.free_count == 0 => return Err(AddError::Full),
-            Some(tables) => {
-                let descriptor = self.fill_table(&tables, head, pieces)?;
-                self.put_descriptor(head, descriptor);
-                head
-            }
-            None if pieces.len() > usize::from(self.free_count) => return Err(AddError::Full),
-            None => self.chain(head, pieces),
-        };
-        let descriptors = if table.is_some() { 1 } else { pieces.len() as u16 };
-        self.free_first = self.free_next.get(usize::from(last)).copied().unwrap_or(0);
-        self.free_count -= descriptors;
-        if let Some(slot) = self.in_flight.get_mut(usize::from(head)) {
-            *slot = InFlight { token, writable_len, descriptors, last };
-        }
-        self.in_flight_count += 1;
-        let next = self.made_available.next();
-        if let Some(shadow) = self.avail_shadow.get_mut(usize::from(next & (self.size - 1)))
-            && *shadow != head
-        {
-            *shadow = head;
-            self.avail.store(next, head);
-        }
-        self.made_available.advance();
-        Ok(())
-    }
-
-    /// Describes the pieces by free descriptors from `head` on, in the order of the
-    /// free list. Returns the last one.
-    #[inline]
-    fn chain(&mut self, head: u16, pieces: &[Buffer]) -> u16 {
-        let mut index = head;
-        for (at, piece) in pieces.iter().enumerate() {
-            if at + 1 == pieces.len() {
-                self.put_descriptor(index, self.describe(piece, None));
-                break;
-            }
-            let next = self.free_next.get(usize::from(index)).copied().unwrap_or(0);
-            self.put_descriptor(index, self.describe(piece, Some(next)));
-            index = next;
-        }
-        index
-    }
-
-    fn fill_table(
-        &self,
-        tables: &IndirectTables,
-        head: u16,
-        pieces: &[Buffer],
-    ) -> Result<Descriptor, AddError> {
-        let offset = tables.offset + IndirectTables::len(tables.entries, head);
-        for (at, piece) in (0_u16..).zip(pieces) {
-            let next = (usize::from(at) + 1 < pieces.len()).then_some(at + 1);
-            let halves = self.describe(piece, next).halves();
-            let place = offset + u64::from(at) * u64::from(DESC_LEN);
-            let stored =
-                self.memory.store_u64(place, halves[0]).and(self.memory.store_u64(place + 8, halves[1]));
-            stored.map_err(|_| AddError::Invalid)?;
-        }
-        let len = DESC_LEN * pieces.len() as u32;
-        Ok(Descriptor::new(self.iova_base.wrapping_add(offset), len, Descriptor::INDIRECT, 0))
-    }
-
-    #[inline]
-    fn describe(&self, piece: &Buffer, next: Option<u16>) -> Descriptor {
-        let flags = if piece.writable { Descriptor::WRITE } else { 0 }
-            | if next.is_some() { Descriptor::NEXT } else { 0 };
-        Descriptor::new(self.iova_base.wrapping_add(piece.offset), piece.len, flags, next.unwrap_or(0))
-    }
-
-    #[inline]
-    fn put_descriptor(&mut self, index: u16, descriptor: Descriptor) {
-        let halves = descriptor.halves();
-        if let Some(shadow) = self.desc_shadow.get_mut(usize::from(index))
-            && *shadow != halves
-        {
-            *shadow = halves;
-            self.desc.store(index, halves);
-        }
+        either!(self, ring => ring.add(pieces, token))
     }
 
     /// Shows all added buffers to the device, by one release store of the index.
     #[inline]
     pub fn publish(&mut self) {
-        self.made_available.publish();
+        either!(self, ring => ring.publish())
     }
 
     /// Whether the device wants a kick for what was published since this was last
     /// asked (2.7.10).
     #[inline]
     pub fn needs_kick(&mut self) -> bool {
-        self.made_available.needs_notification()
+        either!(self, ring => ring.needs_kick())
     }
 
     /// Asks the device for calls, or not to call (2.7.7). Returns whether completions
     /// are waiting already: after enabling, who gets `true` must reap, not sleep. To be
     /// enabled before each sleep: with VIRTIO_F_EVENT_IDX the device calls once for each
     /// time.
+    #[inline]
     pub fn set_calls(&mut self, enabled: bool) -> Result<bool, DriverFault> {
-        if enabled {
-            return self.set_calls_after(1);
-        }
-        self.completed.ask_for_none();
-        Ok(self.poll_used()? > 0)
+        either!(self, ring => ring.set_calls(enabled))
     }
 
     /// Asks the device to call when `count` completions are waiting, not for each of them,
     /// if VIRTIO_F_EVENT_IDX was negotiated. As many buffers must be in flight. Returns
     /// whether they are waiting already.
+    #[inline]
     pub fn set_calls_after(&mut self, count: u16) -> Result<bool, DriverFault> {
-        let asked = self.completed.ask_for(count);
-        Ok(self.poll_used()? >= asked)
+        either!(self, ring => ring.set_calls_after(count))
     }
 
     /// How many buffers the device has given back: one acquire load of the used
     /// index. Errors: [`DriverFaultKind::UsedJump`].
     #[inline]
     pub fn poll_used(&mut self) -> Result<u16, DriverFault> {
-        if let Some(fault) = self.fault {
-            return Err(fault);
-        }
-        let index = self.completed.observe();
-        let new = index.wrapping_sub(self.completed.next());
-        if new > self.in_flight_count {
-            return Err(self.broken(DriverFaultKind::UsedJump, u32::from(index)));
-        }
-        self.completed.accept(index);
-        Ok(new)
+        either!(self, ring => ring.poll_used())
     }
 
     /// Takes back up to `budget` buffers and appends them to `completions`. Returns
@@ -399,52 +213,6 @@ impl DriverRing {
     /// first, and the fault by the next call.
     #[inline]
     pub fn reap(&mut self, budget: usize, completions: &mut Vec<Completion>) -> Result<usize, DriverFault> {
-        if let Some(fault) = self.fault {
-            return Err(fault);
-        }
-        let mut ready = usize::from(self.completed.known());
-        if ready < budget {
-            ready = usize::from(self.poll_used()?);
-        }
-        let wanted = ready.min(budget);
-        for reaped in 0..wanted {
-            // The one fetch of this element.
-            let [id, len] = self.used.load(self.completed.next());
-            match self.take_back(id, len) {
-                Ok(completion) => completions.push(completion),
-                Err(fault) => return if reaped == 0 { Err(fault) } else { Ok(reaped) },
-            }
-            self.completed.advance();
-        }
-        Ok(wanted)
-    }
-
-    #[inline]
-    fn take_back(&mut self, id: u32, len: u32) -> Result<Completion, DriverFault> {
-        let slot = self.in_flight.get_mut(id as usize).filter(|slot| slot.descriptors > 0);
-        let Some(slot) = slot else {
-            return Err(self.broken(DriverFaultKind::UsedId, id));
-        };
-        if len > slot.writable_len {
-            return Err(self.broken(DriverFaultKind::UsedLength, len));
-        }
-        let InFlight { token, descriptors, last, .. } = std::mem::take(slot);
-        // The chain's descriptors are linked in the free list's own order already.
-        let head = id as u16;
-        if self.free_count == 0 {
-            self.free_first = head;
-        } else if let Some(link) = self.free_next.get_mut(usize::from(self.free_last)) {
-            *link = head;
-        }
-        self.free_last = last;
-        self.free_count += descriptors;
-        self.in_flight_count -= 1;
-        Ok(Completion { token, len })
-    }
-
-    /// The first fault stays.
-    #[cold]
-    fn broken(&mut self, kind: DriverFaultKind, value: u32) -> DriverFault {
-        *self.fault.get_or_insert(DriverFault { kind, vring: self.vring, value })
+        either!(self, ring => ring.reap(budget, completions))
     }
 }

@@ -1,9 +1,10 @@
-//! Geometry of a split virtqueue (virtio 1.3, 2.7): sizes, alignments and places of
+//! Geometry of a virtqueue (virtio 1.3, 2.7): sizes, alignments and places of
 //! its three areas. Touches no memory.
 
 use vhost_pci_device::abi::FaultKind;
 use virtio_bindings::virtio_ring::{VRING_AVAIL_ALIGN_SIZE, VRING_DESC_ALIGN_SIZE, VRING_USED_ALIGN_SIZE};
 
+use super::split::layout::{avail_len, desc_len, used_len};
 use crate::link::VringInfo;
 use crate::translate::{Access, Translation};
 
@@ -11,30 +12,6 @@ use crate::translate::{Access, Translation};
 pub const MAX_SIZE: u16 = 1 << 15;
 /// Length of a descriptor (2.7.5), bytes.
 pub const DESC_LEN: u32 = 16;
-/// Length of a used ring element (2.7.8), bytes.
-pub const USED_ELEMENT_LEN: u32 = 8;
-/// Where the flags are in the available ring (2.7.6) and in the used ring (2.7.8).
-pub const FLAGS_AT: u64 = 0;
-/// Where the index is in either ring.
-pub const INDEX_AT: u64 = 2;
-/// Where the slots start in either ring.
-pub const SLOTS_AT: u64 = 4;
-
-/// Length of the descriptor table (2.7), bytes.
-pub const fn desc_len(size: u16) -> u32 {
-    DESC_LEN * size as u32
-}
-
-/// Length of the available ring (2.7) with its event field, bytes.
-pub const fn avail_len(size: u16) -> u32 {
-    6 + 2 * size as u32
-}
-
-/// Length of the used ring (2.7) with its event field, bytes.
-pub const fn used_len(size: u16) -> u32 {
-    6 + USED_ELEMENT_LEN * size as u32
-}
-
 /// Whether a queue may have this size.
 pub const fn is_valid_size(size: u32) -> bool {
     size.is_power_of_two() && size <= MAX_SIZE as u32
@@ -96,16 +73,6 @@ pub struct RingPlaces {
 }
 
 impl RingPlaces {
-    /// Where the driver's event index is, `used_event` (2.7.7): behind the available ring.
-    pub const fn used_event(&self) -> u64 {
-        self.avail + SLOTS_AT + 2 * self.size as u64
-    }
-
-    /// Where the device's event index is, `avail_event` (2.7.10): behind the used ring.
-    pub const fn avail_event(&self) -> u64 {
-        self.used + SLOTS_AT + USED_ELEMENT_LEN as u64 * self.size as u64
-    }
-
     /// The three areas from `offset` on, each on cache lines of its own, and the
     /// first offset behind them. `offset` is a multiple of 64.
     pub fn at(offset: u64, size: u16) -> (Self, u64) {
@@ -134,6 +101,7 @@ impl RingPlaces {
 #[allow(clippy::unwrap_used)]
 mod tests {
     use super::*;
+    use crate::ring::split::layout::{avail_event, used_event};
     use crate::translate::Mapping;
 
     fn info() -> VringInfo {
@@ -197,8 +165,8 @@ mod tests {
             let (places, end) = RingPlaces::at(4096, size);
             assert!(places.desc + u64::from(desc_len(size)) <= places.avail);
             assert!(places.avail + u64::from(avail_len(size)) <= places.used);
-            assert_eq!(places.used_event() + 2, places.avail + u64::from(avail_len(size)));
-            assert_eq!(places.avail_event() + 2, places.used + u64::from(used_len(size)));
+            assert_eq!(used_event(&places) + 2, places.avail + u64::from(avail_len(size)));
+            assert_eq!(avail_event(&places) + 2, places.used + u64::from(used_len(size)));
             assert!(places.used + u64::from(used_len(size)) <= end);
             assert!(RingConfig::try_from(&places.info(0)).is_ok());
         }

@@ -1,30 +1,28 @@
-//! Split virtqueues (virtio 1.3, 2.7), both halves, over memory that another VM can
-//! rewrite at any moment.
+//! Virtqueues, both halves, over memory that another VM can rewrite at any moment.
 //!
 //! | module | what it holds |
 //! |---|---|
 //! | [`features`] | what of the format is negotiated |
 //! | [`layout`] | geometry: sizes, alignments, where the three areas are |
-//! | [`index`] | index publication and notification suppression; nothing else orders memory |
 //! | [`chain`] | what a popped burst of descriptor chains is |
 //! | [`device`] | the device half, which a peer plays through the window |
 //! | [`walk`] | the walk along one chain, and how its buffers are found |
 //! | [`miss`] | what the device half cannot reach, and what was found out about it |
 //! | [`driver`] | the driver half, which an owner's guest plays in its own memory |
+//! | [`split`] | both halves in the split format (virtio 1.3, 2.7) |
 //!
 //! What a port does with a ring is five operations: pop a burst of chains, push used
 //! entries, flush them, ask whether to notify, and (un)suppress notifications. None of
-//! them shows the ring's format. EVENT_IDX is another way to answer two questions in
-//! [`index`]; IN_ORDER would be another way to push and reap, and a packed ring another
-//! `DeviceRing` that fills the same [`ChainBurst`]: no second data path.
+//! them shows the ring's format: [`DeviceRing`] and [`DriverRing`] forward them to the
+//! format's own half, and each fills the same [`ChainBurst`]. There is no second data path.
 
 pub mod chain;
 pub mod device;
 pub mod driver;
 pub mod features;
-pub mod index;
 pub mod layout;
 pub mod miss;
+pub mod split;
 pub mod walk;
 
 pub use chain::{Chain, ChainBurst, Direction, Place, Segment};

@@ -7,7 +7,7 @@ use std::collections::BTreeMap;
 use guest_driver_model::control::{Exchange, Job, Outcome, Request};
 use guest_driver_model::link::{Access, LinkPage, Mapping};
 use guest_driver_model::net::{OwnerConfig, OwnerLayout, OwnerPort, PeerPort};
-use guest_driver_model::ring::layout::used_len;
+use guest_driver_model::ring::split::layout::used_len;
 use guest_driver_model::shm::SharedMemory;
 use vhost_pci_device::abi;
 
