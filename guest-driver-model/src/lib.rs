@@ -6,7 +6,7 @@
 //! | [`link`] | the link page: generation, mappings, vrings |
 //! | [`translate`] | IOVA to window, with a last-hit range |
 //! | [`ring`] | split virtqueues: the device half and the driver half |
-//! | [`net`] | virtio-net packets over rings: `rx_burst`, `tx_burst` |
+//! | [`net`] | virtio-net packets over rings: `rx_burst`, `rx_lend`, `tx_burst`, `forward_burst` |
 //! | [`transport`] | the vhost-pci device: through sysfs, through VFIO, or a model of its VMM |
 //! | [`control`] | the control ring |
 //! | [`owner`] | an owner without a VM: its memory, its driver, a model of its VMM |

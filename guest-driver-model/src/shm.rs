@@ -253,6 +253,13 @@ impl SharedMemory {
         Ok(())
     }
 
+    /// As [`Self::read`], of a length that the compiler knows: a few moves, no call.
+    #[inline(always)]
+    pub fn read_array<const N: usize>(&self, offset: u64) -> Result<[u8; N], ShmError> {
+        let mut bytes = [0; N];
+        self.read(offset, &mut bytes).map(|()| bytes)
+    }
+
     /// Copies bytes in.
     #[inline]
     pub fn write(&self, offset: u64, from: &[u8]) -> Result<(), ShmError> {
@@ -261,6 +268,20 @@ impl SharedMemory {
         // SAFETY: `range` checked the target; `from` is private memory, as no
         // reference of this program names shared memory. Races: see the module's top.
         unsafe { ptr::copy_nonoverlapping(from.as_ptr(), to.as_ptr(), from.len()) };
+        other_vm_may_have_written();
+        Ok(())
+    }
+
+    /// Copies bytes from this memory into another, or into another place of this one. Nobody looks
+    /// at them on the way; where the two overlap anything may arrive.
+    #[inline]
+    pub fn copy_to(&self, from: u64, other: &Self, to: u64, len: u64) -> Result<(), ShmError> {
+        let from = self.range(from, len)?;
+        let to = other.range(to, len)?;
+        trace::note(from, len as usize);
+        other_vm_may_have_written();
+        // SAFETY: `range` checked both ends; `copy` allows an overlap. Races: see the module's top.
+        unsafe { ptr::copy(from.as_ptr(), to.as_ptr(), len as usize) };
         other_vm_may_have_written();
         Ok(())
     }

@@ -5,6 +5,8 @@
 //! |---|---|
 //! | [`header`] | the header before each packet |
 //! | [`burst`] | private storage of a burst of received packets |
+//! | [`lent`] | a burst of packets that stay in the owner's buffers |
+//! | [`forward`] | packets from one owner to another with one copy |
 //! | [`peer`] | the peer's port: the device half of all of the owner's queues |
 //! | [`owner`] | the owner's port: the driver half, with buffers in its own memory |
 //! | `receive` | what the peer's port receives |
@@ -16,8 +18,10 @@
 //! (5.1.2). What the owner transmits the peer receives.
 
 pub mod burst;
+pub mod forward;
 pub mod header;
 pub mod layout;
+pub mod lent;
 pub mod owner;
 pub mod peer;
 mod reach;
@@ -26,8 +30,10 @@ mod store;
 mod transmit;
 
 pub use burst::{Packet, PacketBurst};
+pub use forward::{ForwardFault, Forwarded, Lane, forward_burst, forward_burst_by};
 pub use header::{HEADER_LEN, MAX_FRAME, NetHeader};
 pub use layout::{LayoutError, OwnerConfig, OwnerLayout};
+pub use lent::{LentBurst, LentPacket};
 pub use owner::OwnerPort;
 pub use peer::{PeerPort, PortError};
 pub use reach::Demand;

@@ -12,6 +12,8 @@ use virtio_bindings::virtio_ids::VIRTIO_ID_NET;
 use virtio_bindings::virtio_net::VIRTIO_NET_F_MRG_RXBUF;
 
 use super::burst::PacketBurst;
+use super::forward::{Destination, Origin};
+use super::lent::{LentBurst, lend, take_back};
 use super::reach::{Demand, LiveVring, Reach, Tables, on_miss};
 use super::receive::receive;
 use super::transmit::Transmitter;
@@ -227,10 +229,78 @@ impl PeerPort {
         if !self.tables.is_current() {
             return Ok(0);
         }
+        live.end_loan();
         live.follow(&self.tables);
         let Self { window, tables, demand, chains, counters, .. } = self;
         let mut reach = Reach { window, tables, exchange, demand };
         receive(live, &mut reach, chains, burst, budget.min(MAX_BURST), counters)
+    }
+
+    /// As [`Self::rx_lend_by`], where no device can be asked: enough for an owner without
+    /// an IOMMU.
+    #[inline]
+    pub fn rx_lend(&mut self, pair: u16, burst: &mut LentBurst, budget: usize) -> Result<usize, Fault> {
+        self.rx_lend_by(&mut Nobody, pair, burst, budget)
+    }
+
+    /// Lends up to `budget` (and [`MAX_BURST`]) packets that the owner transmitted: `burst`,
+    /// whatever it held before, has them then, and they stay in the owner's buffers until
+    /// [`Self::rx_return`]. Returns how many; 0 for a pair that is not enabled, and from a link
+    /// that has changed.
+    ///
+    /// A pair has one burst out at a time. What was lent before and not returned comes
+    /// first, and the burst that had it returns nothing any more.
+    ///
+    /// What the mapping table does not show `exchange` has mapped. Of an owner whose IOMMU lets a
+    /// packet be copied only, it cannot be lent: the burst ends before it and
+    /// [`LentBurst::needs_copy`] says so. It is [`Self::rx_burst_by`]'s.
+    #[inline]
+    pub fn rx_lend_by(
+        &mut self,
+        exchange: &mut dyn Exchange,
+        pair: u16,
+        burst: &mut LentBurst,
+        budget: usize,
+    ) -> Result<usize, Fault> {
+        let Some(live) = Self::live(&mut self.vrings, transmit_vring(pair))? else {
+            return Ok(0);
+        };
+        if !self.tables.is_current() {
+            return Ok(0);
+        }
+        live.follow(&self.tables);
+        let Self { window, tables, demand, .. } = self;
+        let mut reach = Reach { window, tables, exchange, demand };
+        lend(live, &mut reach, burst, pair, budget.min(MAX_BURST))
+    }
+
+    /// Whether what was read of the burst up to now is what the owner transmitted, as far as its
+    /// mappings go: it is what this port has lent, and no mapping has changed since. To be asked
+    /// after the bytes were read and before they mean anything, of an owner with an IOMMU:
+    /// what is taken out of the window reads as zeros. (That the owner rewrites its
+    /// own buffers nobody can tell.)
+    pub fn is_in_place(&mut self, burst: &LentBurst) -> bool {
+        let lender = burst.pair().and_then(|pair| Self::live(&mut self.vrings, transmit_vring(pair)).ok()?);
+        let generation = lender.and_then(|live| burst.table_generation(&live.lender));
+        generation.is_some_and(|generation| self.tables.is_at(generation))
+    }
+
+    /// Gives all packets of the burst back to their owner: completes their descriptors. Returns
+    /// how many; the burst is empty then. The owner may want a call afterwards: see
+    /// [`Self::needs_call`].
+    ///
+    /// A burst that is not what this port has lent, or is no more, completes nothing and stays
+    /// what it is. Nor does one of a link that has changed; it is empty then.
+    #[inline]
+    pub fn rx_return(&mut self, burst: &mut LentBurst) -> Result<usize, Fault> {
+        let Some(pair) = burst.pair() else { return Ok(0) };
+        let Some(live) = Self::live(&mut self.vrings, transmit_vring(pair))? else {
+            return Ok(0);
+        };
+        let (packets, bytes) = take_back(live, self.tables.is_same_link(), burst);
+        self.counters.rx_packets += packets as u64;
+        self.counters.rx_bytes += bytes;
+        Ok(packets)
     }
 
     /// As [`Self::tx_burst_by`], where no device can be asked: enough for an owner without
@@ -277,6 +347,43 @@ impl PeerPort {
         }
         let mut reach = Reach { window, tables, exchange, demand };
         transmitter.send_reaching(live, &mut reach, frames, counters)
+    }
+
+    /// For one burst that takes what the owner transmitted on a pair.
+    #[inline]
+    pub(super) fn source<'a>(
+        &'a mut self,
+        exchange: &'a mut dyn Exchange,
+        pair: u16,
+    ) -> Result<Option<Origin<'a>>, Fault> {
+        let Self { window, tables, demand, vrings, counters, .. } = self;
+        let Some(live) = Self::live(vrings, transmit_vring(pair))?.filter(|_| tables.is_current()) else {
+            return Ok(None);
+        };
+        live.end_loan();
+        live.follow(tables);
+        Ok(Some(Origin { live, reach: Reach { window, tables, exchange, demand }, counters }))
+    }
+
+    /// For one burst into the owner's receive buffers of a pair.
+    #[inline]
+    pub(super) fn target<'a>(
+        &'a mut self,
+        exchange: &'a mut dyn Exchange,
+        pair: u16,
+    ) -> Result<Option<Destination<'a>>, Fault> {
+        let Self { window, tables, demand, vrings, transmitters, counters, .. } = self;
+        let Some(live) = Self::live(vrings, receive_vring(pair))?.filter(|_| tables.is_current()) else {
+            return Ok(None);
+        };
+        let Some(transmitter) = transmitters.get_mut(usize::from(pair)) else {
+            return Ok(None);
+        };
+        if live.follow(tables) {
+            transmitter.put_back(&mut live.ring);
+        }
+        let reach = Reach { window, tables, exchange, demand };
+        Ok(Some(Destination { live, transmitter, reach, counters }))
     }
 
     /// Whether the owner's driver wants a call for what was completed on the vring

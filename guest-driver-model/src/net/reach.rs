@@ -8,6 +8,7 @@
 use std::ops::{Add, AddAssign};
 use std::time::{Duration, Instant};
 
+use super::lent::Lender;
 use crate::control::{Exchange, Job, Outcome, Request};
 use crate::link::{LinkPage, LinkSnapshot};
 use crate::ring::{Chain, ChainBurst, DeviceRing, Direction, Fault, Finding, Miss, OnMiss, Place, Want};
@@ -90,6 +91,10 @@ impl Tables {
         &self.translation
     }
 
+    pub(super) fn table_generation(&self) -> u64 {
+        self.table_generation
+    }
+
     pub(super) fn reads(&self) -> u64 {
         self.reads
     }
@@ -106,6 +111,11 @@ impl Tables {
     #[inline]
     pub(super) fn is_unchanged(&self) -> bool {
         self.page.table_is_at(self.table_generation)
+    }
+
+    /// Whether what was loaded from the window since the table had this generation was there.
+    pub(super) fn is_at(&self, table_generation: u64) -> bool {
+        self.page.table_is_at(table_generation)
     }
 
     /// After a change: brings the table up to date. Whether there was one change only, so that
@@ -178,12 +188,27 @@ pub(super) struct LiveVring {
     /// Of the table by which its chains are popped.
     table_generation: u64,
     pub(super) backoff: Backoff,
+    pub(super) lender: Lender,
 }
 
 impl LiveVring {
     /// A ring that was made with the tables of now.
     pub(super) fn new(ring: DeviceRing, tables: &Tables) -> Self {
-        Self { ring, table_generation: tables.table_generation, backoff: Backoff::default() }
+        Self {
+            ring,
+            table_generation: tables.table_generation,
+            backoff: Backoff::default(),
+            lender: Lender::new(),
+        }
+    }
+
+    /// What is out is lent no more, and is the next to be popped.
+    #[inline]
+    pub(super) fn end_loan(&mut self) {
+        let out = self.lender.end();
+        if out > 0 {
+            self.ring.put_back(out);
+        }
     }
 
     /// Goes by the tables of now. Whether that is a change: what was popped before is then

@@ -190,7 +190,7 @@ fn fetch(
 
 /// Length of header and frame, if the chain can be a packet.
 #[inline]
-fn packet_len(chain: &Chain<'_>) -> Option<usize> {
+pub(super) fn packet_len(chain: &Chain<'_>) -> Option<usize> {
     let len = usize::try_from(chain.len).ok()?;
     (HEADER_LEN..=HEADER_LEN + MAX_FRAME).contains(&len).then_some(len)
 }

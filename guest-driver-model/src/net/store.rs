@@ -170,7 +170,7 @@ impl Transmitter {
 
     /// Pops at least one chain more than the `posted` ones that are left. Whether there is
     /// one.
-    fn pop_more(
+    pub(super) fn pop_more(
         &mut self,
         live: &mut LiveVring,
         reach: &mut Reach<'_>,

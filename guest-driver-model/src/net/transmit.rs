@@ -109,7 +109,7 @@ impl Transmitter {
     /// Room in the chain `ahead` of the cursor, bytes; `None` if the owner has not
     /// posted it.
     #[inline]
-    fn capacity(&mut self, ring: &mut DeviceRing, ahead: usize) -> Result<Option<u64>, Fault> {
+    pub(super) fn capacity(&mut self, ring: &mut DeviceRing, ahead: usize) -> Result<Option<u64>, Fault> {
         if let Some(chain) = self.posted.chain(self.cursor + ahead) {
             return Ok(Some(chain.len));
         }

@@ -172,6 +172,15 @@ impl ChainBurst {
         }
     }
 
+    /// Forgets all chains but the first `count`.
+    #[inline]
+    pub fn truncate(&mut self, count: usize) {
+        if let Some(next) = self.chains.get(count) {
+            self.segments.truncate(next.first as usize);
+            self.chains.truncate(count);
+        }
+    }
+
     /// Where the segments of the next chain will start.
     #[inline]
     pub(crate) fn mark(&self) -> usize {
@@ -224,6 +233,10 @@ mod tests {
         let heads: Vec<_> = burst.iter().map(|chain| (chain.head, chain.segments.len())).collect();
         assert_eq!(heads, [(3, 4), (4, 5)]);
         assert_eq!(burst.chain(1).unwrap().segments[4].place, Place::Window(4 << 8 | 4));
+        burst.truncate(2);
+        assert_eq!(burst.len(), 2);
+        burst.truncate(1);
+        assert_eq!((burst.len(), burst.mark()), (1, 4));
         burst.discard(2);
         assert!(burst.is_empty() && burst.mark() == 0);
     }

@@ -1,0 +1,471 @@
+//! Packets from one owner to another with one copy: out of the buffers that owner A transmitted,
+//! straight into the buffers that owner B posted.
+//!
+//! Owns: what one direction holds between two bursts. A burst is all or nothing: nothing of it
+//! is completed, on either side, before every byte is known to have been there to be read and to be
+//! written. What B has no room for stays with A, so that nothing is lost and the order is kept.
+//!
+//! Where either owner has an IOMMU behind which a buffer can be copied only, or a mapping goes while
+//! packets are copied, the burst is received into private memory and transmitted from there: two
+//! copies, and counted as two.
+//!
+//! The header before a packet is made anew: no feature is served in which it says anything
+//! but the number of B's buffers. A's bytes are moved, and never looked at.
+
+use vhost_pci_device::abi::FaultKind;
+
+use super::Counters;
+use super::burst::PacketBurst;
+use super::header::{HEADER_LEN, NetHeader};
+use super::peer::{MAX_BURST, PeerPort};
+use super::reach::{LiveVring, Reach};
+use super::receive::packet_len;
+use super::transmit::Transmitter;
+use crate::control::{Exchange, Nobody};
+use crate::ring::{Chain, ChainBurst, Direction, Fault, OnMiss, Place, Segment};
+use crate::shm::{SharedMemory, ShmError};
+
+/// What a burst came to.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Forwarded {
+    /// Packets taken from A: forwarded, or dropped, or held in the lane.
+    pub taken: usize,
+    /// Packets that B has.
+    pub packets: usize,
+    /// Their bytes, without headers.
+    pub bytes: u64,
+    /// Packets that no buffer of B could ever take.
+    pub dropped: usize,
+    /// Bytes of frames that were copied, each time that they were.
+    pub copied_bytes: u64,
+}
+
+impl Forwarded {
+    /// Whether anything moved.
+    pub fn is_nothing(&self) -> bool {
+        self.taken + self.packets + self.dropped == 0
+    }
+}
+
+/// Whose vring is broken.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
+pub enum ForwardFault {
+    /// The owner's that transmits.
+    #[error("the transmitting owner's {0}")]
+    From(Fault),
+    /// The owner's that receives.
+    #[error("the receiving owner's {0}")]
+    To(Fault),
+}
+
+/// What one direction needs from one burst to the next.
+#[derive(Clone, Debug)]
+pub struct Lane {
+    /// Chains of A, for the time of a burst.
+    chains: ChainBurst,
+    /// What was taken in private, and how much of it is done with.
+    held: PacketBurst,
+    sent: usize,
+}
+
+impl Default for Lane {
+    fn default() -> Self {
+        Self { chains: ChainBurst::with_capacity(MAX_BURST), held: PacketBurst::default(), sent: 0 }
+    }
+}
+
+impl Lane {
+    /// Packets that were taken from A and that B does not have yet: 0 unless an IOMMU demands
+    /// copies.
+    pub fn held(&self) -> usize {
+        self.held.len().saturating_sub(self.sent)
+    }
+
+    /// Drops what is held. Returns how many packets that was.
+    pub fn clear(&mut self) -> usize {
+        let held = self.held();
+        self.held.clear();
+        self.sent = 0;
+        held
+    }
+}
+
+/// A pair of a port, with whom it asks for what the window does not show.
+pub struct End<'a> {
+    /// The port.
+    pub port: &'a mut PeerPort,
+    /// Its device.
+    pub exchange: &'a mut dyn Exchange,
+    /// The pair.
+    pub pair: u16,
+}
+
+/// What a burst takes from: the owner's transmit queue.
+pub(super) struct Origin<'a> {
+    pub(super) live: &'a mut LiveVring,
+    pub(super) reach: Reach<'a>,
+    pub(super) counters: &'a mut Counters,
+}
+
+/// Where it goes: the owner's receive queue.
+pub(super) struct Destination<'a> {
+    pub(super) live: &'a mut LiveVring,
+    pub(super) transmitter: &'a mut Transmitter,
+    pub(super) reach: Reach<'a>,
+    pub(super) counters: &'a mut Counters,
+}
+
+/// As [`forward_burst_by`], where no device can be asked: enough for owners without an IOMMU.
+///
+/// # Errors
+/// As there.
+#[inline]
+pub fn forward_burst(
+    from: &mut PeerPort,
+    from_pair: u16,
+    to: &mut PeerPort,
+    to_pair: u16,
+    lane: &mut Lane,
+    budget: usize,
+) -> Result<Forwarded, ForwardFault> {
+    let (mut nobody, mut no_other) = (Nobody, Nobody);
+    let from = End { port: from, exchange: &mut nobody, pair: from_pair };
+    let to = End { port: to, exchange: &mut no_other, pair: to_pair };
+    forward_burst_by(lane, from, to, budget)
+}
+
+/// Forwards up to `budget` (and [`MAX_BURST`]) packets that one owner transmitted to another owner.
+/// Nothing where either pair is not enabled, or its link has changed. `lane` belongs to this
+/// direction of these two.
+///
+/// Both owners may want a call afterwards: see [`PeerPort::needs_call`].
+///
+/// # Errors
+/// Whose vring is broken; the packets stay where they are.
+#[inline]
+pub fn forward_burst_by(
+    lane: &mut Lane,
+    mut from: End<'_>,
+    mut to: End<'_>,
+    budget: usize,
+) -> Result<Forwarded, ForwardFault> {
+    if lane.held() == 0 {
+        let source = from.port.source(from.exchange, from.pair).map_err(ForwardFault::From)?;
+        let target = to.port.target(to.exchange, to.pair).map_err(ForwardFault::To)?;
+        let (Some(source), Some(target)) = (source, target) else { return Ok(Forwarded::default()) };
+        if let Some(forwarded) = in_place(&mut lane.chains, source, target, budget.min(MAX_BURST))? {
+            return Ok(forwarded);
+        }
+    }
+    in_private(lane, &mut from, &mut to, budget)
+}
+
+/// By way of private memory.
+#[cold]
+fn in_private(
+    lane: &mut Lane,
+    from: &mut End<'_>,
+    to: &mut End<'_>,
+    budget: usize,
+) -> Result<Forwarded, ForwardFault> {
+    let mut forwarded = Forwarded::default();
+    if lane.held() == 0 {
+        lane.clear();
+        let received = from.port.rx_burst_by(from.exchange, from.pair, &mut lane.held, budget);
+        forwarded.taken = received.map_err(ForwardFault::From)?;
+        forwarded.copied_bytes = lane.held.frames().map(|frame| frame.len() as u64).sum();
+    }
+    if lane.held() > 0 {
+        let before = to.port.counters();
+        let done = to.port.tx_burst_by(to.exchange, to.pair, lane.held.frames().skip(lane.sent));
+        match done {
+            Ok(done) => lane.sent += done,
+            // What was taken is told of first; the fault shows again with the next burst.
+            Err(_) if forwarded.taken > 0 => {}
+            Err(fault) => return Err(ForwardFault::To(fault)),
+        }
+        let after = to.port.counters();
+        forwarded.packets = (after.tx_packets - before.tx_packets) as usize;
+        forwarded.bytes = after.tx_bytes - before.tx_bytes;
+        forwarded.dropped = (after.tx_drops - before.tx_drops) as usize;
+        forwarded.copied_bytes += forwarded.bytes;
+    }
+    Ok(forwarded)
+}
+
+/// Whose vring broke in a burst.
+enum Side {
+    From,
+    To,
+}
+
+/// From window to window. `None` if that cannot be, and nothing was done.
+#[inline]
+fn in_place(
+    chains: &mut ChainBurst,
+    mut from: Origin<'_>,
+    mut to: Destination<'_>,
+    budget: usize,
+) -> Result<Option<Forwarded>, ForwardFault> {
+    let nothing = Ok(Some(Forwarded::default()));
+    // B's room first: as long as it has none, A's chains are not looked at.
+    let room = to.room(budget).map_err(ForwardFault::To)?;
+    if room == 0 {
+        return nothing;
+    }
+    if to.transmitter.posted.is_outside() {
+        return Ok(None);
+    }
+    let popped = from.pop(chains, room.min(budget)).map_err(ForwardFault::From)?;
+    if popped == 0 {
+        return nothing;
+    }
+    if chains.is_outside() {
+        from.live.ring.put_back(popped);
+        return Ok(None);
+    }
+    let mut done = Forwarded::default();
+    let (mut pushed, mut waits, mut broken) = (0, false, None);
+    for chain in chains.iter() {
+        let Some(len) = packet_len(&chain) else {
+            broken = Some(Side::From);
+            break;
+        };
+        match to.place(from.reach.window, &chain, len) {
+            Ok(Placed::In(buffers)) => {
+                pushed += buffers;
+                done.packets += 1;
+                done.bytes += (len - HEADER_LEN) as u64;
+            }
+            Ok(Placed::Never) => done.dropped += 1,
+            Ok(Placed::NotYet) => {
+                waits = true;
+                break;
+            }
+            // Its ring is dead by now.
+            Err(_) => {
+                broken = Some(Side::To);
+                break;
+            }
+        }
+        done.taken += 1;
+    }
+    // Copied while mappings of either may have been going.
+    if !from.reach.tables.is_unchanged() || !to.reach.tables.is_unchanged() {
+        from.live.ring.put_back(popped);
+        to.take_back(pushed);
+        // Of owners without an IOMMU: a link has changed.
+        return if from.is_static() && to.is_static() { nothing } else { Ok(None) };
+    }
+    done.copied_bytes = done.bytes;
+    to.complete(&done);
+    from.complete(chains, popped, done.taken);
+    match broken {
+        // The packets before it come first; the fault shows again with the next burst.
+        _ if done.taken > 0 => Ok(Some(done)),
+        Some(Side::From) => {
+            let len = chains.chain(0).map_or(0, |chain| chain.len);
+            Err(ForwardFault::From(from.live.ring.fail(FaultKind::Length, len)))
+        }
+        Some(Side::To) => to.live.ring.fault().map_or(nothing, |fault| Err(ForwardFault::To(fault))),
+        // More of B's buffers are needed than are in the window, or than are popped at once.
+        None if waits && to.has_more() => Ok(None),
+        None => nothing,
+    }
+}
+
+impl Origin<'_> {
+    fn is_static(&self) -> bool {
+        self.live.ring.miss_policy() == OnMiss::Fault
+    }
+
+    #[inline]
+    fn pop(&mut self, chains: &mut ChainBurst, budget: usize) -> Result<usize, Fault> {
+        chains.clear();
+        match self.is_static() {
+            true => self.live.ring.pop_burst(budget, Direction::DeviceReads, chains),
+            false => self.reach.pop(self.live, 1, budget, Direction::DeviceReads, chains),
+        }
+    }
+
+    /// Gives the first `taken` of the popped chains back to the owner, as done with.
+    #[inline]
+    fn complete(&mut self, chains: &ChainBurst, popped: usize, taken: usize) {
+        let ring = &mut self.live.ring;
+        for chain in chains.iter().take(taken) {
+            ring.push_used(chain.head, 0);
+            self.counters.rx_bytes += chain.len - HEADER_LEN as u64;
+        }
+        ring.flush_used();
+        ring.put_back(popped - taken);
+        self.counters.rx_packets += taken as u64;
+    }
+}
+
+/// What became of a packet.
+enum Placed {
+    /// It is in so many buffers of B.
+    In(usize),
+    /// It would not fit if all of B's buffers were free.
+    Never,
+    /// Not enough buffers are posted, or popped.
+    NotYet,
+}
+
+/// The header before a packet that takes so many buffers (5.1.6.4.1).
+#[inline]
+fn header(buffers: u16) -> [u8; HEADER_LEN] {
+    NetHeader { num_buffers: buffers, ..NetHeader::default() }.to_bytes()
+}
+
+impl Destination<'_> {
+    fn is_static(&self) -> bool {
+        self.live.ring.miss_policy() == OnMiss::Fault
+    }
+
+    /// Buffers that are popped, and not used yet: up to `wanted`, or more.
+    #[inline]
+    fn room(&mut self, wanted: usize) -> Result<usize, Fault> {
+        // A dead ring takes nothing more, even where good chains were popped ahead.
+        if let Some(fault) = self.live.ring.fault() {
+            return Err(fault);
+        }
+        let left = self.transmitter.posted.len() - self.transmitter.cursor;
+        if left < wanted {
+            match self.is_static() {
+                true => drop(self.transmitter.capacity(&mut self.live.ring, wanted - 1)?),
+                false => drop(self.transmitter.pop_more(self.live, &mut self.reach, left)?),
+            }
+        }
+        Ok(self.transmitter.posted.len() - self.transmitter.cursor)
+    }
+
+    /// Whether the owner has posted buffers that are not popped.
+    fn has_more(&mut self) -> bool {
+        !self.is_static() && self.live.ring.poll_avail().is_ok_and(|more| more > 0)
+    }
+
+    /// Copies a packet of A, `len` bytes with its header, into the next buffers, and pushes them.
+    #[inline]
+    fn place(&mut self, window: &SharedMemory, packet: &Chain<'_>, len: usize) -> Result<Placed, Fault> {
+        let Self { live, transmitter, reach, .. } = self;
+        let buffer = transmitter.posted.chain(transmitter.cursor);
+        if let [Segment { place: Place::Window(from), .. }] = packet.segments
+            && let Some(Chain {
+                head, segments: [Segment { place: Place::Window(to), len: room, .. }], ..
+            }) = buffer
+            && *room as usize >= len
+        {
+            let (skip, frame) = (HEADER_LEN as u64, (len - HEADER_LEN) as u64);
+            let copied = reach
+                .window
+                .write(*to, &header(1))
+                .and_then(|()| window.copy_to(from + skip, reach.window, to + skip, frame));
+            copied.map_err(|_| live.ring.fail(FaultKind::Unmapped, *to))?;
+            live.ring.push_used(head, len as u32);
+            transmitter.cursor += 1;
+            return Ok(Placed::In(1));
+        }
+        self.place_in_pieces(window, packet, len)
+    }
+
+    fn place_in_pieces(
+        &mut self,
+        window: &SharedMemory,
+        packet: &Chain<'_>,
+        len: usize,
+    ) -> Result<Placed, Fault> {
+        let is_static = self.is_static();
+        let Self { live, transmitter, reach, .. } = self;
+        let (mut room, mut taken) = (0, 0);
+        while taken == 0 || (transmitter.mergeable && room < len as u64) {
+            let capacity = match is_static {
+                true => transmitter.capacity(&mut live.ring, taken)?,
+                // The device may take mappings away when it is asked for more.
+                false => transmitter.posted.chain(transmitter.cursor + taken).map(|chain| chain.len),
+            };
+            let Some(capacity) = capacity else {
+                let all_posted = taken >= usize::from(live.ring.size());
+                return Ok(if all_posted { Placed::Never } else { Placed::NotYet });
+            };
+            if capacity < HEADER_LEN as u64 {
+                return Err(live.ring.fail(FaultKind::Length, capacity));
+            }
+            room += capacity;
+            taken += 1;
+        }
+        if room < len as u64 {
+            return Ok(Placed::Never);
+        }
+        // `taken` is at most the ring's size.
+        let header = header(taken as u16);
+        let mut source =
+            Source { header: &header, window, segments: packet.segments, skip: HEADER_LEN as u64 };
+        for _ in 0..taken {
+            let Some(chain) = transmitter.posted.chain(transmitter.cursor) else { break };
+            let mut written = 0;
+            for segment in chain.segments {
+                // All is in the window, or the burst would be received and transmitted.
+                let Place::Window(to) = segment.place else { break };
+                written += source
+                    .fill(reach.window, to, segment.len)
+                    .map_err(|_| live.ring.fail(FaultKind::Unmapped, segment.iova))?;
+            }
+            live.ring.push_used(chain.head, written);
+            transmitter.cursor += 1;
+        }
+        Ok(Placed::In(taken))
+    }
+
+    /// Puts everything back that was popped, `pushed` chains too, which nobody was shown.
+    #[cold]
+    fn take_back(&mut self, pushed: usize) {
+        self.live.ring.take_back_used();
+        self.live.ring.put_back(pushed);
+        self.transmitter.put_back(&mut self.live.ring);
+    }
+
+    #[inline]
+    fn complete(&mut self, done: &Forwarded) {
+        self.live.ring.flush_used();
+        self.counters.tx_packets += done.packets as u64;
+        self.counters.tx_bytes += done.bytes;
+        self.counters.tx_drops += done.dropped as u64;
+    }
+}
+
+/// What is left to copy of a packet.
+struct Source<'a> {
+    header: &'a [u8],
+    window: &'a SharedMemory,
+    segments: &'a [Segment],
+    /// Bytes of the first segment that are done with; may be more than it has.
+    skip: u64,
+}
+
+impl Source<'_> {
+    /// Fills `room` bytes at `to` as far as possible. Returns the bytes written.
+    fn fill(&mut self, target: &SharedMemory, to: u64, room: u32) -> Result<u32, ShmError> {
+        let (now, later) = self.header.split_at(self.header.len().min(room as usize));
+        target.write(to, now)?;
+        self.header = later;
+        let (mut written, room) = (now.len() as u64, u64::from(room));
+        while written < room
+            && let Some((first, rest)) = self.segments.split_first()
+        {
+            let left = u64::from(first.len).saturating_sub(self.skip);
+            if left == 0 {
+                self.skip -= u64::from(first.len);
+                self.segments = rest;
+                continue;
+            }
+            // All is in the window, as above.
+            let Place::Window(from) = first.place else { break };
+            let len = left.min(room - written);
+            self.window.copy_to(from + self.skip, target, to + written, len)?;
+            self.skip += len;
+            written += len;
+        }
+        Ok(written as u32)
+    }
+}
