@@ -1,6 +1,5 @@
 //! What can be measured: a sender and a receiver, one processor each. One file a kind.
 
-use std::path::{Path, PathBuf};
 use std::time::Instant;
 
 use anyhow::{Context, Result};
@@ -11,14 +10,20 @@ use vhost_pci_tests::Process;
 /// What a contender is compared as.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Kind {
-    /// This project's.
+    /// This project's, with a private copy of each packet.
     Ours,
+    /// This project's, with packets read where they lie.
+    InPlace,
     /// DPDK's front-end into DPDK's back-end.
     Vhost,
     /// DPDK's memif.
     Memif,
     /// DPDK's front-end into our peer.
     Mixed,
+    /// Forwarding between two owners by a process of DPDK's.
+    Switch,
+    /// The same by our peer.
+    OurSwitch,
     /// Less than this cannot be done, with the same copies.
     Floor,
 }
@@ -80,6 +85,10 @@ pub trait Running {
     fn negotiated(&mut self) -> Option<String> {
         None
     }
+    /// Bytes that were copied for each packet, if it counts them. Nothing runs any more afterwards.
+    fn copied_per_packet(&mut self) -> Option<f64> {
+        None
+    }
     /// What its programs have written, for who wants to know why it failed.
     fn logs(&self) -> String {
         String::new()
@@ -91,12 +100,6 @@ pub fn directory() -> Result<TempDir> {
     // Short and below /tmp: a socket's path may have no more than 107 bytes.
     let folder = tempfile::Builder::new().prefix("compare-").tempdir_in("/tmp");
     folder.context("a directory for sockets and logs")
-}
-
-/// Where the project's other programs are: beside this one.
-pub fn programs() -> Result<PathBuf> {
-    let program = std::env::current_exe().context("where this program is")?;
-    Ok(program.parent().map(Path::to_owned).unwrap_or_default())
 }
 
 /// Sends a signal to each.

@@ -5,7 +5,7 @@ use nix::sys::signal::Signal;
 use tempfile::TempDir;
 
 use crate::contender::{Contender, Count, Kind, Running, directory, signal_all};
-use crate::ours::PACKED;
+use crate::ours::{PACKED, SPLIT};
 use crate::testpmd::{Role, Testpmd};
 
 /// A way to set up a pair.
@@ -26,7 +26,7 @@ pub const PAIRS: [Pair; 4] = [
         about: "net_virtio_user -> net_vhost, split ring",
         kind: Kind::Vhost,
         devices: ["net_vhost0,iface=SOCKET,queues=1", "net_virtio_user0,path=SOCKET,"],
-        options: "queue_size=1024",
+        options: SPLIT,
     },
     Pair {
         name: "vhost packed",
@@ -74,8 +74,8 @@ impl Contender for Pair {
         let dir = directory()?;
         let socket = dir.path().join("pair.sock").display().to_string();
         let [receiver, sender] = self.devices.map(|device| device.replace("SOCKET", &socket));
-        let receiver = Testpmd::start(dir.path(), Role::Receiver, &receiver)?;
-        let sender = Testpmd::start(dir.path(), Role::Sender(size), &(sender + self.options))?;
+        let receiver = Testpmd::start(dir.path(), Role::Receiver, &[receiver])?;
+        let sender = Testpmd::start(dir.path(), Role::Sender(size), &[sender + self.options])?;
         Ok(Box::new(PairRunning { sender, receiver, _dir: dir }))
     }
 }

@@ -7,17 +7,19 @@
 //! | `measure` | rounds and windows |
 //! | `probe`, `host` | where the processors are, and who else uses them |
 //! | `contender` | what can be measured |
-//! | `ours`, `dpdk`, `floors` | what is |
-//! | `link`, `peer`, `board` | a broker, our receiver's process, and its counters |
+//! | `ours`, `dpdk`, `switch`, `floors` | what is |
+//! | `broker`, `link`, `peer`, `board` | a broker, a link, our receiver's process, and its counters |
 //! | `testpmd` | DPDK's program, as sender or receiver |
 //! | `sys` | a bare ring: the only `unsafe` |
 //! | `report`, `ratios`, `plot` | the table and the JSON object; the SVG |
 
 mod board;
+mod broker;
 mod contender;
 mod dpdk;
 mod floors;
 mod host;
+mod latency;
 mod link;
 mod measure;
 mod ours;
@@ -26,6 +28,7 @@ mod plot;
 mod probe;
 mod ratios;
 mod report;
+mod switch;
 mod sys;
 mod testpmd;
 
@@ -61,7 +64,7 @@ struct Cli {
     #[arg(long, value_delimiter = ',', default_values_t = [64, 256, 1500],
         value_parser = clap::value_parser!(u16).range(60..=1514))]
     sizes: Vec<u16>,
-    /// Only contenders with one of these in their names
+    /// Only contenders with one of these in their names; `round trip` stands for the latency
     #[arg(long, value_delimiter = ',')]
     only: Vec<String>,
     /// Draw a plot
@@ -105,6 +108,7 @@ fn main() -> ExitCode {
 fn contenders(only: &[String]) -> Vec<Box<dyn Contender>> {
     let mut all: Vec<Box<dyn Contender>> = vec![Box::new(ours::Ours)];
     all.extend(dpdk::PAIRS.into_iter().map(|pair| Box::new(pair) as Box<dyn Contender>));
+    all.extend(switch::SWITCHES.into_iter().map(|switch| Box::new(switch) as Box<dyn Contender>));
     all.extend([
         Box::new(ours::IntoOurs) as Box<dyn Contender>,
         Box::new(floors::Memcpy),
@@ -117,8 +121,8 @@ fn contenders(only: &[String]) -> Vec<Box<dyn Contender>> {
 }
 
 fn compare(cli: &Cli) -> Result<()> {
-    let contenders = contenders(&cli.only);
-    ensure!(!contenders.is_empty(), "no contender has such a name");
+    let (contenders, latency) = (contenders(&cli.only), latency::chosen(&cli.only));
+    ensure!(!contenders.is_empty() || !latency.is_empty(), "nothing to measure has such a name");
     // Before the first measurement: a machine with one processor has nothing to compare.
     probe::round_trip().context("two processors, 0 and 1, are needed")?;
     let plan = Plan {
@@ -126,6 +130,7 @@ fn compare(cli: &Cli) -> Result<()> {
         rounds: cli.rounds.unwrap_or(if cli.quick { QUICK_ROUNDS } else { ROUNDS }) as usize,
         windows: WINDOWS,
         limit: cli.quick.then_some(QUICK),
+        latency,
     };
     let machine = Machine::this(testpmd::version(), testpmd::has_hugepages());
     eprintln!("compare: {}", machine.line());

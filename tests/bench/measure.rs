@@ -10,6 +10,7 @@ use guest_driver_model::programs::stop::Stop;
 
 use crate::contender::{Contender, Count, Kind, Running};
 use crate::host::Ticks;
+use crate::latency::{self, Latency, MODES};
 use crate::probe::{self, Class};
 
 /// Length of a window.
@@ -44,6 +45,8 @@ pub struct Plan {
     pub windows: usize,
     /// No contender is started later than this.
     pub limit: Option<Duration>,
+    /// Places among [`MODES`] of round trips.
+    pub latency: Vec<usize>,
 }
 
 /// One window of a contender.
@@ -53,10 +56,19 @@ pub struct Window {
     pub contender: usize,
     /// Packet size, bytes.
     pub size: usize,
-    /// Where the processors were.
-    pub class: Class,
+    /// Round trips of one cache line before and after it, nanoseconds.
+    pub trips: [f64; 2],
+    /// In which round.
+    pub round: usize,
     /// Million packets a second.
     pub mpps: f64,
+}
+
+impl Window {
+    /// Where the processors were.
+    pub fn class(&self) -> Class {
+        Class::of(self.trips)
+    }
 }
 
 /// All that was measured.
@@ -72,9 +84,13 @@ pub struct Measured {
     pub round_trips: Vec<f64>,
     /// By contender and size: why it could not run, or gave nothing.
     pub failures: BTreeMap<(usize, usize), String>,
+    /// Round trips of packets.
+    pub latency: Vec<Latency>,
     /// By contender: what its sides agreed on.
     pub negotiated: BTreeMap<usize, String>,
-    /// Packets of which every byte was looked at, and those found wrong.
+    /// By contender and size: bytes copied for each packet, of each start that counted them.
+    pub copied: Vec<(usize, usize, f64)>,
+    /// Packets of which every byte was looked at.
     pub sampled: u64,
     /// Those that were wrong.
     pub corrupted: u64,
@@ -123,8 +139,36 @@ pub fn measure(contenders: &[Box<dyn Contender>], plan: &Plan, stop: &Stop) -> M
                 }
             }
         }
+        for mode in &plan.latency {
+            if stop.is_requested() || plan.limit.is_some_and(|limit| begin.elapsed() > limit) {
+                break 'rounds;
+            }
+            wait_until_quiet();
+            take_latency(*mode, &mut measured);
+        }
     }
     measured
+}
+
+/// Measures round trips once, with a line on stderr.
+fn take_latency(mode: usize, measured: &mut Measured) {
+    let Some(name) = MODES.get(mode).map(|mode| mode.name) else { return };
+    match latency::take(mode) {
+        Ok(Some(latency)) => {
+            let (class, over) = (latency.class().word(), latency.over_two_lines());
+            let trips = &latency.round_trips;
+            let (p50, p99_9) = (trips.p50_ns, trips.p99_9_ns);
+            eprintln!(
+                "compare: round trip {name}: median {p50} ns ({over:.2} of two lines), 99.9 % {p99_9} ns, {class}"
+            );
+            measured.latency.push(latency);
+        }
+        Ok(None) => {
+            eprintln!("compare: round trip {name}: dropped, as others used the processors");
+            measured.dropped += 1;
+        }
+        Err(error) => eprintln!("compare: round trip {name}: {error:#}"),
+    }
 }
 
 /// Waits for others to leave the processors alone; not for ever.
@@ -180,14 +224,20 @@ fn watch(
         thread::sleep(SETTLE);
         let (rate, others) = window(running, size)?;
         let after = standing_still(running, measured)?;
-        let class = Class::of(before, after);
+        let class = Class::of([before, after]);
         let busy = others > MOST_OTHERS;
         line += &format!(" {rate:7.2} M/s {:5}", class.word());
         if busy {
             line += &format!(" (dropped: others used {others:.0} %)");
             measured.dropped += 1;
         } else {
-            taken.push(Window { contender: at, size, class, mpps: rate });
+            taken.push(Window {
+                contender: at,
+                size,
+                trips: [before, after],
+                round: measured.rounds,
+                mpps: rate,
+            });
         }
         before = after;
     }
@@ -199,6 +249,10 @@ fn watch(
         taken.iter_mut().for_each(|window| window.mpps = 0.0);
     }
     measured.windows.extend(taken);
+    if let Some(copied) = running.copied_per_packet() {
+        line += &format!("; {copied:.1} bytes copied a packet");
+        measured.copied.push((at, size, copied));
+    }
     Ok(line)
 }
 

@@ -5,9 +5,10 @@ use anyhow::Result;
 use nix::sys::signal::Signal;
 use vhost_pci_tests::Process;
 
-use crate::contender::{Contender, Count, Kind, Running, Verdict, programs, signal_all};
+use crate::broker::guest;
+use crate::contender::{Contender, Count, Kind, Running, Verdict, signal_all};
 use crate::host::SENDER;
-use crate::link::{Link, pinned};
+use crate::link::Link;
 use crate::peer::Content;
 use crate::testpmd::{Role, Testpmd};
 
@@ -29,9 +30,9 @@ impl Contender for Ours {
 
     fn start(&self, size: usize) -> Result<Box<dyn Running>> {
         let link = Link::open(size, Content::Pattern)?;
-        let mut command = pinned(SENDER, &programs()?.join("vhost-pci-guest"));
+        let mut command = guest(SENDER)?;
         command.args(["owner", "--mode", "gen", "--check", "none", "--wait", "poll", "--json"]);
-        command.args(["--size", &size.to_string(), "--socket"]).arg(link.path("owner.sock"));
+        command.args(["--size", &size.to_string(), "--socket"]).arg(link.owner_socket());
         let owner = Process::spawn("owner", command, &link.path("owner.log"))?;
         Ok(Box::new(OursRunning { owner, link }))
     }
@@ -90,13 +91,15 @@ impl Contender for IntoOurs {
 
     fn start(&self, size: usize) -> Result<Box<dyn Running>> {
         let link = Link::open(size, Content::Testpmd)?;
-        let device = format!("net_virtio_user0,path={},{PACKED}", link.path("owner.sock").display());
-        let owner = Testpmd::start(&link.path(""), Role::Sender(size), &device)?;
+        let device = format!("net_virtio_user0,path={},{PACKED}", link.owner_socket().display());
+        let owner = Testpmd::start(&link.path(""), Role::Sender(size), &[device])?;
         Ok(Box::new(IntoOursRunning { owner, link }))
     }
 }
 
-/// `net_virtio_user` at its fastest.
+/// `net_virtio_user` with split rings.
+pub const SPLIT: &str = "queue_size=1024";
+/// With packed ones, and whatever else makes it faster.
 pub const PACKED: &str = "queue_size=1024,packed_vq=1,in_order=1,mrg_rxbuf=0,vectorized=1";
 
 struct IntoOursRunning {

@@ -43,7 +43,7 @@ pub fn svg(rows: &[Row]) -> String {
     let mut sizes: Vec<_> = bars.iter().map(|row| row.size).collect();
     sizes.sort_unstable();
     sizes.dedup();
-    let mut classes = vec![Class::Near, Class::Far];
+    let mut classes = vec![Class::Near, Class::Middle, Class::Far];
     classes.retain(|class| bars.iter().any(|row| row.class == *class));
     if classes.is_empty() {
         classes.push(Class::Mixed);
@@ -128,6 +128,7 @@ impl Panel<'_> {
             self.top - 30.0,
             match self.class {
                 Class::Near => "near",
+                Class::Middle => "neither near nor far from",
                 Class::Far => "far from",
                 Class::Mixed => "now near, now far from",
             }

@@ -20,9 +20,10 @@ const CHUNK: u64 = 200;
 pub const NEAR_BELOW: f64 = 150.0;
 /// A round trip above this is one between processors that are far from each other, nanoseconds.
 pub const FAR_ABOVE: f64 = 250.0;
-
 /// Above this, something else had a processor and the figure says nothing, nanoseconds.
 const FAR_BELOW: f64 = 2000.0;
+/// Two probes that differ by no more than this part saw the processors at the same place.
+const STEADY: f64 = 0.15;
 
 /// Where the processors were during a window.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Serialize)]
@@ -30,22 +31,30 @@ const FAR_BELOW: f64 = 2000.0;
 pub enum Class {
     /// Near before and after.
     Near,
+    /// Neither near nor far, before and after.
+    Middle,
     /// Far before and after.
     Far,
-    /// Anything else: it moved, or is neither.
+    /// It moved, or something else had a processor.
     Mixed,
 }
 
 impl Class {
     /// All of them, in the order in which they are printed.
-    pub const ALL: [Self; 3] = [Self::Near, Self::Far, Self::Mixed];
+    pub const ALL: [Self; 4] = [Self::Near, Self::Middle, Self::Far, Self::Mixed];
 
     /// That of a window with these round trips before and after it, nanoseconds.
-    pub fn of(before: f64, after: f64) -> Self {
-        let both = |is: fn(f64) -> bool| is(before) && is(after);
-        if both(|trip| trip < NEAR_BELOW) {
+    pub fn of([before, after]: [f64; 2]) -> Self {
+        let (before, after) = (Self::at(before), Self::at(after));
+        if before == after { before } else { Self::Mixed }
+    }
+
+    fn at(trip: f64) -> Self {
+        if trip < NEAR_BELOW {
             Self::Near
-        } else if both(|trip| trip > FAR_ABOVE && trip < FAR_BELOW) {
+        } else if trip <= FAR_ABOVE {
+            Self::Middle
+        } else if trip < FAR_BELOW {
             Self::Far
         } else {
             Self::Mixed
@@ -56,10 +65,16 @@ impl Class {
     pub const fn word(self) -> &'static str {
         match self {
             Self::Near => "near",
+            Self::Middle => "middle",
             Self::Far => "far",
             Self::Mixed => "mixed",
         }
     }
+}
+
+/// Whether two round trips are as good as the same.
+pub fn are_alike(one: f64, other: f64) -> bool {
+    one.max(other) <= one.min(other) * (1.0 + STEADY) && one.max(other) < FAR_BELOW
 }
 
 /// A cache line, and its neighbour, which some processors fetch with it.
@@ -67,54 +82,100 @@ impl Class {
 #[repr(align(128))]
 struct Line(AtomicU64);
 
+/// Lines that go from one processor to the other and back.
+#[derive(Default)]
+struct Lines {
+    /// What announces a message, and the message, unless it is on the same line.
+    there: [Line; 2],
+    back: [Line; 2],
+    end: AtomicBool,
+}
+
 /// The median round trip of one cache line between the two processors, nanoseconds; more than any
 /// class has if they were not idle.
 pub fn round_trip() -> Result<f64> {
-    let line = Arc::new((Line::default(), AtomicBool::new(false)));
-    let theirs = Arc::clone(&line);
+    median_trip::<1>()
+}
+
+/// The same where the answer has a line of its own: one line there, another back. No two programs
+/// exchange a message and an answer by less, unless they write to the same line.
+pub fn two_line_round_trip() -> Result<f64> {
+    median_trip::<2>()
+}
+
+/// The same where each message is on a line of its own behind the line that announces it: two
+/// lines there, two others back, as in a ring with an index.
+pub fn four_line_round_trip() -> Result<f64> {
+    median_trip::<4>()
+}
+
+fn median_trip<const LINES: usize>() -> Result<f64> {
+    let lines = Arc::new(Lines::default());
+    let theirs = Arc::clone(&lines);
     let answering = thread::spawn(move || -> Result<()> {
         pin_this_thread(RECEIVER)?;
-        let (line, end) = &*theirs;
-        let mut expected = 1;
-        while !end.load(Ordering::Relaxed) {
-            // Acquire and release: the two stores of the one word answer each other.
-            if line.0.load(Ordering::Acquire) == expected {
-                line.0.store(expected + 1, Ordering::Release);
-                expected += 2;
-            }
-        }
+        answer::<LINES>(&theirs);
         Ok(())
     });
-    let other = Arc::clone(&line);
+    let ours = Arc::clone(&lines);
     let asking = thread::spawn(move || -> Result<Vec<f64>> {
         pin_this_thread(SENDER)?;
-        let line = &other.0;
-        let (begin, mut asked, mut chunks) = (Instant::now(), 1, Vec::with_capacity(4096));
-        while begin.elapsed() < LENGTH {
-            let from = Instant::now();
-            for _ in 0..CHUNK {
-                line.0.store(asked, Ordering::Release);
-                let mut looks = 0_u64;
-                while line.0.load(Ordering::Acquire) != asked + 1 {
-                    looks += 1;
-                    // The other thread has died, or is kept from running.
-                    if looks.is_multiple_of(1 << 20) && begin.elapsed() > 100 * LENGTH {
-                        return Ok(chunks);
-                    }
-                }
-                asked += 2;
-            }
-            chunks.push(from.elapsed().as_nanos() as f64 / CHUNK as f64);
-        }
-        Ok(chunks)
+        Ok(ask::<LINES>(&ours))
     });
     let chunks = asking.join().map_err(|_| anyhow!("a thread of the probe panicked"))?;
-    line.1.store(true, Ordering::Relaxed);
+    lines.end.store(true, Ordering::Relaxed);
     answering.join().map_err(|_| anyhow!("a thread of the probe panicked"))??;
     let mut chunks = chunks?;
     chunks.sort_by(f64::total_cmp);
     // None at all where something else had a processor all the time.
     Ok(chunks.get(chunks.len() / 2).copied().unwrap_or(f64::MAX))
+}
+
+/// Acquire and release in both: each load of an announcing line pairs with the other thread's
+/// store of it, and what the message's line holds was stored before.
+fn answer<const LINES: usize>(lines: &Lines) {
+    let Lines { there: [announced, message], back: [announcing, answer], end } = lines;
+    let announcing = if LINES == 1 { announced } else { announcing };
+    let mut expected = 1;
+    while !end.load(Ordering::Relaxed) {
+        if announced.0.load(Ordering::Acquire) == expected {
+            if LINES == 4 {
+                answer.0.store(message.0.load(Ordering::Relaxed) + 1, Ordering::Relaxed);
+            }
+            announcing.0.store(expected + 1, Ordering::Release);
+            expected += 2;
+        }
+    }
+}
+
+/// Nanoseconds a round trip, of each chunk of them.
+fn ask<const LINES: usize>(lines: &Lines) -> Vec<f64> {
+    let Lines { there: [announcing, message], back: [announced, answer], .. } = lines;
+    let announced = if LINES == 1 { announcing } else { announced };
+    let (begin, mut asked, mut chunks) = (Instant::now(), 1, Vec::with_capacity(4096));
+    while begin.elapsed() < LENGTH {
+        let from = Instant::now();
+        for _ in 0..CHUNK {
+            if LINES == 4 {
+                message.0.store(asked, Ordering::Relaxed);
+            }
+            announcing.0.store(asked, Ordering::Release);
+            let mut looks = 0_u64;
+            while announced.0.load(Ordering::Acquire) != asked + 1 {
+                looks += 1;
+                // The other thread has died, or is kept from running.
+                if looks.is_multiple_of(1 << 20) && begin.elapsed() > 100 * LENGTH {
+                    return chunks;
+                }
+            }
+            if LINES == 4 && answer.0.load(Ordering::Relaxed) != asked + 1 {
+                return chunks;
+            }
+            asked += 2;
+        }
+        chunks.push(from.elapsed().as_nanos() as f64 / CHUNK as f64);
+    }
+    chunks
 }
 
 #[cfg(test)]
@@ -123,10 +184,17 @@ mod tests {
 
     #[test]
     fn a_window_has_a_class_only_if_both_probes_agree() {
-        assert_eq!(Class::of(55.0, 60.0), Class::Near);
-        assert_eq!(Class::of(340.0, 380.0), Class::Far);
-        for (before, after) in [(55.0, 340.0), (340.0, 55.0), (200.0, 55.0), (200.0, 200.0), (1e6, 1e6)] {
-            assert_eq!(Class::of(before, after), Class::Mixed);
+        assert_eq!(Class::of([55.0, 60.0]), Class::Near);
+        assert_eq!(Class::of([180.0, 215.0]), Class::Middle);
+        assert_eq!(Class::of([340.0, 380.0]), Class::Far);
+        for trips in [[55.0, 340.0], [340.0, 55.0], [200.0, 55.0], [200.0, 300.0], [1e6, 1e6]] {
+            assert_eq!(Class::of(trips), Class::Mixed);
         }
+    }
+
+    #[test]
+    fn only_neighbours_are_alike() {
+        assert!(are_alike(100.0, 115.0) && are_alike(115.0, 100.0));
+        assert!(!are_alike(100.0, 116.0) && !are_alike(1e6, 1e6));
     }
 }

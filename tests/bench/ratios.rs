@@ -1,105 +1,299 @@
-//! The ratios that have a target, by name. Medians of one run, within one class.
+//! The ratios that have a target, by name: medians of one run, within one class. And beside each
+//! the same over all classes, from windows of one round during which the processors were at the
+//! same place.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 
 use serde::Serialize;
 
 use crate::contender::Kind;
-use crate::probe::Class;
+use crate::latency::{Latency, POLLED};
+use crate::measure::Window;
+use crate::probe::{Class, are_alike};
 use crate::report::Row;
 
-/// A ratio.
+/// Fewer windows than this say little.
+const FEW: usize = 3;
+
+/// What a figure is to be.
 #[derive(Clone, Copy, Debug, PartialEq, Serialize)]
+#[serde(rename_all = "snake_case")]
+pub enum Target {
+    /// This or more.
+    AtLeast(f64),
+    /// This or less.
+    AtMost(f64),
+}
+
+impl Target {
+    fn is_met_by(self, value: f64) -> bool {
+        match self {
+            Self::AtLeast(target) => value >= target,
+            Self::AtMost(target) => value <= target,
+        }
+    }
+
+    fn text(self) -> String {
+        match self {
+            Self::AtLeast(target) => format!("at least {target}"),
+            Self::AtMost(target) => format!("at most {target}"),
+        }
+    }
+}
+
+/// A ratio, or another figure with a target.
+#[derive(Clone, Debug, PartialEq, Serialize)]
 pub struct Ratio {
-    /// None if one side was not measured in that class.
+    /// None if it was not measured, or not in the class that it is for.
     value: Option<f64>,
-    /// At least so much is wanted.
-    target: f64,
-    /// Whether it is.
+    target: Target,
+    /// Whether the value is what is wanted.
     met: bool,
     /// Windows above and below the line.
     windows: [usize; 2],
+    /// Over all classes: no substitute for the class that the target is for.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    all_classes: Option<Paired>,
+    /// Why there is no value, or what is to be known of it.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    note: Option<String>,
+}
+
+/// Ratios of windows that belong together.
+#[derive(Clone, Copy, Debug, PartialEq, Serialize)]
+pub struct Paired {
+    /// The median round's.
+    value: f64,
+    /// Rounds that had such windows.
+    rounds: usize,
 }
 
 impl Ratio {
-    fn new(above: Option<&Row>, below: Option<&Row>, target: f64) -> Self {
-        let value = above.zip(below).map(|(above, below)| above.median / below.median);
-        let windows = [above, below].map(|row| row.map_or(0, |row| row.windows));
-        Self { value, target, met: value.is_some_and(|value| value >= target), windows }
+    fn new(value: Option<f64>, target: Target, windows: [usize; 2]) -> Self {
+        let met = value.is_some_and(|value| target.is_met_by(value));
+        let few = value.is_some() && windows.iter().any(|count| *count < FEW);
+        let note = few.then(|| format!("fewer than {FEW} windows say little"));
+        Self { value, target, met, windows, all_classes: None, note }
+    }
+
+    fn missing(target: Target, why: impl Into<String>) -> Self {
+        Self { note: Some(why.into()), ..Self::new(None, target, [0, 0]) }
     }
 
     /// For people.
     pub fn text(&self) -> String {
-        let Self { value, target, met, windows: [above, below] } = self;
-        let Some(value) = value else { return format!("not measured (target {target})") };
-        let verdict = if *met { "met" } else { "missed" };
-        format!("{value:5.2}  target {target} {verdict} ({above} and {below} windows)")
+        let Self { value, target, met, windows: [above, below], all_classes, note } = self;
+        let mut text = match value {
+            Some(value) => {
+                let verdict = if *met { "met" } else { "missed" };
+                format!("{value:7.3}  {} {verdict} ({above} and {below} windows)", target.text())
+            }
+            None => format!("      -  {} not measured", target.text()),
+        };
+        if let Some(note) = note {
+            text += &format!("; {note}");
+        }
+        if let Some(Paired { value, rounds }) = all_classes {
+            text += &format!("; over all classes {value:.3} ({rounds} rounds)");
+        }
+        text
     }
 }
 
-/// All of those that there are contenders for.
-pub fn all(rows: &[Row]) -> BTreeMap<String, Ratio> {
-    let at = |class: Class, size: usize, wanted: &dyn Fn(&Row) -> bool| {
-        let rows = rows.iter().filter(|row| (row.class, row.size) == (class, size) && wanted(row));
-        rows.max_by(|one, other| one.median.total_cmp(&other.median))
-    };
-    let of = |kind: Kind| move |row: &Row| row.kind == kind;
-    let (ours, memif, vhost) = (of(Kind::Ours), of(Kind::Memif), of(Kind::Vhost));
-    let peer = |row: &Row| matches!(row.kind, Kind::Memif | Kind::Vhost);
-    let ring = |row: &Row| row.contender == "SPSC ring";
-    let mut all = BTreeMap::new();
-    let mut add =
-        |name: String, class, size, above: &dyn Fn(&Row) -> bool, below: &dyn Fn(&Row) -> bool, target| {
-            all.insert(name, Ratio::new(at(class, size, above), at(class, size, below), target));
-        };
-    add("near_64_copy_over_best_memif".into(), Class::Near, 64, &ours, &memif, 1.3);
-    add("near_64_copy_over_best_vhost".into(), Class::Near, 64, &ours, &vhost, 2.0);
-    add("near_1500_copy_over_best_memif".into(), Class::Near, 1500, &ours, &memif, 1.1);
-    add("near_1500_copy_over_spsc_copy_floor".into(), Class::Near, 1500, &ours, &ring, 0.8);
-    for size in [64, 1500] {
-        add(format!("far_{size}_copy_over_best_peer"), Class::Far, size, &ours, &peer, 1.5);
-    }
-    // The sender is the packed one, whatever it could agree on with us.
-    let packed = |row: &Row| row.contender == "vhost packed";
-    for size in [64, 256, 1500] {
-        let name = format!("near_{size}_same_sender_ours_over_vhost");
-        add(name, Class::Near, size, &of(Kind::Mixed), &packed, 1.25);
+/// What ratios are made of.
+#[derive(Clone, Copy, Debug)]
+pub struct Figures<'a> {
+    /// Contender, size and class.
+    pub rows: &'a [Row],
+    /// What the rows are made of.
+    pub windows: &'a [Window],
+    /// Round trips of packets.
+    pub latency: &'a [Latency],
+    /// By size: bytes that our forwarder copied for each packet.
+    pub copied: &'a [(usize, f64)],
+}
+
+type Which = fn(&Row) -> bool;
+
+/// A ratio of rates: name, class, size, above the line, below it, at least.
+type Rates = (&'static str, Class, usize, Which, Which, f64);
+
+const COPY: Which = |row| row.kind == Kind::Ours;
+const IN_PLACE: Which = |row| row.kind == Kind::InPlace;
+const MEMIF: Which = |row| row.kind == Kind::Memif;
+const VHOST: Which = |row| row.kind == Kind::Vhost;
+const PEER: Which = |row| matches!(row.kind, Kind::Memif | Kind::Vhost);
+const RING: Which = |row| row.contender == "SPSC ring";
+const INTO_OURS: Which = |row| row.kind == Kind::Mixed;
+const OUR_SWITCH: Which = |row| row.kind == Kind::OurSwitch;
+const SWITCH: Which = |row| row.kind == Kind::Switch;
+
+const RATES: [Rates; 13] = [
+    ("near_64_copy_over_best_memif", Class::Near, 64, COPY, MEMIF, 1.3),
+    ("near_64_copy_over_best_vhost", Class::Near, 64, COPY, VHOST, 2.0),
+    ("near_1500_copy_over_best_memif", Class::Near, 1500, COPY, MEMIF, 1.1),
+    ("near_1500_copy_over_spsc_copy_floor", Class::Near, 1500, COPY, RING, 0.8),
+    ("near_64_in_place_over_best_memif", Class::Near, 64, IN_PLACE, MEMIF, 1.5),
+    ("near_1500_in_place_over_best_memif", Class::Near, 1500, IN_PLACE, MEMIF, 3.0),
+    ("far_64_copy_over_best_peer", Class::Far, 64, COPY, PEER, 1.5),
+    ("far_1500_copy_over_best_peer", Class::Far, 1500, COPY, PEER, 1.5),
+    ("near_64_same_sender_ours_over_vhost", Class::Near, 64, INTO_OURS, VHOST, 1.25),
+    ("near_256_same_sender_ours_over_vhost", Class::Near, 256, INTO_OURS, VHOST, 1.25),
+    ("near_1500_same_sender_ours_over_vhost", Class::Near, 1500, INTO_OURS, VHOST, 1.25),
+    ("near_64_forwarding_over_best_vhost_switch", Class::Near, 64, OUR_SWITCH, SWITCH, 1.5),
+    ("near_1500_forwarding_over_best_vhost_switch", Class::Near, 1500, OUR_SWITCH, SWITCH, 2.0),
+];
+
+/// All of them, also those that were not measured.
+pub fn all(figures: &Figures<'_>) -> BTreeMap<&'static str, Ratio> {
+    let mut all: BTreeMap<_, _> = RATES.iter().map(|rates| (rates.0, of_rates(figures, rates))).collect();
+    all.insert("near_polled_round_trip_over_two_lines", of_latency(figures.latency));
+    for (size, name) in
+        [(64, "forwarding_64_copied_over_payload"), (1500, "forwarding_1500_copied_over_payload")]
+    {
+        let copied = figures.copied.iter().filter(|(whose, _)| *whose == size);
+        let copied: Vec<_> = copied.map(|(_, bytes)| bytes / size as f64).collect();
+        let count = copied.len();
+        // The start that copied most.
+        let most = copied.into_iter().reduce(f64::max);
+        let mut ratio = Ratio::new(most, Target::AtMost(1.0), [count, count]);
+        ratio.note =
+            most.is_none().then(|| "our forwarder was not measured with packets of that size".into());
+        all.insert(name, ratio);
     }
     all
 }
 
+fn of_rates(figures: &Figures<'_>, (_, class, size, above, below, target): &Rates) -> Ratio {
+    let rows = |which: Which| figures.rows.iter().filter(move |row| row.size == *size && which(row));
+    let best = |which: Which| {
+        let in_class = rows(which).filter(|row| row.class == *class);
+        in_class.max_by(|one, other| one.median.total_cmp(&other.median))
+    };
+    let target = Target::AtLeast(*target);
+    let mut ratio = match (best(*above), best(*below)) {
+        (Some(above), Some(below)) => {
+            Ratio::new(Some(above.median / below.median), target, [above.windows, below.windows])
+        }
+        _ if rows(*above).next().is_none() || rows(*below).next().is_none() => {
+            Ratio::missing(target, "a contender of it, or this size, was not measured")
+        }
+        _ => Ratio::missing(target, format!("no windows of class {} on both sides", class.word())),
+    };
+    let orders = |which| rows(which).map(|row| row.order).collect::<BTreeSet<_>>();
+    let lowest = |above| {
+        let all =
+            orders(*below).into_iter().filter_map(|below| pair_up(figures.windows, *size, above, below));
+        all.min_by(|one, other| one.value.total_cmp(&other.value))
+    };
+    let all = orders(*above).into_iter().filter_map(lowest);
+    ratio.all_classes = all.max_by(|one, other| one.value.total_cmp(&other.value));
+    ratio
+}
+
+/// The ratio of two contenders in the middle round, from windows with the processors at the same
+/// place before and after each, and during both.
+fn pair_up(windows: &[Window], size: usize, above: usize, below: usize) -> Option<Paired> {
+    let mut rounds: BTreeMap<usize, Vec<f64>> = BTreeMap::new();
+    let of = |contender| {
+        let windows =
+            windows.iter().filter(move |window| (window.contender, window.size) == (contender, size));
+        windows.filter(|window| are_alike(window.trips[0], window.trips[1]))
+    };
+    for above in of(above) {
+        let below = of(below).filter(|below| below.round == above.round && below.mpps > 0.0);
+        for below in below.filter(|below| are_alike(middle(below.trips), middle(above.trips))) {
+            rounds.entry(above.round).or_default().push(above.mpps / below.mpps);
+        }
+    }
+    let medians: Vec<_> = rounds.into_values().filter_map(median).collect();
+    Some(Paired { rounds: medians.len(), value: median(medians)? })
+}
+
+fn middle([before, after]: [f64; 2]) -> f64 {
+    (before + after) / 2.0
+}
+
+fn of_latency(latency: &[Latency]) -> Ratio {
+    let (target, polled) = (Target::AtMost(3.0), latency.iter().filter(|latency| latency.mode == POLLED));
+    let all: Vec<_> = polled.clone().map(Latency::over_two_lines).collect();
+    let near = polled.filter(|latency| latency.class() == Class::Near);
+    let near: Vec<_> = near.map(Latency::over_two_lines).collect();
+    let (count, rounds) = (near.len(), all.len());
+    let mut ratio = match median(near) {
+        Some(value) => Ratio::new(Some(value), target, [count, count]),
+        None if rounds == 0 => Ratio::missing(target, "round trips were not measured"),
+        None => Ratio::missing(target, "no windows of class near"),
+    };
+    ratio.all_classes = median(all).map(|value| Paired { value, rounds });
+    ratio
+}
+
+/// Of an even number the mean of the middle two.
+pub fn median(mut values: Vec<f64>) -> Option<f64> {
+    values.sort_by(f64::total_cmp);
+    let (low, high) = (values.get(values.len().checked_sub(1)? / 2)?, values.get(values.len() / 2)?);
+    Some((low + high) / 2.0)
+}
+
 #[cfg(test)]
 mod tests {
+    #![allow(clippy::unwrap_used)]
     use super::*;
 
-    fn row(contender: &'static str, kind: Kind, class: Class, median: f64) -> Row {
-        let (size, windows) = (64, 3);
-        Row {
-            contender,
-            kind,
-            order: 0,
-            size,
-            class,
-            median,
-            min: 0.0,
-            max: 0.0,
-            windows,
-            gigabytes_per_second: 0.0,
-        }
+    const CONTENDERS: [(&str, Kind); 3] =
+        [("ours copy", Kind::Ours), ("memif copy", Kind::Memif), ("memif zero-copy", Kind::Memif)];
+
+    fn row(order: usize, class: Class, median: f64) -> Row {
+        let (contender, kind) = CONTENDERS[order];
+        let (size, windows, min, max) = (64, 3, 0.0, 0.0);
+        Row { contender, kind, order, size, class, median, min, max, windows, gigabytes_per_second: 0.0 }
+    }
+
+    fn ratio(rows: &[Row], windows: &[Window], name: &str) -> Ratio {
+        all(&Figures { rows, windows, latency: &[], copied: &[] }).remove(name).unwrap()
     }
 
     #[test]
     fn the_best_of_a_kind_is_compared_and_only_within_a_class() {
         let rows = [
-            row("ours copy", Kind::Ours, Class::Near, 30.0),
-            row("memif copy", Kind::Memif, Class::Near, 20.0),
-            row("memif zero-copy", Kind::Memif, Class::Near, 10.0),
-            row("memif zero-copy", Kind::Memif, Class::Far, 100.0),
+            row(0, Class::Near, 30.0),
+            row(1, Class::Near, 20.0),
+            row(2, Class::Near, 10.0),
+            row(2, Class::Far, 100.0),
         ];
-        let all = all(&rows);
-        let expected = Ratio { value: Some(1.5), target: 1.3, met: true, windows: [3, 3] };
-        assert_eq!(all.get("near_64_copy_over_best_memif"), Some(&expected));
-        let missing = all.get("far_64_copy_over_best_peer").and_then(|ratio| ratio.value);
-        assert_eq!(missing, None);
+        let near = ratio(&rows, &[], "near_64_copy_over_best_memif");
+        assert_eq!((near.value, near.met, near.windows), (Some(1.5), true, [3, 3]));
+        let far = ratio(&rows, &[], "far_64_copy_over_best_peer");
+        assert_eq!((far.value, far.met), (None, false));
+        assert!(far.note.unwrap().contains("far"));
+    }
+
+    #[test]
+    fn windows_are_paired_within_a_round_and_at_the_same_place() {
+        let window = |contender, round, trip, mpps| {
+            let trips = [trip, trip * 1.05];
+            Window { contender, size: 64, trips, round, mpps }
+        };
+        let windows = [
+            window(0, 1, 180.0, 20.0),
+            window(1, 1, 190.0, 10.0),
+            window(2, 1, 190.0, 5.0),
+            // Somewhere else, and in another round.
+            window(1, 1, 120.0, 1.0),
+            window(1, 2, 180.0, 1.0),
+            // It moved.
+            Window { trips: [180.0, 300.0], ..window(1, 1, 180.0, 1.0) },
+        ];
+        let rows = [0, 1, 2].map(|order| row(order, Class::Middle, 1.0));
+        let ratio = ratio(&rows, &windows, "near_64_copy_over_best_memif");
+        assert_eq!(ratio.value, None);
+        assert_eq!(ratio.all_classes, Some(Paired { value: 2.0, rounds: 1 }));
+    }
+
+    #[test]
+    fn few_windows_are_told_of() {
+        let rows = [Row { windows: 2, ..row(0, Class::Near, 30.0) }, row(1, Class::Near, 20.0)];
+        assert!(ratio(&rows, &[], "near_64_copy_over_best_memif").note.is_some());
     }
 }

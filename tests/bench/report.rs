@@ -7,9 +7,10 @@ use serde::Serialize;
 
 use crate::contender::{Contender, Kind};
 use crate::host::Machine;
+use crate::latency;
 use crate::measure::{MOST_OTHERS, Measured};
 use crate::probe::{Class, FAR_ABOVE, NEAR_BELOW};
-use crate::ratios::{self, Ratio};
+use crate::ratios::{self, Figures, Ratio, median};
 
 /// A contender with a size, in a class.
 #[derive(Clone, Debug, Serialize)]
@@ -62,7 +63,9 @@ pub struct Report {
     contenders: BTreeMap<&'static str, About>,
     /// The figures.
     pub results: Vec<Row>,
-    ratios: BTreeMap<String, Ratio>,
+    /// Round trips of packets.
+    latency: Vec<latency::Row>,
+    ratios: BTreeMap<&'static str, Ratio>,
 }
 
 #[derive(Debug, Serialize)]
@@ -85,10 +88,8 @@ struct Spread {
 impl Spread {
     fn of(mut values: Vec<f64>) -> Option<Self> {
         values.sort_by(f64::total_cmp);
-        let (count, last) = (values.len(), *values.last()?);
-        // Of an even number the mean of the middle two.
-        let median = (values[(count - 1) / 2] + values[count / 2]) / 2.0;
-        Some(Self { median, min: values[0], max: last })
+        let (min, max) = (*values.first()?, *values.last()?);
+        Some(Self { median: median(values)?, min, max })
     }
 }
 
@@ -99,8 +100,8 @@ impl Report {
         let mut classes: BTreeMap<_, _> =
             Class::ALL.iter().map(|class| (class.word(), ClassCount::default())).collect();
         for window in &measured.windows {
-            groups.entry((window.size, window.contender, window.class)).or_default().push(window.mpps);
-            classes.entry(window.class.word()).or_default().windows += 1;
+            groups.entry((window.size, window.contender, window.class())).or_default().push(window.mpps);
+            classes.entry(window.class().word()).or_default().windows += 1;
         }
         let results: Vec<_> = groups
             .into_iter()
@@ -132,6 +133,7 @@ impl Report {
             };
             (contender.name(), about)
         };
+        let copied = measured.copied.iter().map(|(_, size, bytes)| (*size, *bytes)).collect::<Vec<_>>();
         let nothing = Spread { median: f64::NAN, min: f64::NAN, max: f64::NAN };
         Self {
             machine,
@@ -142,7 +144,13 @@ impl Report {
             packets_sampled: measured.sampled,
             packets_corrupted: measured.corrupted,
             contenders: contenders.iter().map(|contender| &**contender).enumerate().map(about).collect(),
-            ratios: ratios::all(&results),
+            latency: latency::rows(&measured.latency),
+            ratios: ratios::all(&Figures {
+                rows: &results,
+                windows: &measured.windows,
+                latency: &measured.latency,
+                copied: &copied,
+            }),
             results,
         }
     }
@@ -157,7 +165,7 @@ impl Report {
             text,
             "{} rounds; windows of 1 s: {}; dropped {} (others used more than {MOST_OTHERS} % of a processor)\n\
              cache-line round trip {median:.0} ns ({min:.0} to {max:.0}); near below {NEAR_BELOW}, far above \
-             {FAR_ABOVE}\npackets looked at {}, corrupted {}",
+             {FAR_ABOVE}, middle between, mixed where the two probes of a window disagree\npackets looked at {}, corrupted {}",
             self.rounds,
             classes.collect::<Vec<_>>().join(", "),
             self.windows_dropped,
@@ -168,6 +176,12 @@ impl Report {
             if self.results.iter().any(|row| row.class == class) {
                 self.class_table(class, &mut text);
             }
+        }
+        if !self.latency.is_empty() {
+            let _ = writeln!(text, "\n{}", latency::Row::header());
+        }
+        for row in &self.latency {
+            let _ = writeln!(text, "{}", row.line());
         }
         let _ = writeln!(text, "\nratios of medians");
         for (name, ratio) in &self.ratios {

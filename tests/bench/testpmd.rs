@@ -30,7 +30,16 @@ pub enum Role {
     Sender(usize),
     /// Receives and forgets.
     Receiver,
+    /// Both ends of a loop: has two ports, and sends out of the one what comes in at the other.
+    /// Packets of so many bytes are in the loop once [`Testpmd::fill_loop`] has put them there.
+    Ends(usize),
+    /// The other half of the loop: likewise, on the receiver's processor.
+    Forwarder,
 }
+
+/// Bursts that each end of a loop begins with: as many packets as nearly fill a ring of 1024, which
+/// is best for DPDK's forwarder and for ours.
+const FILL: usize = 28;
 
 /// A running one.
 pub struct Testpmd {
@@ -42,12 +51,14 @@ pub struct Testpmd {
 }
 
 impl Testpmd {
-    /// Starts it with one port, in a directory that is its alone or at least no other's of its
-    /// role. It forwards when this returns.
-    pub fn start(dir: &Path, role: Role, device: &str) -> Result<Self> {
+    /// Starts it with a port a device, in a directory that is its alone or at least no other's of
+    /// its role. It forwards when this returns.
+    pub fn start(dir: &Path, role: Role, devices: &[String]) -> Result<Self> {
         let (name, processor) = match role {
             Role::Sender(_) => ("sender", SENDER),
             Role::Receiver => ("receiver", RECEIVER),
+            Role::Ends(_) => ("ends", SENDER),
+            Role::Forwarder => ("forwarder", RECEIVER),
         };
         let (input, our_input) = std::io::pipe()?;
         let (output, their_output) = std::io::pipe()?;
@@ -62,12 +73,19 @@ impl Testpmd {
             // Then all of its memory is one memfd, which it can share.
             command.arg("--no-huge");
         }
-        command.args(["--force-max-simd-bitwidth=512", "--vdev", device, "--", "-i", "--auto-start"]);
+        command.arg("--force-max-simd-bitwidth=512");
+        command.args(devices.iter().flat_map(|device| ["--vdev", device]));
+        command.args(["--", "-i"]);
+        if !matches!(role, Role::Ends(_)) {
+            command.arg("--auto-start");
+        }
         command.args(["--nb-cores=1", "--burst=32", "--mbcache=512", "--total-num-mbufs=16384"]);
         command.args(["--rxd=1024", "--txd=1024", "--no-flush-rx", "--no-mlockall"]);
         match role {
             Role::Sender(size) => command.args(["--forward-mode=txonly", &format!("--txpkts={size}")]),
             Role::Receiver => command.arg("--forward-mode=rxonly"),
+            Role::Ends(size) => command.args(["--forward-mode=io", &format!("--txpkts={size}")]),
+            Role::Forwarder => command.arg("--forward-mode=io"),
         };
         command.stdin(input).stdout(their_output);
         let process = Process::spawn_with_pipes(name, command, &dir.join(format!("{name}.log")))?;
@@ -86,11 +104,16 @@ impl Testpmd {
         self.process.pid()
     }
 
-    /// What its port has received.
+    /// Puts packets into the loop whose ends it is, and forwards from then on.
+    pub fn fill_loop(&mut self) -> Result<()> {
+        self.ask(&format!("start tx_first {FILL}")).map(drop)
+    }
+
+    /// What its ports have received, together.
     pub fn received(&mut self) -> Result<Count> {
-        let text = self.ask("show port stats 0")?;
+        let text = self.ask("show port stats all")?;
         let at = Instant::now();
-        let number = |name: &str| number_after(&text, name).with_context(|| format!("no {name} in {text}"));
+        let number = |name: &str| sum_of(&text, name).with_context(|| format!("no {name} in {text}"));
         ensure!(number("RX-errors:")? == 0, "testpmd counts errors: {text}");
         Ok(Count { at, packets: number("RX-packets:")?, bytes: number("RX-bytes:")? })
     }
@@ -134,6 +157,12 @@ fn number_after(text: &str, name: &str) -> Option<u64> {
     text.split_once(name)?.1.split_whitespace().next()?.parse().ok()
 }
 
+/// The sum of the numbers behind a name, if it is there at all.
+fn sum_of(text: &str, name: &str) -> Option<u64> {
+    let numbers = text.split(name).skip(1).map(|rest| rest.split_whitespace().next()?.parse::<u64>().ok());
+    numbers.reduce(|sum, number| Some(sum? + number?))?
+}
+
 /// Whether there are enough hugepages for two of them.
 pub fn has_hugepages() -> bool {
     let text = fs::read_to_string("/proc/meminfo").unwrap_or_default();
@@ -164,5 +193,7 @@ mod tests {
         assert_eq!(number_after(text, "RX-packets:"), Some(4242));
         assert_eq!(number_after(text, "RX-bytes:"), Some(271_488));
         assert_eq!(number_after(text, "TX-packets:"), None);
+        assert_eq!(sum_of(&text.repeat(2), "RX-packets:"), Some(8484));
+        assert_eq!(sum_of(text, "TX-packets:"), None);
     }
 }

@@ -5,7 +5,7 @@
 //! |---|---|
 //! | [`tap`], [`echo`], [`sink`], [`generate`] | a peer's work on packets |
 //! | [`show`] | prints what the device and the link look like |
-//! | [`owner`] | an owner without a VM |
+//! | [`owner`], [`ping`] | an owner without a VM; how long its packets take to the peer and back |
 //! | [`vfio_owner`] | an owner's driver in its guest, behind the guest's IOMMU |
 //! | [`confine`] | try whether a peer is confined to what its owner maps |
 //! | [`peer_loop`] | the main loop of the peers |
@@ -26,6 +26,7 @@ mod live;
 pub mod owner;
 pub mod pattern;
 pub mod peer_loop;
+pub mod ping;
 pub mod quiet;
 mod session;
 pub mod show;

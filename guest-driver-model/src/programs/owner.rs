@@ -5,6 +5,7 @@ use std::time::{Duration, Instant};
 
 use super::ProgramError;
 use super::pattern::Checker;
+use super::ping::Ping;
 use super::sink::Check;
 use super::source::{Source, SourceArgs};
 use super::stop::Stop;
@@ -32,6 +33,8 @@ pub enum Work {
     Both,
     /// Send, and check that each packet comes back
     EchoCheck,
+    /// Send one packet at a time, and measure how long it takes to come back
+    Ping,
 }
 
 /// What the owner's IOMMU is for.
@@ -192,6 +195,7 @@ struct Owner<'a, A: Addressing> {
     vmm: Option<OwnerVmm>,
     /// One a pair.
     sources: Vec<Source>,
+    ping: Option<Ping>,
     received: PacketBurst,
     checkers: Vec<Checker>,
     traffic: Traffic,
@@ -226,6 +230,10 @@ impl<'a, A: Addressing> Owner<'a, A> {
             places: layout.vrings().iter().map(|vring| vring.places).collect(),
             checkers: sources.iter().map(checker).collect(),
             vmm: None,
+            ping: match args.work {
+                Work::Ping => Some(Ping::new(args.source.size, args.source.rate, args.wait)?),
+                _ => None,
+            },
             sources,
             received: PacketBurst::with_capacity(BURST, 2048),
             traffic: Traffic::default(),
@@ -259,7 +267,10 @@ impl<'a, A: Addressing> Owner<'a, A> {
             }
             std::thread::sleep(RECONNECT_PAUSE);
         };
-        reporter.end(&self.traffic());
+        match &self.ping {
+            Some(ping) => reporter.end_with_round_trips(&self.traffic(), &ping.round_trips()),
+            None => reporter.end(&self.traffic()),
+        }
         self.report_iommu();
         result
     }
@@ -373,6 +384,11 @@ impl<'a, A: Addressing> Owner<'a, A> {
     fn round(&mut self, send: bool) -> Result<usize, DriverFault> {
         let mut moved = 0;
         let Some(vmm) = &self.vmm else { return Ok(0) };
+        if let Some(ping) = &mut self.ping {
+            let pinged = ping.round(&mut self.port, vmm, &mut self.received, send)?;
+            self.traffic.count_pinged(pinged);
+            return Ok(pinged.sent + pinged.received);
+        }
         if send && self.args.work != Work::Sink {
             for (pair, source) in (0..self.args.pairs).zip(&mut self.sources) {
                 let mut result = Ok(0);

@@ -6,6 +6,7 @@ use std::time::{Duration, Instant};
 use serde::Serialize;
 
 use super::pattern::Checker;
+use super::ping::{Pinged, RoundTrips};
 use super::waiting::Sleeps;
 use super::wire::Sent;
 use crate::net::Demand;
@@ -104,6 +105,14 @@ impl Traffic {
         )
     }
 
+    /// Counts what a ping moved.
+    pub fn count_pinged(&mut self, pinged: Pinged) {
+        self.tx_packets += pinged.sent as u64;
+        self.tx_bytes += pinged.sent_bytes as u64;
+        self.rx_packets += pinged.received as u64;
+        self.rx_bytes += pinged.received_bytes as u64;
+    }
+
     /// Counts what became of frames that were to be sent.
     pub fn count_sent(&mut self, sent: Sent) {
         self.tx_packets += (sent.done - sent.dropped) as u64;
@@ -149,6 +158,8 @@ struct Line<'a> {
     traffic: Traffic,
     /// The last line of the program.
     end: bool,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    round_trips: Option<&'a RoundTrips>,
 }
 
 impl Reporter {
@@ -170,7 +181,7 @@ impl Reporter {
                 self.print(&self.rates(traffic, passed));
             }
             if self.args.json_lines {
-                self.print_json(traffic, false);
+                self.print_json(traffic, false, None);
             }
             self.last = now;
             self.before = *traffic;
@@ -180,8 +191,17 @@ impl Reporter {
 
     /// The program ends.
     pub fn end(&self, traffic: &Traffic) {
+        self.end_with(traffic, None);
+    }
+
+    /// The program ends, and this is how long its packets took to come back.
+    pub fn end_with_round_trips(&self, traffic: &Traffic, round_trips: &RoundTrips) {
+        self.end_with(traffic, Some(round_trips));
+    }
+
+    fn end_with(&self, traffic: &Traffic, round_trips: Option<&RoundTrips>) {
         if self.args.json || self.args.json_lines {
-            self.print_json(traffic, true);
+            self.print_json(traffic, true, round_trips);
         } else {
             self.print(&format!(
                 "{}: sent {} packets, received {}; lost {}, reordered {}, corrupted {}, dropped {}, faults {}{}",
@@ -195,6 +215,9 @@ impl Reporter {
                 traffic.faults,
                 traffic.demand()
             ));
+            if let Some(round_trips) = round_trips {
+                self.print(&format!("{}: {}", self.name, round_trips.text()));
+            }
         }
     }
 
@@ -215,9 +238,9 @@ impl Reporter {
         )
     }
 
-    fn print_json(&self, traffic: &Traffic, end: bool) {
+    fn print_json(&self, traffic: &Traffic, end: bool, round_trips: Option<&RoundTrips>) {
         let seconds = self.start.map_or(0.0, |start| start.elapsed().as_secs_f64());
-        let line = Line { program: self.name, seconds, traffic: *traffic, end };
+        let line = Line { program: self.name, seconds, traffic: *traffic, end, round_trips };
         if let Ok(text) = serde_json::to_string(&line) {
             self.print(&text);
         }
@@ -238,7 +261,7 @@ mod tests {
     #[test]
     fn a_json_line_has_the_counters_at_its_top() {
         let traffic = Traffic { tx_packets: 3, corrupted: 1, ..Traffic::default() };
-        let line = Line { program: "sink", seconds: 1.5, traffic, end: true };
+        let line = Line { program: "sink", seconds: 1.5, traffic, end: true, round_trips: None };
         let value = serde_json::to_value(&line).unwrap();
         assert_eq!(value["tx_packets"], 3);
         assert_eq!(value["corrupted"], 1);
