@@ -447,6 +447,116 @@ impl Slots<16> {
     }
 }
 
+/// The descriptors of a packed virtqueue (virtio 1.3, 2.8), checked once: an array of any
+/// number of 16-byte slots. An index that is not below the count means the first slot.
+#[derive(Clone, Debug)]
+pub(crate) struct PackedSlots {
+    base: NonNull<u8>,
+    count: u16,
+    _memory: SharedMemory,
+}
+
+// SAFETY: an address inside the memory that `_memory` keeps, which is Send.
+unsafe impl Send for PackedSlots {}
+// SAFETY: accessed by atomics only.
+unsafe impl Sync for PackedSlots {}
+
+impl PackedSlots {
+    const STRIDE: usize = 16;
+
+    /// Checks bounds and alignment of `count` slots (at least one) from `offset` on, once.
+    pub(crate) fn new(memory: &SharedMemory, offset: u64, count: u16) -> Result<Self, ShmError> {
+        let count = count.max(1);
+        let base = memory.range(offset, u64::from(count) * Self::STRIDE as u64)?;
+        if !base.addr().get().is_multiple_of(Self::STRIDE / 2) {
+            return Err(ShmError::Misaligned { offset, align: Self::STRIDE / 2 });
+        }
+        Ok(Self { base, count, _memory: memory.clone() })
+    }
+
+    #[inline]
+    fn slot(&self, index: u16) -> NonNull<u8> {
+        let index = if index < self.count { index } else { 0 };
+        // SAFETY: the index is below the count that `new` checked.
+        unsafe { self.base.add(usize::from(index) * Self::STRIDE) }
+    }
+
+    /// The word that says whose the slot is.
+    #[inline]
+    pub(crate) fn flags(&self, index: u16) -> SlotFlags<'_> {
+        // SAFETY: the slot has 16 bytes.
+        SlotFlags { at: unsafe { self.slot(index).add(14) }, _slots: self }
+    }
+
+    /// Relaxed loads of all but the flags: address, length, id.
+    #[inline]
+    pub(crate) fn load(&self, index: u16) -> (u64, u32, u16) {
+        let at = self.slot(index);
+        trace::note(at, 14);
+        let at = at.as_ptr();
+        // SAFETY: the slot has 16 bytes and is aligned to 8, see `new`.
+        let (addr, len, id) = unsafe {
+            (
+                AtomicU64::from_ptr(at.cast()),
+                AtomicU32::from_ptr(at.add(8).cast()),
+                AtomicU16::from_ptr(at.add(12).cast()),
+            )
+        };
+        // Relaxed: ordered by the acquire load of the flags before them.
+        (
+            u64::from_le(addr.load(Ordering::Relaxed)),
+            u32::from_le(len.load(Ordering::Relaxed)),
+            u16::from_le(id.load(Ordering::Relaxed)),
+        )
+    }
+
+    /// Relaxed store of the address.
+    #[inline]
+    pub(crate) fn store_addr(&self, index: u16, addr: u64) {
+        // SAFETY: as in `load`.
+        let word = unsafe { AtomicU64::from_ptr(self.slot(index).as_ptr().cast()) };
+        // Relaxed: ordered by the release store of the flags after it.
+        word.store(addr.to_le(), Ordering::Relaxed);
+    }
+
+    /// One store of length, id and flags together: whoever dies before or after it leaves the
+    /// slot as it was, or complete.
+    #[inline]
+    pub(crate) fn store_rest(&self, index: u16, len: u32, id: u16, flags: u16, order: Ordering) {
+        let rest = u64::from(len) | u64::from(id) << 32 | u64::from(flags) << 48;
+        // SAFETY: the slot has 16 bytes and is aligned to 8, see `new`.
+        let word = unsafe { AtomicU64::from_ptr(self.slot(index).as_ptr().add(8).cast()) };
+        word.store(rest.to_le(), order);
+    }
+}
+
+/// The flags of a slot of a packed virtqueue.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct SlotFlags<'a> {
+    at: NonNull<u8>,
+    _slots: &'a PackedSlots,
+}
+
+impl SlotFlags<'_> {
+    #[inline]
+    fn atomic(&self) -> &AtomicU16 {
+        // SAFETY: `PackedSlots::flags` made the address from a slot that is in bounds and
+        // aligned to 8. An atomic may change under its reference.
+        unsafe { AtomicU16::from_ptr(self.at.as_ptr().cast()) }
+    }
+
+    #[inline]
+    pub(crate) fn load(&self, order: Ordering) -> u16 {
+        trace::note(self.at, 2);
+        u16::from_le(self.atomic().load(order))
+    }
+
+    #[inline]
+    pub(crate) fn store(&self, value: u16, order: Ordering) {
+        self.atomic().store(value.to_le(), order);
+    }
+}
+
 /// Which shared bytes were fetched: lets unit tests prove that none is fetched twice.
 #[cfg(not(test))]
 mod trace {

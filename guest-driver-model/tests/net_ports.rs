@@ -21,10 +21,11 @@ proptest! {
         buffer_len in prop_oneof![proptest::strategy::Just(64_u32), proptest::strategy::Just(128), proptest::strategy::Just(2048)],
         mergeable in any::<bool>(),
         indirect in any::<bool>(),
+        (packed, in_order) in any::<(bool, bool)>(),
         lens in vec(prop_oneof![0_usize..200, 0_usize..2000, 0_usize..9000], 1..200),
         bursts in vec((0_usize..40, 1_usize..40), 1..10),
     ) {
-        let config = OwnerConfig { pairs: 1, ring_size: 1 << size_log, buffer_len, mergeable, indirect, event_idx: true };
+        let config = OwnerConfig { pairs: 1, ring_size: 1 << size_log, buffer_len, mergeable, indirect, packed, in_order, ..OwnerConfig::default() };
         let Joined { mut owner, mut peer, layout, .. } = join(config);
         let make = |limit: usize| -> Vec<_> {
             lens.iter().zip(0..).map(|(len, seed)| frame(seed, *len.min(&limit))).collect()
@@ -54,7 +55,13 @@ proptest! {
 
 #[test]
 fn ports_work_on_after_their_indices_wrap() {
-    let Joined { mut owner, mut peer, .. } = join(OwnerConfig { ring_size: 64, ..OwnerConfig::default() });
+    for (packed, in_order) in [(false, false), (false, true), (true, false), (true, true)] {
+        work_on_after_a_wrap(OwnerConfig { ring_size: 64, packed, in_order, ..OwnerConfig::default() });
+    }
+}
+
+fn work_on_after_a_wrap(config: OwnerConfig) {
+    let Joined { mut owner, mut peer, .. } = join(config);
     let mut burst = PacketBurst::default();
     for round in 0..3000_u64 {
         let frames: Vec<_> = (0..32).map(|n| frame(round * 32 + n, 60)).collect();
@@ -185,13 +192,14 @@ fn links_that_are_no_network_card_in_use_give_no_port() {
     assert_eq!(port(&block).unwrap_err(), PortError::NotNetwork { device: 2 });
     let legacy = LinkWriter { features: 1 << 15, ..good.clone() };
     assert_eq!(port(&legacy).unwrap_err(), PortError::Legacy { features: 1 << 15 });
-    // VIRTIO_F_RING_PACKED, VIRTIO_F_IN_ORDER, VIRTIO_NET_F_GUEST_CSUM.
-    for bit in [34, 35, 1] {
+    // VIRTIO_F_NOTIFICATION_DATA, VIRTIO_F_RING_RESET, VIRTIO_NET_F_GUEST_CSUM.
+    for bit in [38, 40, 1] {
         let unknown = LinkWriter { features: good.features | 1 << bit, ..good.clone() };
         assert_eq!(port(&unknown).unwrap_err(), PortError::Unknown { features: 1 << bit });
     }
-    // VIRTIO_RING_F_INDIRECT_DESC, VIRTIO_RING_F_EVENT_IDX, VIRTIO_F_ACCESS_PLATFORM.
-    for bit in [28, 29, 33] {
+    // VIRTIO_RING_F_INDIRECT_DESC, VIRTIO_RING_F_EVENT_IDX, VIRTIO_F_ACCESS_PLATFORM,
+    // VIRTIO_F_RING_PACKED, VIRTIO_F_IN_ORDER.
+    for bit in [28, 29, 33, 34, 35] {
         let known = LinkWriter { features: 1 << 32 | 1 << bit, ..good.clone() };
         assert!(port(&known).is_ok());
     }

@@ -24,6 +24,8 @@ const DEFAULT: OwnerConfig = OwnerConfig {
     mergeable: true,
     indirect: false,
     event_idx: true,
+    packed: false,
+    in_order: false,
 };
 
 fn frames(count: u64, len: usize) -> Vec<Vec<u8>> {
@@ -46,6 +48,7 @@ proptest! {
         buffer_len in prop_oneof![Just(64_u32), Just(1536), Just(8192)],
         mergeable in any::<bool>(),
         indirect in any::<bool>(),
+        (packed, in_order) in any::<(bool, bool)>(),
         shown in vec((0_u64..400, 1_u64..8, 0_u32..4), 0..20),
         to_copy in 0_u64..3,
         // More than any packet takes.
@@ -53,7 +56,7 @@ proptest! {
         lens in vec(prop_oneof![0_usize..200, 0_usize..2000, 0_usize..9000], 1..60),
         bursts in vec((0_usize..40, 1_usize..40), 1..6),
     ) {
-        let config = OwnerConfig { pairs: 1, ring_size: 1 << size_log, buffer_len, mergeable, indirect, event_idx: true };
+        let config = OwnerConfig { pairs: 1, ring_size: 1 << size_log, buffer_len, mergeable, indirect, packed, in_order, ..DEFAULT };
         let mut asked = 0;
         let rule = move |request: &Request| {
             asked += 1;

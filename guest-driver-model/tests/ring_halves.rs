@@ -24,16 +24,20 @@ struct Halves {
     device: DeviceRing,
 }
 
-const PLAIN: RingFeatures = RingFeatures { indirect: false, event_idx: false };
-const EVENT_IDX: RingFeatures = RingFeatures { indirect: false, event_idx: true };
+const PLAIN: RingFeatures =
+    RingFeatures { indirect: false, event_idx: false, packed: false, in_order: false };
+const EVENT_IDX: RingFeatures = RingFeatures { event_idx: true, ..PLAIN };
+const IN_ORDER: RingFeatures = RingFeatures { in_order: true, ..PLAIN };
+const PACKED: RingFeatures = RingFeatures { packed: true, ..PLAIN };
+const PACKED_EVENT: RingFeatures = RingFeatures { event_idx: true, ..PACKED };
+const PACKED_IN_ORDER: RingFeatures = RingFeatures { in_order: true, ..PACKED_EVENT };
 
 fn halves(size: u16, features: RingFeatures) -> Halves {
     let views = TwoViews::new(8 << 20);
     let (places, end) = RingPlaces::at(0, size);
     let tables = features.indirect.then_some(IndirectTables { offset: end, entries: size.min(8) });
-    let fresh = if features.event_idx { DriverRing::with_event_idx } else { DriverRing::new };
-    let driver = fresh(1, &places, &views.owner, IOVA, tables).unwrap();
-    let config = RingConfig::try_from(&places.info(IOVA)).unwrap();
+    let driver = DriverRing::with_features(1, &places, &views.owner, IOVA, tables, features).unwrap();
+    let config = RingConfig::new(&places.info(IOVA), features).unwrap();
     let translation = Translation::new(&[views.mapping()]);
     let device = DeviceRing::new(1, &config, &views.window, translation, features).unwrap();
     Halves { views, driver, device }
@@ -57,25 +61,44 @@ proptest! {
     /// and the length written, whatever the bursts and the order of completion are.
     #[test]
     fn buffers_arrive_as_described_and_come_back_once(
-        size_log in 0_u32..7,
-        indirect in any::<bool>(),
-        event_idx in any::<bool>(),
+        size in 1_u16..70,
+        (indirect, event_idx) in any::<(bool, bool)>(),
+        (packed, in_order) in any::<(bool, bool)>(),
         chains in vec(chain(), 1..200),
-        bursts in vec((1_usize..20, 1_usize..20, any::<bool>()), 8),
+        bursts in vec((1_usize..20, 1_usize..20, any::<bool>(), 0_usize..3), 8),
     ) {
-        let Halves { mut driver, mut device, .. } = halves(1 << size_log, RingFeatures { indirect, event_idx });
+        // Only a packed ring may have any size.
+        let size = if packed { size } else { 1 << size.ilog2() };
+        let features = RingFeatures { indirect, event_idx, packed, in_order };
+        let Halves { mut driver, mut device, .. } = halves(size, features);
         let mut burst = ChainBurst::default();
         let mut completions = Vec::new();
         let mut expected = Vec::new();
+        // A queue of one direction only, so that there is something to leave out.
+        let direction = if chains.len() % 2 == 0 { Direction::Both } else { Direction::DeviceReads };
         let (mut added, mut popped, mut back) = (0, 0, Vec::new());
-        let fits: Vec<_> = chains.into_iter().filter(|chain| chain.len() <= 1 << size_log).collect();
-        for (add, take, reversed) in bursts.into_iter().cycle() {
+        let mut chains = chains;
+        if direction == Direction::DeviceReads {
+            chains.iter_mut().flatten().for_each(|piece| piece.writable = false);
+        }
+        let fits: Vec<_> = chains.into_iter().filter(|chain| chain.len() <= usize::from(size)).collect();
+        for (add, take, reversed, again) in bursts.into_iter().cycle() {
             while added < fits.len() && added - popped < add && driver.add(&fits[added], added as u64).is_ok() {
                 added += 1;
             }
             driver.publish();
             burst.clear();
-            let count = device.pop_burst(take, Direction::Both, &mut burst).unwrap();
+            let count = device.pop_burst(take, direction, &mut burst).unwrap();
+            // What is put back, or used and taken back, comes again.
+            if again > 0 {
+                for chain in burst.iter().take(if again > 1 { count / 2 } else { 0 }) {
+                    device.push_used(chain.head, 0);
+                }
+                device.take_back_used();
+                device.put_back(count);
+                burst.clear();
+                assert_eq!(device.pop_burst(take, direction, &mut burst), Ok(count));
+            }
             let mut done = Vec::new();
             for chain in burst.iter() {
                 let seen = chain.segments.iter().map(|segment| (segment.place, segment.len, segment.writable));
@@ -85,7 +108,7 @@ proptest! {
                 done.push((chain.head, popped as u64, room - room / 3));
                 popped += 1;
             }
-            if reversed {
+            if reversed && !in_order {
                 done.reverse();
             }
             for (head, token, len) in done {
@@ -101,14 +124,26 @@ proptest! {
             }
         }
         assert_eq!(back, expected);
-        assert_eq!((driver.in_flight(), driver.free()), (0, 1 << size_log));
+        assert_eq!((driver.in_flight(), driver.free()), (0, size));
     }
 }
 
 #[test]
 fn a_ring_works_on_after_its_indices_wrap_three_times() {
-    for size in [1, 2, 64, 32_768] {
-        let Halves { mut driver, mut device, .. } = halves(size, EVENT_IDX);
+    for (size, features) in [
+        (1, EVENT_IDX),
+        (2, EVENT_IDX),
+        (64, EVENT_IDX),
+        (32_768, EVENT_IDX),
+        (64, IN_ORDER),
+        (1, PACKED_EVENT),
+        (3, PACKED_EVENT),
+        (32_768, PACKED_EVENT),
+        (1, PACKED_IN_ORDER),
+        (100, PACKED_IN_ORDER),
+        (32_767, PACKED_IN_ORDER),
+    ] {
+        let Halves { mut driver, mut device, .. } = halves(size, features);
         let mut burst = ChainBurst::default();
         let mut completions = Vec::new();
         let (mut added, mut back) = (0_u64, 0_u64);
@@ -134,8 +169,14 @@ fn a_ring_works_on_after_its_indices_wrap_three_times() {
 }
 
 #[test]
-fn a_device_made_anew_goes_on_where_the_used_ring_is() {
-    let Halves { views, mut driver, mut device } = halves(8, PLAIN);
+fn a_device_made_anew_goes_on_where_the_one_before_it_was() {
+    for features in [PLAIN, IN_ORDER, PACKED, PACKED_IN_ORDER] {
+        made_anew(features);
+    }
+}
+
+fn made_anew(features: RingFeatures) {
+    let Halves { views, mut driver, mut device } = halves(8, features);
     for token in 0..6 {
         driver.add(&[Buffer::writable(0x40_0000, 64)], token).unwrap();
     }
@@ -149,9 +190,9 @@ fn a_device_made_anew_goes_on_where_the_used_ring_is() {
     device.flush_used();
     drop(device);
     let (places, _) = RingPlaces::at(0, 8);
-    let config = RingConfig::try_from(&places.info(IOVA)).unwrap();
+    let config = RingConfig::new(&places.info(IOVA), features).unwrap();
     let translation = Translation::new(&[views.mapping()]);
-    let mut device = DeviceRing::new(1, &config, &views.window, translation, PLAIN).unwrap();
+    let mut device = DeviceRing::new(1, &config, &views.window, translation, features).unwrap();
     burst.clear();
     assert_eq!(device.pop_burst(8, Direction::Both, &mut burst), Ok(4));
     for chain in burst.iter() {
@@ -165,7 +206,12 @@ fn a_device_made_anew_goes_on_where_the_used_ring_is() {
 
 #[test]
 fn suppressed_notifications_are_not_asked_for() {
-    let Halves { mut driver, mut device, .. } = halves(8, PLAIN);
+    suppressed(PLAIN);
+    suppressed(PACKED);
+}
+
+fn suppressed(features: RingFeatures) {
+    let Halves { mut driver, mut device, .. } = halves(8, features);
     assert!(!driver.needs_kick() && !device.needs_call(), "nothing has happened yet");
     let post = |driver: &mut DriverRing| {
         driver.add(&[Buffer::writable(0x40_0000, 64)], 0).unwrap();
@@ -251,6 +297,13 @@ fn no_wake_up_is_lost_when_both_sides_sleep() {
 #[test]
 fn no_wake_up_is_lost_when_both_sides_sleep_by_event_indices() {
     both_sides_sleep(EVENT_IDX);
+}
+
+#[test]
+fn no_wake_up_is_lost_when_both_sides_of_a_packed_ring_sleep() {
+    for features in [PACKED, PACKED_EVENT, PACKED_IN_ORDER] {
+        both_sides_sleep(features);
+    }
 }
 
 fn both_sides_sleep(features: RingFeatures) {

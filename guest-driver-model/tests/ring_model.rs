@@ -1,11 +1,15 @@
-//! The ring's notification rule under a model checker (loom): the very code of
-//! `ring::split::index` over words whose every reordering is tried. A lost wake-up is a consumer
-//! that sleeps for ever, which loom finds as a deadlock.
+//! The rings' publication and notification rules under a model checker (loom): the very code of
+//! `ring::split::index`, `ring::packed::position` and `ring::packed::event` over words whose
+//! every reordering is tried. A lost wake-up is a consumer that sleeps for ever, which loom finds
+//! as a deadlock.
 #![allow(clippy::unwrap_used, missing_docs)]
 
 use std::sync::Arc as StdArc;
 
-use guest_driver_model::ring::split::index::{Consumer, Producer, Wish, Word};
+use guest_driver_model::ring::packed::event::{Area, Notifying, Waiting};
+use guest_driver_model::ring::packed::position::{Position, observe, publish};
+use guest_driver_model::ring::split::index::{Consumer, Producer, Wish};
+use guest_driver_model::ring::word::Word;
 use loom::model::Builder;
 use loom::sync::atomic::{AtomicU16, Ordering, fence};
 use loom::sync::{Arc, Condvar, Mutex};
@@ -306,4 +310,101 @@ fn without_the_barriers_the_flag_loses_a_wake_up() {
 #[should_panic(expected = "deadlock")]
 fn without_the_barriers_the_event_index_loses_a_wake_up() {
     one_way::<false>(Suppression::EventIdx, 1, 0, Wait::Interrupt, &[1]);
+}
+
+/// Slots of the packed ring.
+const SLOTS: u16 = 2;
+
+/// A descriptor: what it says, and its flags.
+#[derive(Clone)]
+struct Slot<const BARRIERS: bool> {
+    says: Modelled<BARRIERS>,
+    flags: Modelled<BARRIERS>,
+}
+
+/// A packed ring with the wish of its driver, who waits for what the device uses.
+struct Packed<const BARRIERS: bool> {
+    slots: StdArc<[Slot<BARRIERS>]>,
+    wish: Area<Modelled<BARRIERS>>,
+    eventfd: Eventfd,
+}
+
+impl<const BARRIERS: bool> Packed<BARRIERS> {
+    fn new() -> Self {
+        let slot = |_| Slot { says: Modelled::new(0), flags: Modelled::new(0) };
+        let wish = Area { event: Modelled::new(0), flags: Modelled::new(1) };
+        Self { slots: (0..SLOTS).map(slot).collect(), wish, eventfd: Eventfd::new() }
+    }
+
+    fn slot(&self, at: Position) -> &Slot<BARRIERS> {
+        &self.slots[usize::from(at.slot())]
+    }
+}
+
+/// The driver makes so many descriptors available, one after the other, as the ring has room;
+/// the device gives each back with what it says doubled. The driver sleeps for them.
+fn packed_ring<const BARRIERS: bool>(by_event: bool, total: u16) {
+    check(2, move || {
+        let ring = StdArc::new(Packed::<BARRIERS>::new());
+        let theirs = ring.clone();
+        let device = thread::spawn(move || {
+            let mut at = Position::START;
+            let mut calls = Notifying::new(theirs.wish.clone(), by_event);
+            for _ in 0..total {
+                let slot = theirs.slot(at);
+                while !at.is_available(observe(&slot.flags)) {
+                    thread::yield_now();
+                }
+                slot.says.store(2 * slot.says.load());
+                publish(&slot.flags, at.used_flags());
+                at = at.advanced(1, SLOTS);
+                calls.published(1);
+                if calls.needs_notification(at, SLOTS) {
+                    theirs.eventfd.signal();
+                }
+            }
+        });
+        let (mut next, mut used) = (Position::START, Position::START);
+        let wish = Waiting::new(ring.wish.clone());
+        for item in 1..=total {
+            let slot = ring.slot(next);
+            slot.says.store(item);
+            publish(&slot.flags, next.avail_flags());
+            next = next.advanced(1, SLOTS);
+            let slot = ring.slot(used);
+            while !used.is_used(observe(&slot.flags)) {
+                match by_event {
+                    true => wish.ask_for(used),
+                    false => wish.ask_for_all(),
+                }
+                if !used.is_used(observe(&slot.flags)) {
+                    ring.eventfd.wait();
+                }
+                wish.ask_for_none();
+            }
+            assert_eq!(slot.says.load(), 2 * item, "flags came before the rest");
+            used = used.advanced(1, SLOTS);
+        }
+        device.join().unwrap();
+    });
+}
+
+/// The last of them is in the second lap.
+#[test]
+fn a_packed_ring_loses_no_wake_up_and_shows_no_slot_too_early() {
+    for by_event in [false, true] {
+        packed_ring::<true>(by_event, 3);
+    }
+}
+
+#[test]
+#[should_panic(expected = "deadlock")]
+fn without_the_barriers_a_packed_rings_flags_lose_a_wake_up() {
+    packed_ring::<false>(false, 1);
+}
+
+#[test]
+#[should_panic(expected = "deadlock")]
+fn without_the_barriers_a_packed_rings_event_loses_a_wake_up() {
+    packed_ring::<false>(true, 1);
 }

@@ -39,8 +39,7 @@ fn bench(size: u16, features: RingFeatures) -> Bench {
     // virtio-queue takes address 0 for "not set".
     let (places, end) = RingPlaces::at(4096, size);
     let tables = features.indirect.then_some(IndirectTables { offset: end, entries: size.min(8) });
-    let fresh = if features.event_idx { DriverRing::with_event_idx } else { DriverRing::new };
-    let driver = fresh(0, &places, &memory, 0, tables).unwrap();
+    let driver = DriverRing::with_features(0, &places, &memory, 0, tables, features).unwrap();
     let whole = Mapping { iova: 0, len: LEN as u64, window_offset: 0, access: Access::READ_WRITE };
     let config = RingConfig::try_from(&places.info(0)).unwrap();
     let ours = DeviceRing::new(0, &config, &memory, Translation::new(&[whole]), features).unwrap();
@@ -76,7 +75,7 @@ proptest! {
         reversed in any::<bool>(),
     ) {
         let Bench { reference_memory: memory, mut driver, mut ours, mut reference, memory: _memory } =
-            bench(1 << size_log, RingFeatures { indirect, event_idx: false });
+            bench(1 << size_log, RingFeatures { indirect, event_idx: false, ..RingFeatures::default() });
         let mut burst = ChainBurst::default();
         let mut waiting = chains.iter().zip(0_u64..).peekable();
         while waiting.peek().is_some() {
@@ -161,7 +160,7 @@ fn flags_mean_the_same_to_the_reference() {
 /// whatever the reference decides ours decides, and the other way round.
 #[test]
 fn event_indices_mean_the_same_to_the_reference() {
-    let features = RingFeatures { indirect: false, event_idx: true };
+    let features = RingFeatures { indirect: false, event_idx: true, ..RingFeatures::default() };
     let Bench { reference_memory, mut driver, mut ours, mut reference, memory: _memory } =
         bench(16, features);
     let mut state = 1_u32;

@@ -259,16 +259,18 @@ pub const VRING_F_ENABLED: u32 = 1 << 0;
 pub struct Vring {
     /// `VRING_F_*` bits.
     pub flags: Le32,
-    /// Entries; a power of two, at most 32768 (virtio 1.3, 2.7).
+    /// Entries; at most 32768, and a power of two in a split ring (virtio 1.3, 2.7, 2.8).
     pub size: Le32,
-    /// IOVA of the descriptor table.
+    /// IOVA of the descriptor table, or of a packed ring's descriptors (descriptor area).
     pub desc: Le64,
-    /// IOVA of the available ring (driver area).
+    /// IOVA of the available ring, or of a packed ring's driver event suppression (driver
+    /// area).
     pub avail: Le64,
-    /// IOVA of the used ring (device area).
+    /// IOVA of the used ring, or of a packed ring's device event suppression (device area).
     pub used: Le64,
-    /// The available index that the owner's front-end named when it started the
-    /// vring. A driver starts at the used ring's own index (section 8.2).
+    /// What the owner's front-end named when it started the vring: an available index, or
+    /// two places of a packed ring. A driver starts where the ring itself says (section
+    /// 8.2).
     pub base: Le32,
     /// Zero.
     pub reserved: [Le32; 7],

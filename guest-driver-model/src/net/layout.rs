@@ -34,11 +34,24 @@ pub struct OwnerConfig {
     pub indirect: bool,
     /// Each side names the entry that it wants to be notified of (VIRTIO_F_EVENT_IDX).
     pub event_idx: bool,
+    /// The rings are packed ones (VIRTIO_F_RING_PACKED).
+    pub packed: bool,
+    /// Buffers come back in order (VIRTIO_F_IN_ORDER).
+    pub in_order: bool,
 }
 
 impl Default for OwnerConfig {
     fn default() -> Self {
-        Self { pairs: 1, ring_size: 256, buffer_len: 2048, mergeable: true, indirect: false, event_idx: true }
+        Self {
+            pairs: 1,
+            ring_size: 256,
+            buffer_len: 2048,
+            mergeable: true,
+            indirect: false,
+            event_idx: true,
+            packed: false,
+            in_order: false,
+        }
     }
 }
 
@@ -46,8 +59,18 @@ impl OwnerConfig {
     /// The virtio features that a driver with this configuration accepts, as far as
     /// this crate's data path cares.
     pub fn features(&self) -> u64 {
-        let ring = RingFeatures { indirect: self.indirect, event_idx: self.event_idx };
-        1 << VIRTIO_F_VERSION_1 | u64::from(self.mergeable) << VIRTIO_NET_F_MRG_RXBUF | ring.bits()
+        let ring = self.ring_features().bits();
+        1 << VIRTIO_F_VERSION_1 | u64::from(self.mergeable) << VIRTIO_NET_F_MRG_RXBUF | ring
+    }
+
+    /// Those that are about its rings.
+    pub fn ring_features(&self) -> RingFeatures {
+        RingFeatures {
+            indirect: self.indirect,
+            event_idx: self.event_idx,
+            packed: self.packed,
+            in_order: self.in_order,
+        }
     }
 
     /// Buffers that a frame takes when it is transmitted.

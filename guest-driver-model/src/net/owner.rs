@@ -78,8 +78,9 @@ impl<M: BufferMapping> OwnerPort<M> {
             let [receive, transmit] = both else { return None };
             let mut ring = |vring: u16, at: &VringLayout| {
                 let (iova_base, mapping) = vring_mapping(vring);
-                let fresh = if config.event_idx { DriverRing::with_event_idx } else { DriverRing::new };
-                fresh(vring, &at.places, memory, iova_base, at.tables).map(|ring| (ring, mapping))
+                let features = config.ring_features();
+                DriverRing::with_features(vring, &at.places, memory, iova_base, at.tables, features)
+                    .map(|ring| (ring, mapping))
             };
             // A layout has at most 2^14 pairs.
             let pair = pair as u16;

@@ -81,7 +81,7 @@ impl PortVring {
             return Self::Absent;
         }
         let features = RingFeatures::of(snapshot.features);
-        let ring = RingConfig::try_from(info)
+        let ring = RingConfig::new(info, features)
             .map_err(|kind| Fault { kind, vring, value: u64::from(info.size) })
             .and_then(|config| {
                 DeviceRing::new(vring, &config, window, tables.translation().clone(), features)

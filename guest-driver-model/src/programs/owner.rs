@@ -19,7 +19,7 @@ use crate::owner::{
     Addressing, DmaError, IommuCounts, IommuDriver, IommuLink, IommuProtocol, Kicks, OwnerIommu, OwnerMemory,
     OwnerVmm, PacketMappings, StaticMappings, Untranslated,
 };
-use crate::ring::{DriverFault, RingPlaces};
+use crate::ring::{DriverFault, RingPlaces, next_base};
 
 /// What the owner does.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, clap::ValueEnum)]
@@ -89,6 +89,12 @@ pub struct OwnerArgs {
     /// Do without VIRTIO_F_EVENT_IDX
     #[arg(long)]
     pub no_event_idx: bool,
+    /// Have packed rings (VIRTIO_F_RING_PACKED)
+    #[arg(long)]
+    pub packed: bool,
+    /// Let the device give buffers back in order only, several at once (VIRTIO_F_IN_ORDER)
+    #[arg(long)]
+    pub in_order: bool,
     /// Length of the memory, MiB
     #[arg(long, default_value_t = 64)]
     pub memory_mib: u64,
@@ -214,6 +220,8 @@ impl<'a, A: Addressing> Owner<'a, A> {
             mergeable: !args.no_mergeable,
             indirect: args.indirect,
             event_idx: !args.no_event_idx,
+            packed: args.packed,
+            in_order: args.in_order,
         };
         let memory = OwnerMemory::new(args.memory_mib << 20, args.guest_start)
             .map_err(|source| ProgramError::System { what: "the owner's memory", source })?;
@@ -304,13 +312,14 @@ impl<'a, A: Addressing> Owner<'a, A> {
         self.start()
     }
 
-    /// Starts the device, each ring from where its used index stands: as QEMU does
+    /// Starts the device, each ring from where its device part stopped: as QEMU does
     /// when a back-end comes back.
     fn start(&mut self) -> Result<(), ProgramError> {
         let Some(vmm) = &mut self.vmm else { return Ok(()) };
+        let formats = self.layout.config().ring_features();
         let base = |vring: u16| {
-            let used = self.places.get(usize::from(vring)).map(|places| places.used + 2);
-            used.and_then(|used| self.memory.shared().load_u16(used).ok()).unwrap_or(0)
+            let places = self.places.get(usize::from(vring));
+            places.and_then(|places| next_base(places, self.memory.shared(), formats).ok()).unwrap_or(0)
         };
         let features = self.layout.config().features();
         let ring_base = |vring| self.addressing.ring_base(&self.memory, vring);

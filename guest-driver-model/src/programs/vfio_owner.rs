@@ -107,6 +107,7 @@ impl CardPort {
             mergeable: !args.no_mergeable,
             indirect: args.indirect,
             event_idx: !args.no_event_idx,
+            ..OwnerConfig::default()
         };
         let address = Some(args.device.as_str()).filter(|address| *address != "auto");
         let mut card = Card::open(address)?;

@@ -9,10 +9,13 @@ use vhost_pci_device::abi::FaultKind;
 
 use super::chain::{ChainBurst, Direction};
 use super::features::RingFeatures;
-use super::layout::RingConfig;
+use super::layout::{RingConfig, RingPlaces};
 use super::miss::{Finding, Miss, OnMiss};
+use super::packed::device::PackedDevice;
+use super::packed::position::Position;
 use super::split::device::SplitDevice;
-use crate::shm::SharedMemory;
+use super::{packed, split};
+use crate::shm::{SharedMemory, ShmError};
 use crate::translate::Translation;
 
 /// The most descriptors of one chain, in the ring and an indirect table together:
@@ -37,11 +40,33 @@ impl fmt::Display for Fault {
     }
 }
 
+/// Where a device half would start to serve a ring now, as a front-end names that in
+/// SET_VRING_BASE: an available index, or the slot of a packed ring with the wrap counter in
+/// bit 15.
+///
+/// # Errors
+/// The ring is not inside the memory.
+pub fn next_base(
+    places: &RingPlaces,
+    memory: &SharedMemory,
+    features: RingFeatures,
+) -> Result<u16, ShmError> {
+    match features.packed {
+        false => memory.load_u16(places.used + split::layout::INDEX_AT),
+        true => {
+            let left = memory.load_u16(places.used + packed::layout::EVENT_AT)?;
+            Ok(Position::of_left(left, places.size).unwrap_or(Position::START).event())
+        }
+    }
+}
+
 /// The device half of one vring.
 #[derive(Debug)]
 pub enum DeviceRing {
     /// A split virtqueue (virtio 1.3, 2.7).
     Split(SplitDevice),
+    /// A packed virtqueue (2.8).
+    Packed(PackedDevice),
 }
 
 /// Does the same to a ring of either format.
@@ -49,13 +74,14 @@ macro_rules! either {
     ($self:ident, $ring:ident => $operation:expr) => {
         match $self {
             Self::Split($ring) => $operation,
+            Self::Packed($ring) => $operation,
         }
     };
 }
 
 impl DeviceRing {
-    /// Starts to serve vring number `vring`, at the used ring's own index
-    /// (`docs/vhost-pci-device.md`, 8.2): what was available but not used before is
+    /// Starts to serve vring number `vring` where the ring says that the device half before it
+    /// left off (`docs/vhost-pci-device.md`, 8.2): what was available but not used before is
     /// popped again.
     ///
     /// `features`: what the driver accepted.
@@ -67,13 +93,17 @@ impl DeviceRing {
         translation: Translation,
         features: RingFeatures,
     ) -> Result<Self, Fault> {
-        SplitDevice::new(vring, config, window, translation, features).map(Self::Split)
+        match config.is_packed() {
+            false => SplitDevice::new(vring, config, window, translation, features).map(Self::Split),
+            true => PackedDevice::new(vring, config, window, translation, features).map(Self::Packed),
+        }
     }
 
     /// The same ring, with another answer to a buffer that is not in the mapping table.
     pub fn on_miss(self, on_miss: OnMiss) -> Self {
         match self {
             Self::Split(ring) => Self::Split(ring.on_miss(on_miss)),
+            Self::Packed(ring) => Self::Packed(ring.on_miss(on_miss)),
         }
     }
 
@@ -108,7 +138,8 @@ impl DeviceRing {
         either!(self, ring => ring.fault())
     }
 
-    /// How many chains can be popped: one acquire load of the available index.
+    /// How many chains can be popped at least, and 0 if there is none: one acquire load. Only
+    /// a split ring says how many there are.
     /// Errors: [`FaultKind::AvailJump`].
     #[inline]
     pub fn poll_avail(&mut self) -> Result<u16, Fault> {
@@ -169,7 +200,7 @@ impl DeviceRing {
         either!(self, ring => ring.push_used(head, written))
     }
 
-    /// Shows all pushed elements to the driver, by one release store of the index.
+    /// Shows all pushed elements to the driver, by one release store.
     #[inline]
     pub fn flush_used(&mut self) {
         either!(self, ring => ring.flush_used())

@@ -5,7 +5,9 @@
 
 use std::fmt;
 
+use super::features::RingFeatures;
 use super::layout::{DESC_LEN, RingPlaces};
+use super::packed::driver::PackedDriver;
 use super::split::driver::SplitDriver;
 use crate::shm::{SharedMemory, ShmError};
 
@@ -102,6 +104,8 @@ pub struct Completion {
 pub enum DriverRing {
     /// A split virtqueue (virtio 1.3, 2.7).
     Split(SplitDriver),
+    /// A packed virtqueue (2.8).
+    Packed(PackedDriver),
 }
 
 /// Does the same to a ring of either format.
@@ -109,12 +113,13 @@ macro_rules! either {
     ($self:ident, $ring:ident => $operation:expr) => {
         match $self {
             Self::Split($ring) => $operation,
+            Self::Packed($ring) => $operation,
         }
     };
 }
 
 impl DriverRing {
-    /// A fresh ring, with both indices 0, in `memory`. Addresses given to the device
+    /// A fresh split ring, with both indices 0, in `memory`. Addresses given to the device
     /// are `iova_base` + offset in the memory.
     pub fn new(
         vring: u16,
@@ -123,18 +128,24 @@ impl DriverRing {
         iova_base: u64,
         indirect: Option<IndirectTables>,
     ) -> Result<Self, ShmError> {
-        SplitDriver::new(vring, places, memory, iova_base, indirect).map(Self::Split)
+        Self::with_features(vring, places, memory, iova_base, indirect, RingFeatures::default())
     }
 
-    /// As [`Self::new`], where VIRTIO_F_EVENT_IDX was negotiated.
-    pub fn with_event_idx(
+    /// As [`Self::new`], in the format and with the features that were negotiated. `indirect`
+    /// is what counts of indirect descriptors.
+    pub fn with_features(
         vring: u16,
         places: &RingPlaces,
         memory: &SharedMemory,
         iova_base: u64,
         indirect: Option<IndirectTables>,
+        features: RingFeatures,
     ) -> Result<Self, ShmError> {
-        SplitDriver::with_event_idx(vring, places, memory, iova_base, indirect).map(Self::Split)
+        match features.packed {
+            false => SplitDriver::with_features(vring, places, memory, iova_base, indirect, features)
+                .map(Self::Split),
+            true => PackedDriver::new(vring, places, memory, iova_base, indirect, features).map(Self::Packed),
+        }
     }
 
     /// The vring's number.
@@ -171,7 +182,7 @@ impl DriverRing {
         either!(self, ring => ring.add(pieces, token))
     }
 
-    /// Shows all added buffers to the device, by one release store of the index.
+    /// Shows all added buffers to the device, by one release store.
     #[inline]
     pub fn publish(&mut self) {
         either!(self, ring => ring.publish())
@@ -195,14 +206,14 @@ impl DriverRing {
 
     /// Asks the device to call when `count` completions are waiting, not for each of them,
     /// if VIRTIO_F_EVENT_IDX was negotiated. As many buffers must be in flight. Returns
-    /// whether they are waiting already.
+    /// whether they are waiting already, or, of a packed ring, whether one is.
     #[inline]
     pub fn set_calls_after(&mut self, count: u16) -> Result<bool, DriverFault> {
         either!(self, ring => ring.set_calls_after(count))
     }
 
-    /// How many buffers the device has given back: one acquire load of the used
-    /// index. Errors: [`DriverFaultKind::UsedJump`].
+    /// How many buffers the device has given back at least, and 0 if it has none: one acquire
+    /// load. Only a split ring says how many there are. Errors: [`DriverFaultKind::UsedJump`].
     #[inline]
     pub fn poll_used(&mut self) -> Result<u16, DriverFault> {
         either!(self, ring => ring.poll_used())

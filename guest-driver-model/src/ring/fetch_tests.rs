@@ -27,22 +27,22 @@ pub(crate) fn assert_fetched_once(mut fetched: Vec<(usize, usize)>) {
     }
 }
 
-fn rings(indirect: bool) -> (DriverRing, DeviceRing) {
+fn rings(indirect: bool, packed: bool) -> (DriverRing, DeviceRing) {
+    let features = RingFeatures { indirect, packed, ..RingFeatures::default() };
     let memory = memory(1 << 20);
     let (places, end) = RingPlaces::at(0, 64);
     let tables = indirect.then_some(IndirectTables { offset: end, entries: 8 });
-    let driver = DriverRing::new(0, &places, &memory, 0, tables).unwrap();
+    let driver = DriverRing::with_features(0, &places, &memory, 0, tables, features).unwrap();
     let whole = Mapping { iova: 0, len: 1 << 20, window_offset: 0, access: Access::READ_WRITE };
-    let config = RingConfig::try_from(&places.info(0)).unwrap();
-    let features = RingFeatures { indirect, event_idx: false };
+    let config = RingConfig::new(&places.info(0), features).unwrap();
     let device = DeviceRing::new(0, &config, &memory, Translation::new(&[whole]), features).unwrap();
     (driver, device)
 }
 
 #[test]
 fn a_burst_fetches_each_byte_of_the_ring_once() {
-    for indirect in [false, true] {
-        let (mut driver, mut device) = rings(indirect);
+    for (indirect, packed) in [(false, false), (true, false), (false, true), (true, true)] {
+        let (mut driver, mut device) = rings(indirect, packed);
         for chain in 0..20 {
             let buffers =
                 [Buffer::readable(0x8000, 10), Buffer::readable(0x9000, 20), Buffer::writable(0xa000, 30)];
@@ -60,7 +60,12 @@ fn a_burst_fetches_each_byte_of_the_ring_once() {
 
 #[test]
 fn a_reap_fetches_each_used_element_once() {
-    let (mut driver, mut device) = rings(false);
+    reap_fetches_once(false);
+    reap_fetches_once(true);
+}
+
+fn reap_fetches_once(packed: bool) {
+    let (mut driver, mut device) = rings(false, packed);
     for token in 0..20 {
         driver.add(&[Buffer::writable(0x8000, 10)], token).unwrap();
     }

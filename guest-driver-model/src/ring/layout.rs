@@ -1,9 +1,11 @@
-//! Geometry of a virtqueue (virtio 1.3, 2.7): sizes, alignments and places of
+//! Geometry of a virtqueue (virtio 1.3, 2.7 and 2.8): sizes, alignments and places of
 //! its three areas. Touches no memory.
 
 use vhost_pci_device::abi::FaultKind;
 use virtio_bindings::virtio_ring::{VRING_AVAIL_ALIGN_SIZE, VRING_DESC_ALIGN_SIZE, VRING_USED_ALIGN_SIZE};
 
+use super::features::RingFeatures;
+use super::packed;
 use super::split::layout::{avail_len, desc_len, used_len};
 use crate::link::VringInfo;
 use crate::translate::{Access, Translation};
@@ -18,9 +20,10 @@ pub const fn is_valid_size(size: u32) -> bool {
 }
 
 /// A vring with a possible size and well-aligned addresses. Made from what the link
-/// page says by `TryFrom`; its error is [`FaultKind::Geometry`].
+/// page says.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct RingConfig {
+    packed: bool,
     size: u16,
     desc: u64,
     avail: u64,
@@ -30,51 +33,86 @@ pub struct RingConfig {
 impl TryFrom<&VringInfo> for RingConfig {
     type Error = FaultKind;
 
+    /// Of a split ring.
     fn try_from(info: &VringInfo) -> Result<Self, FaultKind> {
-        let size = u16::try_from(info.size).map_err(|_| FaultKind::Geometry)?;
-        let config = Self { size, desc: info.desc, avail: info.avail, used: info.used };
-        let aligned = config.desc.is_multiple_of(u64::from(VRING_DESC_ALIGN_SIZE))
-            && config.avail.is_multiple_of(u64::from(VRING_AVAIL_ALIGN_SIZE))
-            && config.used.is_multiple_of(u64::from(VRING_USED_ALIGN_SIZE));
-        if is_valid_size(info.size) && aligned { Ok(config) } else { Err(FaultKind::Geometry) }
+        Self::new(info, RingFeatures::default())
     }
 }
 
 impl RingConfig {
-    /// Entries; a power of two.
+    /// Of a ring in the format that its driver accepted.
+    ///
+    /// # Errors
+    /// [`FaultKind::Geometry`].
+    pub fn new(info: &VringInfo, features: RingFeatures) -> Result<Self, FaultKind> {
+        let VringInfo { desc, avail, used, .. } = *info;
+        let size = u16::try_from(info.size).map_err(|_| FaultKind::Geometry)?;
+        let (possible, avail_align, used_align) = match features.packed {
+            false => (
+                is_valid_size(info.size),
+                u64::from(VRING_AVAIL_ALIGN_SIZE),
+                u64::from(VRING_USED_ALIGN_SIZE),
+            ),
+            // 2.8.10.1: any size up to the largest one.
+            true => {
+                ((1..=MAX_SIZE).contains(&size), packed::layout::EVENT_ALIGN, packed::layout::EVENT_ALIGN)
+            }
+        };
+        let aligned = desc.is_multiple_of(u64::from(VRING_DESC_ALIGN_SIZE))
+            && avail.is_multiple_of(avail_align)
+            && used.is_multiple_of(used_align);
+        let config = Self { packed: features.packed, size, desc, avail, used };
+        if possible && aligned { Ok(config) } else { Err(FaultKind::Geometry) }
+    }
+
+    /// Whether it is a packed ring.
+    pub fn is_packed(&self) -> bool {
+        self.packed
+    }
+
+    /// Entries; a power of two in a split ring.
     pub fn size(&self) -> u16 {
         self.size
     }
 
-    /// Finds the three areas in the window. Each must be there in one piece; the
-    /// used ring's must be readable too, for its index is where the device starts.
+    /// Finds the three areas in the window. Each must be there in one piece, and those that the
+    /// device writes must be readable too, for there it finds where to start.
     pub fn place(&self, translation: &Translation) -> Result<RingPlaces, FaultKind> {
         let find = |iova, len, access| translation.contiguous(iova, len, access).ok_or(FaultKind::Geometry);
-        Ok(RingPlaces {
-            size: self.size,
-            desc: find(self.desc, desc_len(self.size), Access::READ)?,
-            avail: find(self.avail, avail_len(self.size), Access::READ)?,
-            used: find(self.used, used_len(self.size), Access::READ_WRITE)?,
-        })
+        let size = self.size;
+        let (desc, avail, used) = match self.packed {
+            false => (
+                find(self.desc, desc_len(size), Access::READ)?,
+                find(self.avail, avail_len(size), Access::READ)?,
+                find(self.used, used_len(size), Access::READ_WRITE)?,
+            ),
+            true => (
+                find(self.desc, packed::layout::desc_len(size), Access::READ_WRITE)?,
+                find(self.avail, packed::layout::EVENT_LEN, Access::READ)?,
+                find(self.used, packed::layout::EVENT_LEN, Access::READ_WRITE)?,
+            ),
+        };
+        Ok(RingPlaces { size, desc, avail, used })
     }
 }
 
 /// Where a ring's areas are in a memory, bytes from its start.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct RingPlaces {
-    /// Entries; a power of two, at most [`MAX_SIZE`].
+    /// Entries; a power of two in a split ring, at most [`MAX_SIZE`].
     pub size: u16,
-    /// Descriptor table.
+    /// Descriptor table; descriptor ring of a packed ring.
     pub desc: u64,
-    /// Available ring.
+    /// Available ring; driver event suppression area of a packed ring.
     pub avail: u64,
-    /// Used ring.
+    /// Used ring; device event suppression area of a packed ring.
     pub used: u64,
 }
 
 impl RingPlaces {
     /// The three areas from `offset` on, each on cache lines of its own, and the
-    /// first offset behind them. `offset` is a multiple of 64.
+    /// first offset behind them. `offset` is a multiple of 64. There is room for a ring of
+    /// either format.
     pub fn at(offset: u64, size: u16) -> (Self, u64) {
         let line = |end: u64| end.next_multiple_of(64);
         let avail = line(offset + u64::from(desc_len(size)));

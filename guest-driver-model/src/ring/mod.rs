@@ -9,7 +9,9 @@
 //! | [`walk`] | the walk along one chain, and how its buffers are found |
 //! | [`miss`] | what the device half cannot reach, and what was found out about it |
 //! | [`driver`] | the driver half, which an owner's guest plays in its own memory |
+//! | [`word`] | a word that both sides reach, and in which orders |
 //! | [`split`] | both halves in the split format (virtio 1.3, 2.7) |
+//! | [`packed`] | both halves in the packed format (2.8) |
 //!
 //! What a port does with a ring is five operations: pop a burst of chains, push used
 //! entries, flush them, ask whether to notify, and (un)suppress notifications. None of
@@ -22,11 +24,14 @@ pub mod driver;
 pub mod features;
 pub mod layout;
 pub mod miss;
+pub mod packed;
 pub mod split;
+mod table;
 pub mod walk;
+pub mod word;
 
 pub use chain::{Chain, ChainBurst, Direction, Place, Segment};
-pub use device::{DeviceRing, Fault};
+pub use device::{DeviceRing, Fault, next_base};
 pub use driver::{AddError, Buffer, Completion, DriverFault, DriverFaultKind, DriverRing, IndirectTables};
 pub use features::RingFeatures;
 pub use layout::{RingConfig, RingPlaces};

@@ -190,7 +190,12 @@ impl HandRing {
         let (places, end) = RingPlaces::at(0, size);
         assert!(end <= 64 << 10);
         let mappings = vec![views.mapping()];
-        Self { views, places, mappings, features: RingFeatures { indirect: true, event_idx: true } }
+        Self {
+            views,
+            places,
+            mappings,
+            features: RingFeatures { indirect: true, event_idx: true, ..RingFeatures::default() },
+        }
     }
 
     pub fn device(&self) -> Result<DeviceRing, Fault> {

@@ -13,6 +13,9 @@ pub const PROTOCOL_FEATURES: u64 = 1 << 30;
 /// VIRTIO_F_ACCESS_PLATFORM: the owner's device is behind an IOMMU.
 pub const ACCESS_PLATFORM: u64 = bit(virtio_config::VIRTIO_F_ACCESS_PLATFORM);
 
+/// VIRTIO_F_RING_PACKED: the owner's rings are packed ones (virtio 1.3, 2.8).
+pub const RING_PACKED: u64 = bit(virtio_config::VIRTIO_F_RING_PACKED);
+
 /// VHOST_USER_PROTOCOL_F_WIRING (`docs/vhost-user-extensions.md`): the peer's VMM takes the
 /// owner's eventfds, so that notifications need no thread.
 pub const PROTOCOL_WIRING: u64 = bit(60);
@@ -28,11 +31,18 @@ const fn bit(number: u32) -> u64 {
 }
 
 /// What an owner's front-end is offered: what the peer's driver can serve.
+///
+/// That packed rings are offered changes nothing for who does not ask for them: a front-end
+/// offers its guest the features that its own configuration has and the back-end has, too
+/// (QEMU: `packed=on`, `in_order=on`; DPDK's virtio-user: `packed_vq=1`, `in_order=1`), and
+/// neither is on by default for packed rings.
 pub fn offered_to_owner(profile: Profile) -> u64 {
     let transport = bit(virtio_config::VIRTIO_F_VERSION_1)
         | bit(virtio_config::VIRTIO_F_ACCESS_PLATFORM)
         | bit(virtio_ring::VIRTIO_RING_F_INDIRECT_DESC)
         | bit(virtio_ring::VIRTIO_RING_F_EVENT_IDX)
+        | RING_PACKED
+        | bit(virtio_config::VIRTIO_F_IN_ORDER)
         | PROTOCOL_FEATURES;
     match profile {
         Profile::Net => transport | bit(virtio_net::VIRTIO_NET_F_MRG_RXBUF),
@@ -125,6 +135,8 @@ mod tests {
             "VIRTIO_F_EVENT_IDX",
             "VIRTIO_F_VERSION_1",
             "VIRTIO_F_ACCESS_PLATFORM",
+            "VIRTIO_F_RING_PACKED",
+            "VIRTIO_F_IN_ORDER",
         ];
         assert_eq!(offered, served);
     }

@@ -14,6 +14,7 @@ use super::doorbell::DoorbellMessage;
 use super::fault::Fault;
 use super::iommu::demand::Task;
 use super::iommu::iotlb::Piece;
+use super::vring::Format;
 use super::wiring::{WireId, WireRequest};
 
 /// One of a link's two front-ends.
@@ -225,17 +226,20 @@ pub enum Reply {
     Refused(String),
 }
 
-/// Where to find the index at which a stopped vring goes on: its used ring's own
-/// index, since the peer completes in order. Read by the session's own thread when
-/// the peer has lost the memory.
+/// Where to find how far a stopped vring is: in the ring itself, since the peer completes in
+/// order. Read by the session's own thread when the peer has lost the memory.
 #[derive(Debug)]
 pub struct VringBase {
     /// The vring.
     pub index: u32,
-    /// The used ring's index field: the file and the offset in it.
-    pub used_index: Option<(MemoryFile, u64)>,
-    /// The answer where that cannot be read.
-    pub fallback: u16,
+    /// The 16-bit field that says it: the file and the offset in it.
+    pub place: Option<(MemoryFile, u64)>,
+    /// What the field means.
+    pub format: Format,
+    /// The vring's entries.
+    pub size: u16,
+    /// The answer where that cannot be read, or cannot be.
+    pub fallback: u32,
 }
 
 /// Numbers one change of the window that the peer's VMM has to confirm. Changes

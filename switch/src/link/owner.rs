@@ -9,7 +9,7 @@ use super::fault::Fault;
 use super::features;
 use super::iommu::iotlb::Iotlb;
 use super::message::{RegionRequest, Reply, Request, VringBase};
-use super::vring::{AddressSpace, Vring, VringAddr, VringConfig};
+use super::vring::{AddressSpace, Format, Vring, VringAddr, VringConfig};
 use crate::config::LinkConfig;
 
 /// Memory regions that an owner may have: what QEMU has slots for in a virtual
@@ -60,6 +60,11 @@ impl OwnerSession {
     /// Whether the owner's device is behind an IOMMU.
     pub fn has_iommu(&self) -> bool {
         self.features & features::ACCESS_PLATFORM != 0
+    }
+
+    /// The format of the owner's rings.
+    fn format(&self) -> Format {
+        Format::of(self.features)
     }
 
     /// Whether the front-end tells each change of the IOMMU by itself: what it did not
@@ -124,6 +129,9 @@ impl OwnerSession {
                     self.must_be_stopped("VIRTIO_F_ACCESS_PLATFORM")?;
                     self.iotlb = Iotlb::default();
                 }
+                if (acked ^ self.features) & features::RING_PACKED != 0 {
+                    self.must_be_stopped("VIRTIO_F_RING_PACKED")?;
+                }
                 self.features = acked;
                 if acked & features::PROTOCOL_FEATURES == 0 {
                     // vhost-user, Ring states: without the feature rings start enabled.
@@ -156,11 +164,17 @@ impl OwnerSession {
                 table.remove(Gpa::new(guest), FrontendVa::new(frontend), len)?;
                 self.take_memory(table)?;
             }
-            Request::SetVringNum { index, num } => self.vring(index)?.set_size(index, num)?,
+            Request::SetVringNum { index, num } => {
+                let format = self.format();
+                self.vring(index)?.set_size(index, num, format)?;
+            }
             Request::SetVringAddr { index, desc, avail, used } => {
                 self.vring(index)?.set_addr(index, VringAddr { desc, avail, used })?;
             }
-            Request::SetVringBase { index, base } => self.vring(index)?.set_base(index, base)?,
+            Request::SetVringBase { index, base } => {
+                let format = self.format();
+                self.vring(index)?.set_base(index, base, format)?;
+            }
             Request::GetVringBase { index } => return self.stop_vring(index),
             Request::SetVringKick { index, fd } => {
                 self.vring(index)?;
@@ -169,7 +183,8 @@ impl OwnerSession {
                     true => AddressSpace::Iova,
                     false => AddressSpace::FrontEnd(&self.memory),
                 };
-                self.vrings[index as usize].start(index, fd, space)?;
+                let format = self.format();
+                self.vrings[index as usize].start(index, fd, space, format)?;
                 self.halted = false;
             }
             Request::SetVringCall { index, fd } => self.vring(index)?.call = fd,
@@ -202,29 +217,31 @@ impl OwnerSession {
     }
 
     fn stop_vring(&mut self, index: u32) -> Result<Reply, Fault> {
+        let format = self.format();
         let vring = self.vring(index)?;
-        let fallback = vring.base();
+        let fallback = vring.base(format);
         let stopped = vring.stop();
         self.halted = true;
-        let used_index = stopped.and_then(|config| self.used_index(&config));
+        let (size, format) = stopped.map_or((0, format), |config| (config.size, config.format));
+        let place = stopped.and_then(|config| self.place(&config));
         // While its device is stopped QEMU does not tell what is unmapped, and a front-end
         // that pushes tells all of it at the next start.
         if self.vrings.iter().all(|vring| vring.started().is_none()) {
             self.iotlb = Iotlb::default();
         }
-        Ok(Reply::VringBase(VringBase { index, used_index, fallback }))
+        Ok(Reply::VringBase(VringBase { index, place, format, size, fallback }))
     }
 
-    /// Where a vring's used index is: the second 16-bit field of the used ring
-    /// (virtio 1.3, 2.7.8).
-    fn used_index(&self, config: &VringConfig) -> Option<(MemoryFile, u64)> {
+    /// Where a vring says how far the peer's driver is.
+    fn place(&self, config: &VringConfig) -> Option<(MemoryFile, u64)> {
+        let at = config.format.place_at();
         if self.has_iommu() {
             let span = Span::new(config.used, 4).ok()?;
             let piece = self.iotlb.pieces(span, Access::Write).ok()?.into_iter().next()?;
-            return Some((piece.file, piece.offset + 2));
+            return Some((piece.file, piece.offset + at));
         }
         let place = self.memory.by_guest(Gpa::new(config.used.raw()), 4).ok()?;
-        Some((place.backing.handle, place.backing.offset + 2))
+        Some((place.backing.handle, place.backing.offset + at))
     }
 
     /// Takes the stream for requests to the front-end.

@@ -14,6 +14,7 @@ use super::fault::Fault;
 use super::features;
 use super::link_page;
 use super::message::{Reply, Request, VringBase};
+use super::vring::Format;
 use crate::config::LinkConfig;
 
 /// Memory slots that a peer's front-end may use; it reports every mapping of the
@@ -226,7 +227,13 @@ impl PeerSession {
             Request::GetVringBase { index } => {
                 change = self.enable(index, false)?;
                 self.queue(index)?.kick = None;
-                Reply::VringBase(VringBase { index, used_index: None, fallback: 0 })
+                Reply::VringBase(VringBase {
+                    index,
+                    place: None,
+                    format: Format::Split,
+                    size: 0,
+                    fallback: 0,
+                })
             }
             Request::ResetOwner => {
                 let indices = 0..self.queues.len() as u32;

@@ -13,9 +13,86 @@ use vhost_pci_device::abi;
 
 use super::descriptor::{Eventfd, MemoryFile};
 use super::fault::Fault;
+use super::features;
 
-/// The largest size of a split virtqueue (virtio 1.3, 2.7).
+/// The largest size of a virtqueue (virtio 1.3, 2.7 and 2.8.10.1).
 const MAX_SIZE: u32 = 32768;
+
+/// The format of an owner's rings: all have the same.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum Format {
+    /// virtio 1.3, 2.7.
+    #[default]
+    Split,
+    /// virtio 1.3, 2.8: VIRTIO_F_RING_PACKED was accepted.
+    Packed,
+}
+
+/// What a front-end calls one of a vring's three areas, its alignment and its length, bytes.
+struct Area {
+    name: &'static str,
+    align: u64,
+    len: u64,
+}
+
+impl Format {
+    /// By the virtio features that a driver accepted.
+    pub fn of(features: u64) -> Self {
+        if features & features::RING_PACKED == 0 { Self::Split } else { Self::Packed }
+    }
+
+    /// The areas of a vring with so many entries, in the order of SET_VRING_ADDR's fields. A
+    /// split ring's are those of 2.7, each with the event field behind it; a packed ring has the
+    /// descriptors and two event suppression areas (2.8).
+    fn areas(self, size: u16) -> [Area; 3] {
+        let entries = u64::from(size);
+        let area = |name, align, len| Area { name, align, len };
+        match self {
+            Self::Split => [
+                area("descriptor table", 16, 16 * entries),
+                area("available ring", 2, 6 + 2 * entries),
+                area("used ring", 4, 6 + 8 * entries),
+            ],
+            Self::Packed => [
+                area("descriptor ring", 16, 16 * entries),
+                area("driver event suppression area", 4, 4),
+                area("device event suppression area", 4, 4),
+            ],
+        }
+    }
+
+    /// Where the peer's driver says how far it is: bytes from the start of the third area.
+    pub fn place_at(self) -> u64 {
+        match self {
+            // The used ring's index (2.7.8).
+            Self::Split => 2,
+            // The field that names a descriptor (`docs/vhost-pci-device.md`, 8.2).
+            Self::Packed => 0,
+        }
+    }
+
+    /// What GET_VRING_BASE answers for what is there, or `None` if it cannot be.
+    pub fn base_of(self, place: u16, size: u16) -> Option<u32> {
+        match self {
+            Self::Split => Some(place.into()),
+            Self::Packed => {
+                // Turned over, so that a fresh area names the start of the first lap.
+                let event = u32::from(place) ^ 1 << 15;
+                // The available and the used side are at the same place: what was popped and not
+                // completed is popped again.
+                (event & 0x7fff < u32::from(size)).then_some(event | event << 16)
+            }
+        }
+    }
+
+    /// Where a vring that was never served goes on, if its front-end did not say.
+    pub fn first_base(self) -> u32 {
+        match self {
+            Self::Split => 0,
+            Self::Packed => 0x8000_8000,
+        }
+    }
+}
 
 /// What the addresses of SET_VRING_ADDR are.
 #[derive(Clone, Copy, Debug)]
@@ -40,16 +117,19 @@ pub struct VringAddr {
 /// A vring whose size and addresses were checked against the memory table.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct VringConfig {
-    /// Entries, a power of two.
+    /// What the three areas are.
+    pub format: Format,
+    /// Entries; a power of two in a split ring.
     pub size: u16,
-    /// Descriptor table.
+    /// Descriptor table, or descriptor ring.
     pub desc: Iova,
-    /// Available ring.
+    /// Available ring, or driver event suppression area.
     pub avail: Iova,
-    /// Used ring.
+    /// Used ring, or device event suppression area.
     pub used: Iova,
-    /// The available index that the front-end started it at.
-    pub base: u16,
+    /// Where the front-end started it: an available index, or, in a packed ring, what
+    /// [`Format::base_of`] has.
+    pub base: u32,
 }
 
 /// Whether a vring runs.
@@ -68,7 +148,7 @@ pub struct Vring {
     state: VringState,
     size: Option<u16>,
     addr: Option<VringAddr>,
-    base: u16,
+    base: Option<u32>,
     /// Whether the front-end wants it served.
     pub enabled: bool,
     /// Signalled by the owner's VMM when buffers are available.
@@ -80,13 +160,12 @@ pub struct Vring {
 }
 
 impl VringConfig {
-    /// Descriptor table, available ring and used ring, each with the event field behind it
-    /// (virtio 1.3, 2.7).
+    /// The three areas.
     pub fn parts(&self) -> impl Iterator<Item = Span<Iova>> {
-        let entries = u64::from(self.size);
-        let parts = [(self.desc, 16 * entries), (self.avail, 6 + 2 * entries), (self.used, 6 + 8 * entries)];
+        let areas = self.format.areas(self.size);
+        let parts = [self.desc, self.avail, self.used].into_iter().zip(areas);
         // None wraps: that was checked when the vring was started.
-        parts.into_iter().filter_map(|(start, len)| Span::new(start, len).ok())
+        parts.filter_map(|(start, area)| Span::new(start, area.len).ok())
     }
 }
 
@@ -104,25 +183,25 @@ impl Vring {
         self.enabled && self.started().is_some()
     }
 
-    /// The index of the last SET_VRING_BASE, or where the vring was stopped.
-    pub fn base(&self) -> u16 {
-        self.base
+    /// What the last SET_VRING_BASE said.
+    pub fn base(&self, format: Format) -> u32 {
+        self.base.unwrap_or(format.first_base())
     }
 
     /// SET_VRING_NUM.
-    pub fn set_size(&mut self, index: u32, num: u32) -> Result<(), Fault> {
+    pub fn set_size(&mut self, index: u32, num: u32, format: Format) -> Result<(), Fault> {
         self.must_be_stopped(index, "its size")?;
-        match u16::try_from(num) {
-            Ok(size) if num.is_power_of_two() && num <= MAX_SIZE => {
-                self.size = Some(size);
-                Ok(())
+        let size = u16::try_from(num).ok().filter(|_| (1..=MAX_SIZE).contains(&num));
+        self.size = Some(size.ok_or_else(|| wrong_size(index, num, format))?);
+        self.check_size(index, format)
+    }
+
+    fn check_size(&self, index: u32, format: Format) -> Result<(), Fault> {
+        match self.size {
+            Some(size) if format == Format::Split && !size.is_power_of_two() => {
+                Err(wrong_size(index, size.into(), format))
             }
-            _ => Err(Fault::Vring {
-                index,
-                reason: format!(
-                    "its size is {num}; a split virtqueue has a power of two, at most {MAX_SIZE}"
-                ),
-            }),
+            _ => Ok(()),
         }
     }
 
@@ -133,20 +212,25 @@ impl Vring {
         Ok(())
     }
 
-    /// SET_VRING_BASE.
-    pub fn set_base(&mut self, index: u32, base: u32) -> Result<(), Fault> {
+    /// SET_VRING_BASE. The peer's driver goes on where the ring itself says
+    /// (`docs/vhost-pci-device.md`, 8.2); this is what is told of a vring that has no ring.
+    pub fn set_base(&mut self, index: u32, base: u32, format: Format) -> Result<(), Fault> {
         self.must_be_stopped(index, "its base")?;
-        self.base = u16::try_from(base).map_err(|_| Fault::Vring {
-            index,
-            reason: format!("its base is {base:#x}; a split virtqueue's index has 16 bits"),
-        })?;
+        check_base(index, base, format)?;
+        self.base = Some(base);
         Ok(())
     }
 
     /// SET_VRING_KICK: starts the vring.
-    pub fn start(&mut self, index: u32, kick: Option<Eventfd>, space: AddressSpace<'_>) -> Result<(), Fault> {
+    pub fn start(
+        &mut self,
+        index: u32,
+        kick: Option<Eventfd>,
+        space: AddressSpace<'_>,
+        format: Format,
+    ) -> Result<(), Fault> {
         if self.started().is_none() {
-            self.state = VringState::Started(self.checked(index, space)?);
+            self.state = VringState::Started(self.checked(index, space, format)?);
         }
         self.kick = kick;
         Ok(())
@@ -155,7 +239,7 @@ impl Vring {
     /// Checks the addresses of a started vring against a memory table that changed.
     pub fn recheck(&self, index: u32, space: AddressSpace<'_>) -> Result<(), Fault> {
         match self.started() {
-            Some(config) if self.checked(index, space)? != *config => {
+            Some(config) if self.checked(index, space, config.format)? != *config => {
                 Err(Fault::Vring { index, reason: "it is started, and the new memory table moves it".into() })
             }
             _ => Ok(()),
@@ -183,7 +267,7 @@ impl Vring {
             desc: config.desc.raw().into(),
             avail: config.avail.raw().into(),
             used: config.used.raw().into(),
-            base: u32::from(config.base).into(),
+            base: config.base.into(),
             ..abi::Vring::default()
         }
     }
@@ -197,16 +281,18 @@ impl Vring {
         Ok(())
     }
 
-    fn checked(&self, index: u32, space: AddressSpace<'_>) -> Result<VringConfig, Fault> {
+    fn checked(&self, index: u32, space: AddressSpace<'_>, format: Format) -> Result<VringConfig, Fault> {
         let fault = |reason: String| Fault::Vring { index, reason };
         let (Some(size), Some(addr)) = (self.size, self.addr) else {
             return Err(Fault::OutOfOrder(format!(
                 "vring {index} was kicked before SET_VRING_NUM and SET_VRING_ADDR"
             )));
         };
-        let entries = u64::from(size);
-        // virtio 1.3, 2.7: the three parts, with the event field behind each ring.
-        let part = |name: &str, address: u64, align: u64, len: u64| {
+        // Said before the features were, perhaps.
+        self.check_size(index, format)?;
+        let base = self.base(format);
+        check_base(index, base, format)?;
+        let place = |address: u64, Area { name, align, len }: Area| {
             if !address.is_multiple_of(align) {
                 return Err(fault(format!("its {name} at {address:#x} is not aligned to {align} bytes")));
             }
@@ -221,12 +307,49 @@ impl Vring {
             };
             iova.map_err(|error| fault(format!("its {name}: {error}")))
         };
+        let [desc, avail, used] = format.areas(size);
         Ok(VringConfig {
+            format,
             size,
-            desc: part("descriptor table", addr.desc, 16, 16 * entries)?,
-            avail: part("available ring", addr.avail, 2, 6 + 2 * entries)?,
-            used: part("used ring", addr.used, 4, 6 + 8 * entries)?,
-            base: self.base,
+            desc: place(addr.desc, desc)?,
+            avail: place(addr.avail, avail)?,
+            used: place(addr.used, used)?,
+            base,
         })
+    }
+}
+
+fn wrong_size(index: u32, num: u32, format: Format) -> Fault {
+    let rule = match format {
+        Format::Split => "a split virtqueue has a power of two",
+        Format::Packed => "a packed virtqueue has at least 1",
+    };
+    Fault::Vring { index, reason: format!("its size is {num}; {rule}, at most {MAX_SIZE}") }
+}
+
+/// A packed ring's base has two slots with their wrap counters, and any 32 bits are that.
+fn check_base(index: u32, base: u32, format: Format) -> Result<(), Fault> {
+    match format {
+        Format::Split if base > u32::from(u16::MAX) => Err(Fault::Vring {
+            index,
+            reason: format!("its base is {base:#x}; a split virtqueue's index has 16 bits"),
+        }),
+        _ => Ok(()),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_packed_rings_base_is_where_its_area_says_if_that_is_in_the_ring() {
+        let base = |place, size| Format::Packed.base_of(place, size);
+        assert_eq!(base(0, 256), Some(Format::Packed.first_base()));
+        assert_eq!(base(255, 256), Some(0x80ff_80ff));
+        assert_eq!(base(0x8003, 256), Some(0x0003_0003));
+        assert_eq!([base(256, 256), base(0xffff, 256), base(1, 1)], [None; 3]);
+        assert_eq!(base(0x7fff, 32_768), Some(0xffff_ffff));
+        assert_eq!(Format::Split.base_of(0xffff, 1), Some(0xffff));
     }
 }

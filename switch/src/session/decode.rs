@@ -136,18 +136,16 @@ impl Decoder {
     }
 }
 
-/// Reads the index at which a stopped vring goes on. Two bytes through the file:
-/// the broker maps none of the owner's memory.
-fn vring_index(base: &VringBase) -> u16 {
+/// Reads where a stopped vring goes on. Two bytes through the file: the broker maps none of
+/// the owner's memory, and believes what is there only if it can be.
+fn vring_base(base: &VringBase) -> u32 {
     let mut bytes = [0; 2];
-    let read = base.used_index.as_ref().and_then(|(file, offset)| {
+    let read = base.place.as_ref().and_then(|(file, offset)| {
         let offset = i64::try_from(*offset).ok()?;
         pread(file.as_fd(), &mut bytes, offset).ok()
     });
-    match read {
-        Some(2) => u16::from_le_bytes(bytes),
-        _ => base.fallback,
-    }
+    let place = read.filter(|len| *len == bytes.len()).map(|_| u16::from_le_bytes(bytes));
+    place.and_then(|place| base.format.base_of(place, base.size)).unwrap_or(base.fallback)
 }
 
 impl VhostUserBackendReqHandler for Decoder {
@@ -210,7 +208,7 @@ impl VhostUserBackendReqHandler for Decoder {
 
     fn get_vring_base(&self, index: u32) -> Result<VhostUserVringState> {
         match self.ask(Request::GetVringBase { index })? {
-            Reply::VringBase(base) => Ok(VhostUserVringState::new(base.index, u32::from(vring_index(&base)))),
+            Reply::VringBase(base) => Ok(VhostUserVringState::new(base.index, vring_base(&base))),
             _ => Err(Error::BackendInternalError),
         }
     }

@@ -451,7 +451,9 @@ fn copy(reply: &Reply) -> Reply {
         Reply::Number(number) => Reply::Number(*number),
         Reply::VringBase(base) => Reply::VringBase(vhost_pci_switch::link::message::VringBase {
             index: base.index,
-            used_index: base.used_index.clone(),
+            place: base.place.clone(),
+            format: base.format,
+            size: base.size,
             fallback: base.fallback,
         }),
         Reply::Config(bytes) => Reply::Config(bytes.clone()),

@@ -3,6 +3,7 @@
 
 use vhost_pci_device::abi;
 use vhost_pci_switch::link::message::{Content, Reply, Request, WindowOp};
+use vhost_pci_switch::link::vring::Format;
 use vhost_pci_switch::link::{Effect, Side};
 
 use crate::bench::{Bench, QUEUES, REGIONS, WINDOW_LEN};
@@ -244,7 +245,7 @@ fn a_stopped_vring_goes_on_at_its_used_index_or_where_it_was_set() {
     bench.owner(Ask::Stop(1));
     bench.work();
     let Some(Reply::VringBase(base)) = bench.owner_reply.take() else { panic!() };
-    let (file, offset) = base.used_index.unwrap();
+    let (file, offset) = base.place.unwrap();
     assert_eq!((base.index, offset), (1, 0x1000 + 0x600 + 2));
     assert_eq!(file, bench.files.request(REGIONS[0]).file);
 
@@ -253,8 +254,31 @@ fn a_stopped_vring_goes_on_at_its_used_index_or_where_it_was_set() {
     bench.owner_raw(Request::SetVringBase { index: 0, base: 77 });
     bench.owner(Ask::Stop(0));
     let Some(Reply::VringBase(base)) = bench.owner_reply.take() else { panic!() };
-    assert!(base.used_index.is_none());
+    assert!(base.place.is_none());
     assert_eq!(base.fallback, 77);
+}
+
+#[test]
+fn a_stopped_packed_vring_goes_on_where_its_event_area_says() {
+    let mut bench = Bench::new();
+    bench.peer_up();
+    bench.connect(Side::Owner);
+    let packed = vhost_pci_switch::link::features::RING_PACKED;
+    for ask in Ask::bring_up(&REGIONS) {
+        bench.owner(match ask {
+            Ask::Features(features) => Ask::Features(features | packed),
+            ask => ask,
+        });
+    }
+    bench.work();
+    assert!(bench.is_up());
+    assert_eq!(bench.published.0.features & packed, packed);
+    bench.owner(Ask::Stop(1));
+    bench.work();
+    let Some(Reply::VringBase(base)) = bench.owner_reply.take() else { panic!() };
+    let (_, offset) = base.place.unwrap();
+    assert_eq!((offset, base.format, base.size), (0x1000 + 0x600, Format::Packed, 64));
+    assert_eq!(base.fallback, 0x8000_8000, "the start of the first lap");
 }
 
 #[test]

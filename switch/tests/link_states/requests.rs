@@ -35,7 +35,7 @@ fn owner() -> Bench {
 #[test]
 fn features_that_were_not_offered_are_refused() {
     let mut bench = owner();
-    for bit in [0, 5, 26, 34, 35, 63] {
+    for bit in [0, 5, 26, 36, 40, 63] {
         refused(&mut bench, Request::SetFeatures(FEATURES | 1 << bit), "features", "not offered");
     }
     for bit in [1, 4, 12, 19, 22, 61, 63] {
@@ -133,6 +133,51 @@ fn vring_sizes_that_are_no_power_of_two_are_refused() {
         assert!(matches!(bench.owner_reply, Some(Reply::Done)));
     }
     refused(&mut bench, Request::SetVringBase { index: 0, base: 0x1_0000 }, "vring", "16 bits");
+}
+
+/// VIRTIO_F_RING_PACKED and VIRTIO_F_IN_ORDER.
+const PACKED: u64 = 1 << 34 | 1 << 35;
+
+#[test]
+fn packed_vrings_have_any_size_areas_of_their_own_and_a_base_of_two_places() {
+    let mut bench = owner();
+    bench.owner(Ask::Features(FEATURES | PACKED));
+    for num in [0, 32_769, 65_536, u32::MAX] {
+        refused(&mut bench, Request::SetVringNum { index: 0, num }, "vring", "at least 1, at most 32768");
+        bench.owner(Ask::Features(FEATURES | PACKED));
+    }
+    bench.owner(Ask::MemTable(REGIONS.to_vec()));
+    for num in [1, 100, 32_768, 100] {
+        bench.owner(Ask::Num(0, num));
+        assert!(matches!(bench.owner_reply, Some(Reply::Done)));
+    }
+    bench.owner_raw(Request::SetVringBase { index: 0, base: 0x8063_8063 });
+    // The last 1,600 bytes of the region, and the 4 before them.
+    let end = FRONTEND + REGIONS[0].guest + REGIONS[0].len;
+    let desc = end - 1600;
+    bench.owner_raw(Request::SetVringAddr { index: 0, desc, avail: desc - 8, used: desc - 4 });
+    bench.owner(Ask::Kick(0));
+    assert!(matches!(bench.owner_reply, Some(Reply::Done)), "{:?}", bench.owner_reply);
+    refused(&mut bench, Request::SetFeatures(FEATURES), "out_of_order", "VIRTIO_F_RING_PACKED");
+    for (desc, avail, used, words) in [
+        (desc + 16, desc, desc, "descriptor ring"),
+        (desc, end, desc, "driver event suppression area"),
+        (desc, desc, end - 2, "not aligned to 4"),
+        (desc, desc, end, "device event suppression area"),
+    ] {
+        bench.owner(Ask::Features(FEATURES | PACKED));
+        bench.owner(Ask::MemTable(REGIONS.to_vec()));
+        bench.owner(Ask::Num(0, 100));
+        bench.owner_raw(Request::SetVringAddr { index: 0, desc, avail, used });
+        refused(&mut bench, Request::SetVringKick { index: 0, fd: None }, "vring", words);
+    }
+    // What was said before the features were counts for what they turn out to be.
+    bench.owner(Ask::Features(FEATURES | PACKED));
+    bench.owner(Ask::MemTable(REGIONS.to_vec()));
+    bench.owner(Ask::Num(0, 100));
+    bench.owner(Ask::Addr(0, REGIONS[0].guest));
+    bench.owner(Ask::Features(FEATURES));
+    refused(&mut bench, Request::SetVringKick { index: 0, fd: None }, "vring", "power of two");
 }
 
 #[test]

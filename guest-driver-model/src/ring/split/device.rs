@@ -14,16 +14,18 @@
 use vhost_pci_device::abi::FaultKind;
 use virtio_bindings::virtio_ring::{VRING_AVAIL_F_NO_INTERRUPT, VRING_USED_F_NO_NOTIFY};
 
-use super::index::{Consumer, Producer, Wish, Word};
+use super::index::{Consumer, Producer, Wish};
 use super::layout::{FLAGS_AT, INDEX_AT, SLOTS_AT, avail_event, used_event};
 use crate::ring::chain::{ChainBurst, Descriptor, Direction};
 use crate::ring::device::{Fault, MAX_CHAIN};
 use crate::ring::features::RingFeatures;
 use crate::ring::layout::{DESC_LEN, RingConfig};
 use crate::ring::miss::{Finding, Miss, OnMiss};
+use crate::ring::table::copy_table;
 use crate::ring::walk::{Broken, Lookup, Stop, Walk};
+use crate::ring::word::Word;
 use crate::shm::{SharedMemory, ShmError, Slots, Word16};
-use crate::translate::{Access, Part, Translation};
+use crate::translate::Translation;
 
 /// The device half of one split vring.
 #[derive(Debug)]
@@ -293,7 +295,7 @@ impl SplitDevice {
             return Err(wrong.into());
         }
         // The descriptor's write flag means nothing here (2.7.5.3.2).
-        self.copy_table(descriptor, walk)?;
+        copy_table(&mut self.table, &self.window, &mut self.lookup, descriptor, walk.at)?;
         let (entries, _) = self.table.as_chunks::<{ DESC_LEN as usize }>();
         let mut index = 0_u16;
         for _ in 0..count {
@@ -314,35 +316,6 @@ impl SplitDevice {
             }
         }
         Err(Stop::Broken((FaultKind::ChainTooLong, u64::from(count))))
-    }
-
-    /// Makes `table` the private copy of an indirect table, whose length was checked: at most
-    /// `MAX_CHAIN` descriptors.
-    fn copy_table(&mut self, descriptor: &Descriptor, walk: &Walk) -> Result<(), Stop> {
-        let Descriptor { addr, len, .. } = *descriptor;
-        self.table.resize(len as usize, 0);
-        let outside = |_: ShmError| (FaultKind::Unmapped, addr);
-        if let Ok(offset) = self.lookup.translation.translate(addr, len, Access::READ) {
-            return Ok(self.window.read(offset, &mut self.table).map_err(outside)?);
-        }
-        let mut done = 0_usize;
-        while let Some(rest) = self.table.get_mut(done..)
-            && !rest.is_empty()
-        {
-            let iova = addr.wrapping_add(done as u64);
-            match self.lookup.translation.part(iova, rest.len() as u32, Access::READ) {
-                Part::Mapped { offset, len } => {
-                    let (now, _) = rest.split_at_mut(len as usize);
-                    self.window.read(offset, now).map_err(outside)?;
-                    done += len as usize;
-                }
-                Part::Missing { len: gap, why } => {
-                    let offset = self.lookup.missing_table(walk.at, (addr, len), (iova, gap), why)?;
-                    return Ok(self.window.read(offset, &mut self.table).map_err(outside)?);
-                }
-            }
-        }
-        Ok(())
     }
 
     /// Gives a popped chain back with the number of bytes that were written to it.

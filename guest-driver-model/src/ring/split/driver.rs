@@ -11,6 +11,7 @@ use super::index::{Consumer, Producer, Wish};
 use super::layout::{FLAGS_AT, INDEX_AT, SLOTS_AT, avail_event, avail_len, desc_len, used_event, used_len};
 use crate::ring::chain::Descriptor;
 use crate::ring::driver::{AddError, Buffer, Completion, DriverFault, DriverFaultKind, IndirectTables};
+use crate::ring::features::RingFeatures;
 use crate::ring::layout::{DESC_LEN, MAX_SIZE, RingPlaces};
 use crate::shm::{SharedMemory, ShmError, Slots, Word16};
 
@@ -36,6 +37,10 @@ pub struct SplitDriver {
     used: Slots<8>,
     made_available: Producer<Word16>,
     completed: Consumer<Word16>,
+    in_order: bool,
+    /// The device said by one used element that it is done with all buffers up to this one, and
+    /// that it wrote so many bytes there (2.7.9).
+    done_up_to: Option<(u32, u32)>,
     /// What this side last wrote: a store that would change nothing would only take
     /// the cache line from the device's CPU.
     desc_shadow: Box<[[u64; 2]]>,
@@ -55,35 +60,27 @@ pub struct SplitDriver {
 impl SplitDriver {
     /// A fresh ring, with both indices 0, in `memory`. Addresses given to the device
     /// are `iova_base` + offset in the memory.
-    pub fn new(
+    pub fn with_features(
         vring: u16,
         places: &RingPlaces,
         memory: &SharedMemory,
         iova_base: u64,
         indirect: Option<IndirectTables>,
+        features: RingFeatures,
     ) -> Result<Self, ShmError> {
-        let kicks = Wish::Flag {
-            word: Word16::new(memory, places.used + FLAGS_AT)?,
-            bit: VRING_USED_F_NO_NOTIFY as u16,
+        let word = |offset| Word16::new(memory, offset);
+        let (kicks, calls) = match features.event_idx {
+            true => (
+                Wish::Event { word: word(avail_event(places))? },
+                Wish::Event { word: word(used_event(places))? },
+            ),
+            false => (
+                Wish::Flag { word: word(places.used + FLAGS_AT)?, bit: VRING_USED_F_NO_NOTIFY as u16 },
+                Wish::Flag { word: word(places.avail + FLAGS_AT)?, bit: VRING_AVAIL_F_NO_INTERRUPT as u16 },
+            ),
         };
-        let calls = Wish::Flag {
-            word: Word16::new(memory, places.avail + FLAGS_AT)?,
-            bit: VRING_AVAIL_F_NO_INTERRUPT as u16,
-        };
-        Self::with_wishes(vring, places, memory, iova_base, indirect, (kicks, calls))
-    }
-
-    /// As [`Self::new`], where VIRTIO_F_EVENT_IDX was negotiated.
-    pub fn with_event_idx(
-        vring: u16,
-        places: &RingPlaces,
-        memory: &SharedMemory,
-        iova_base: u64,
-        indirect: Option<IndirectTables>,
-    ) -> Result<Self, ShmError> {
-        let kicks = Wish::Event { word: Word16::new(memory, avail_event(places))? };
-        let calls = Wish::Event { word: Word16::new(memory, used_event(places))? };
-        Self::with_wishes(vring, places, memory, iova_base, indirect, (kicks, calls))
+        let ring = Self::with_wishes(vring, places, memory, iova_base, indirect, (kicks, calls))?;
+        Ok(Self { in_order: features.in_order, ..ring })
     }
 
     /// `kicks` is the device's word, `calls` this side's.
@@ -116,6 +113,8 @@ impl SplitDriver {
             used: Slots::new(memory, places.used + SLOTS_AT, size)?,
             made_available: Producer::new(Word16::new(memory, places.avail + INDEX_AT)?, kicks, 0),
             completed: Consumer::new(Word16::new(memory, places.used + INDEX_AT)?, calls, 0),
+            in_order: false,
+            done_up_to: None,
             // Neither value is ever written: each slot's first store takes place.
             desc_shadow: vec![[u64::MAX; 2]; entries].into(),
             avail_shadow: vec![u16::MAX; entries].into(),
@@ -320,15 +319,47 @@ impl SplitDriver {
         }
         let wanted = ready.min(budget);
         for reaped in 0..wanted {
-            // The one fetch of this element.
-            let [id, len] = self.used.load(self.completed.next());
-            match self.take_back(id, len) {
+            let taken = match self.in_order {
+                // The one fetch of this element.
+                false => {
+                    let [id, len] = self.used.load(self.completed.next());
+                    self.take_back(id, len)
+                }
+                true => self.take_back_in_order(),
+            };
+            match taken {
                 Ok(completion) => completions.push(completion),
                 Err(fault) => return if reaped == 0 { Err(fault) } else { Ok(reaped) },
             }
             self.completed.advance();
         }
         Ok(wanted)
+    }
+
+    /// Takes back the buffer that has been with the device for longest.
+    fn take_back_in_order(&mut self) -> Result<Completion, DriverFault> {
+        let next = self.completed.next();
+        let (id, len) = match self.done_up_to {
+            Some(said) => said,
+            None => {
+                // The one fetch of this element.
+                let [id, len] = self.used.load(next);
+                match self.in_flight.get(id as usize) {
+                    Some(slot) if slot.descriptors > 0 => (id, len),
+                    _ => return Err(self.broken(DriverFaultKind::UsedId, id)),
+                }
+            }
+        };
+        // It was made available at the index at which it is used.
+        let head = self.avail_shadow.get(usize::from(next & (self.size - 1))).copied().unwrap_or(0);
+        if u32::from(head) == id {
+            self.done_up_to = None;
+            return self.take_back(id, len);
+        }
+        // It is wholly done with, and nothing was said of it.
+        self.done_up_to = Some((id, len));
+        let whole = self.in_flight.get(usize::from(head)).map_or(0, |slot| slot.writable_len);
+        self.take_back(head.into(), whole)
     }
 
     #[inline]

@@ -23,58 +23,7 @@
 //! words: the producer stores the index and then loads the consumer's word, the consumer
 //! stores its word and then loads the index. At least one of them sees the other's store.
 
-use std::sync::atomic::{Ordering, fence};
-
-use crate::shm::Word16;
-
-/// A 16-bit word that both sides of a ring reach.
-pub trait Word {
-    /// A load without order.
-    fn load(&self) -> u16;
-    /// A load that later accesses stay behind.
-    fn load_acquire(&self) -> u16;
-    /// A store without order.
-    fn store(&self, value: u16);
-    /// A store that earlier accesses stay before.
-    fn store_release(&self, value: u16);
-    /// A barrier between earlier stores and later loads.
-    fn full_barrier();
-}
-
-impl Word for Word16 {
-    #[inline]
-    fn load(&self) -> u16 {
-        // Relaxed: the callers in this module put a full barrier before it, or need
-        // no order.
-        Word16::load(self, Ordering::Relaxed)
-    }
-
-    #[inline]
-    fn load_acquire(&self) -> u16 {
-        // Acquire: pairs with the other side's `store_release` of the same index.
-        Word16::load(self, Ordering::Acquire)
-    }
-
-    #[inline]
-    fn store(&self, value: u16) {
-        // Relaxed: flags; the callers in this module put a full barrier after it
-        // where order matters.
-        Word16::store(self, value, Ordering::Relaxed);
-    }
-
-    #[inline]
-    fn store_release(&self, value: u16) {
-        // Release: pairs with the other side's `load_acquire` of the same index.
-        Word16::store(self, value, Ordering::Release);
-    }
-
-    #[inline]
-    fn full_barrier() {
-        // SeqCst: pairs with the other side's full barrier between its own store and
-        // load of the same two words (index, flag), see the module's top.
-        fence(Ordering::SeqCst);
-    }
-}
+use crate::ring::word::Word;
 
 /// The consumer's word: by what it says when it wants to be notified.
 #[derive(Clone, Debug)]

@@ -163,7 +163,7 @@ fn a_stopped_vring_goes_on_where_its_used_ring_says() {
     bench.owner(Ask::Stop(1));
     bench.settle();
     let Some(Reply::VringBase(base)) = &bench.owner_reply else { panic!("{:?}", bench.owner_reply) };
-    let (_, offset) = base.used_index.clone().unwrap();
+    let (_, offset) = base.place.clone().unwrap();
     // The page of vring 1 is the second of the first file; its used ring is at 0x600.
     assert_eq!(offset, PAGE + 0x600 + 2);
 }
