@@ -41,14 +41,16 @@ proptest! {
         buffers in (prop_oneof![Just(128_u32), Just(192), Just(2048)], prop_oneof![Just(128_u32), Just(192), Just(2048)]),
         mergeable in any::<bool>(),
         indirect in any::<bool>(),
+        packed in (any::<bool>(), any::<bool>()),
+        in_order in (any::<bool>(), any::<bool>()),
         lens in vec(prop_oneof![0_usize..200, 0_usize..2000, 0_usize..9000], 1..200),
         bursts in vec((0_usize..40, 1_usize..40), 1..10),
         budget in 1_usize..80,
     ) {
-        let config = OwnerConfig { ring_size: 1 << sizes.0, buffer_len: buffers.0, indirect, ..OwnerConfig::default() };
+        let config = OwnerConfig { ring_size: 1 << sizes.0, buffer_len: buffers.0, indirect, packed: packed.0, in_order: in_order.0, ..OwnerConfig::default() };
         let Joined { mut owner, peer: mut from, layout, .. } = join(config);
         let most = layout.max_frame();
-        let config = OwnerConfig { ring_size: 1 << sizes.1, buffer_len: buffers.1, mergeable, ..OwnerConfig::default() };
+        let config = OwnerConfig { ring_size: 1 << sizes.1, buffer_len: buffers.1, mergeable, packed: packed.1, in_order: in_order.1, ..OwnerConfig::default() };
         let Joined { owner: mut sink, peer: mut to, layout, .. } = join(config);
         let most = most.min(if mergeable { layout.max_frame() } else { buffers.1 as usize - 64 });
         let frames: Vec<_> = lens.iter().zip(0..).map(|(len, seed)| frame(seed, *len.min(&most))).collect();
@@ -170,7 +172,10 @@ fn what_the_other_owner_can_never_take_is_dropped_and_counted() {
     let sent = [frame(1, 60), frame(2, 300), frame(3, 60)];
     assert_eq!(owner.tx_burst(0, slices(&sent)), Ok(3));
     let done = forward_burst(&mut from, 0, &mut to, 0, &mut lane, 64).unwrap();
-    assert_eq!(done, Forwarded { taken: 3, packets: 2, bytes: 120, dropped: 1, copied_bytes: 120 });
+    assert_eq!(
+        done,
+        Forwarded { taken: 3, taken_bytes: 420, packets: 2, bytes: 120, dropped: 1, copied_bytes: 120 }
+    );
     assert_eq!(take(&mut sink), [sent[0].clone(), sent[2].clone()]);
     assert_eq!((to.counters().tx_drops, owner.reap_transmitted(0)), (1, Ok(0)));
     // Longer than all of its buffers together.
@@ -209,7 +214,8 @@ fn a_link_that_has_changed_gives_and_takes_nothing() {
 #[test]
 fn a_burst_during_which_mappings_change_is_rolled_back() {
     let config = OwnerConfig { ring_size: 64, ..OwnerConfig::default() };
-    for link_too in [false, true] {
+    for (link_too, packed) in [(false, false), (true, false), (false, true), (true, true)] {
+        let config = OwnerConfig { packed, ..config };
         let mut a = apart(config, Mode::Map, willing());
         let mut b = apart(config, Mode::Map, willing());
         a.device.show(0, a.views.owner.len(), Access::READ_WRITE);
@@ -235,7 +241,14 @@ fn a_burst_during_which_mappings_change_is_rolled_back() {
             continue;
         }
         // By way of private memory.
-        let both = Forwarded { taken: 8, packets: 8, bytes: 4000, dropped: 0, copied_bytes: 8000 };
+        let both = Forwarded {
+            taken: 8,
+            taken_bytes: 4000,
+            packets: 8,
+            bytes: 4000,
+            dropped: 0,
+            copied_bytes: 8000,
+        };
         assert_eq!(first, both);
         assert_eq!(take(&mut b.owner), sent[..8]);
         assert_eq!(burst(&mut a, &mut b), Forwarded { copied_bytes: 4000, ..both });

@@ -31,8 +31,8 @@ fn read(burst: &LentBurst) -> Vec<Vec<u8>> {
 
 #[test]
 fn lent_packets_are_completed_when_they_are_returned_and_not_before() {
-    for indirect in [false, true] {
-        let config = OwnerConfig { buffer_len: 128, indirect, ..OwnerConfig::default() };
+    for (indirect, packed) in [(false, false), (true, false), (false, true), (true, true)] {
+        let config = OwnerConfig { buffer_len: 128, indirect, packed, ..OwnerConfig::default() };
         let Joined { mut owner, mut peer, .. } = join(config);
         let sent: Vec<_> = (0..20).map(|n| frame(n, 20 + 40 * n as usize)).collect();
         send(&mut owner, &sent);
@@ -83,7 +83,13 @@ fn a_reader_gets_as_much_of_a_packet_as_there_is() {
 
 #[test]
 fn what_is_not_returned_is_lent_again_and_completed_once() {
-    let Joined { mut owner, mut peer, .. } = join(OwnerConfig { ring_size: 16, ..OwnerConfig::default() });
+    what_is_not_returned_is_lent_again(OwnerConfig { ring_size: 16, ..OwnerConfig::default() });
+    let config = OwnerConfig { packed: true, in_order: true, ..OwnerConfig::default() };
+    what_is_not_returned_is_lent_again(OwnerConfig { ring_size: 16, ..config });
+}
+
+fn what_is_not_returned_is_lent_again(config: OwnerConfig) {
+    let Joined { mut owner, mut peer, .. } = join(config);
     for round in 0..50 {
         let sent: Vec<_> = (0..8).map(|n| frame(round * 8 + n, 60)).collect();
         send(&mut owner, &sent);

@@ -30,6 +30,8 @@ use crate::shm::{SharedMemory, ShmError};
 pub struct Forwarded {
     /// Packets taken from A: forwarded, or dropped, or held in the lane.
     pub taken: usize,
+    /// Their bytes, without headers.
+    pub taken_bytes: u64,
     /// Packets that B has.
     pub packets: usize,
     /// Their bytes, without headers.
@@ -66,11 +68,18 @@ pub struct Lane {
     /// What was taken in private, and how much of it is done with.
     held: PacketBurst,
     sent: usize,
+    /// The last burst ended for want of B's buffers.
+    blocked: bool,
 }
 
 impl Default for Lane {
     fn default() -> Self {
-        Self { chains: ChainBurst::with_capacity(MAX_BURST), held: PacketBurst::default(), sent: 0 }
+        Self {
+            chains: ChainBurst::with_capacity(MAX_BURST),
+            held: PacketBurst::default(),
+            sent: 0,
+            blocked: false,
+        }
     }
 }
 
@@ -81,11 +90,18 @@ impl Lane {
         self.held.len().saturating_sub(self.sent)
     }
 
+    /// Whether the last burst ended because B has no room: until it posts buffers nothing moves,
+    /// whatever A transmits.
+    pub fn waits_for_room(&self) -> bool {
+        self.blocked
+    }
+
     /// Drops what is held. Returns how many packets that was.
     pub fn clear(&mut self) -> usize {
         let held = self.held();
         self.held.clear();
         self.sent = 0;
+        self.blocked = false;
         held
     }
 }
@@ -153,7 +169,7 @@ pub fn forward_burst_by(
         let source = from.port.source(from.exchange, from.pair).map_err(ForwardFault::From)?;
         let target = to.port.target(to.exchange, to.pair).map_err(ForwardFault::To)?;
         let (Some(source), Some(target)) = (source, target) else { return Ok(Forwarded::default()) };
-        if let Some(forwarded) = in_place(&mut lane.chains, source, target, budget.min(MAX_BURST))? {
+        if let Some(forwarded) = in_place(lane, source, target, budget.min(MAX_BURST))? {
             return Ok(forwarded);
         }
     }
@@ -173,7 +189,8 @@ fn in_private(
         lane.clear();
         let received = from.port.rx_burst_by(from.exchange, from.pair, &mut lane.held, budget);
         forwarded.taken = received.map_err(ForwardFault::From)?;
-        forwarded.copied_bytes = lane.held.frames().map(|frame| frame.len() as u64).sum();
+        forwarded.taken_bytes = lane.held.frames().map(|frame| frame.len() as u64).sum();
+        forwarded.copied_bytes = forwarded.taken_bytes;
     }
     if lane.held() > 0 {
         let before = to.port.counters();
@@ -190,6 +207,7 @@ fn in_private(
         forwarded.dropped = (after.tx_drops - before.tx_drops) as usize;
         forwarded.copied_bytes += forwarded.bytes;
     }
+    lane.blocked = lane.held() > 0;
     Ok(forwarded)
 }
 
@@ -202,7 +220,7 @@ enum Side {
 /// From window to window. `None` if that cannot be, and nothing was done.
 #[inline]
 fn in_place(
-    chains: &mut ChainBurst,
+    lane: &mut Lane,
     mut from: Origin<'_>,
     mut to: Destination<'_>,
     budget: usize,
@@ -210,12 +228,14 @@ fn in_place(
     let nothing = Ok(Some(Forwarded::default()));
     // B's room first: as long as it has none, A's chains are not looked at.
     let room = to.room(budget).map_err(ForwardFault::To)?;
+    lane.blocked = room == 0;
     if room == 0 {
         return nothing;
     }
     if to.transmitter.posted.is_outside() {
         return Ok(None);
     }
+    let chains = &mut lane.chains;
     let popped = from.pop(chains, room.min(budget)).map_err(ForwardFault::From)?;
     if popped == 0 {
         return nothing;
@@ -225,7 +245,7 @@ fn in_place(
         return Ok(None);
     }
     let mut done = Forwarded::default();
-    let (mut pushed, mut waits, mut broken) = (0, false, None);
+    let (mut pushed, mut broken) = (0, None);
     for chain in chains.iter() {
         let Some(len) = packet_len(&chain) else {
             broken = Some(Side::From);
@@ -239,7 +259,7 @@ fn in_place(
             }
             Ok(Placed::Never) => done.dropped += 1,
             Ok(Placed::NotYet) => {
-                waits = true;
+                lane.blocked = true;
                 break;
             }
             // Its ring is dead by now.
@@ -259,7 +279,7 @@ fn in_place(
     }
     done.copied_bytes = done.bytes;
     to.complete(&done);
-    from.complete(chains, popped, done.taken);
+    done.taken_bytes = from.complete(chains, popped, done.taken);
     match broken {
         // The packets before it come first; the fault shows again with the next burst.
         _ if done.taken > 0 => Ok(Some(done)),
@@ -269,7 +289,7 @@ fn in_place(
         }
         Some(Side::To) => to.live.ring.fault().map_or(nothing, |fault| Err(ForwardFault::To(fault))),
         // More of B's buffers are needed than are in the window, or than are popped at once.
-        None if waits && to.has_more() => Ok(None),
+        None if lane.blocked && to.has_more() => Ok(None),
         None => nothing,
     }
 }
@@ -288,17 +308,21 @@ impl Origin<'_> {
         }
     }
 
-    /// Gives the first `taken` of the popped chains back to the owner, as done with.
+    /// Gives the first `taken` of the popped chains back to the owner, as done with. Returns the bytes
+    /// of their frames.
     #[inline]
-    fn complete(&mut self, chains: &ChainBurst, popped: usize, taken: usize) {
+    fn complete(&mut self, chains: &ChainBurst, popped: usize, taken: usize) -> u64 {
         let ring = &mut self.live.ring;
+        let mut bytes = 0;
         for chain in chains.iter().take(taken) {
             ring.push_used(chain.head, 0);
-            self.counters.rx_bytes += chain.len - HEADER_LEN as u64;
+            bytes += chain.len - HEADER_LEN as u64;
         }
         ring.flush_used();
         ring.put_back(popped - taken);
         self.counters.rx_packets += taken as u64;
+        self.counters.rx_bytes += bytes;
+        bytes
     }
 }
 

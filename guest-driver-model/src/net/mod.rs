@@ -9,6 +9,7 @@
 //! | [`forward`] | packets from one owner to another with one copy |
 //! | [`peer`] | the peer's port: the device half of all of the owner's queues |
 //! | [`owner`] | the owner's port: the driver half, with buffers in its own memory |
+//! | [`crossover`] | two cards of an owner, of which each transmits what the other receives |
 //! | `receive` | what the peer's port receives |
 //! | `transmit`, `store` | what it transmits: into the window, and beyond it |
 //! | `reach` | what it needs besides the window: the mapping table of now, and the device |
@@ -18,6 +19,7 @@
 //! (5.1.2). What the owner transmits the peer receives.
 
 pub mod burst;
+pub mod crossover;
 pub mod forward;
 pub mod header;
 pub mod layout;

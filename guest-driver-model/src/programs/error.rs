@@ -21,6 +21,19 @@ pub enum ProgramError {
         "which device? Give --device ADDRESS or --device auto in a guest, or --socket PATH for a broker's peer socket"
     )]
     NoDevice,
+    /// Not two devices were chosen.
+    #[error(
+        "two devices are needed, and {given} given: give --device ADDRESS twice in a guest, or --socket PATH twice for two sockets of a broker"
+    )]
+    NotTwo {
+        /// How many were.
+        given: usize,
+    },
+    /// One was chosen twice.
+    #[error(
+        "the same device is given twice: the two owners have a device each, and each is named by its address"
+    )]
+    Twice,
     /// The device cannot be had, or is gone.
     #[error(transparent)]
     Transport(#[from] TransportError),
@@ -55,6 +68,9 @@ pub enum ProgramError {
         /// What is missing.
         missing: u64,
     },
+    /// The two cards do not fit the owner's memory.
+    #[error(transparent)]
+    Crossover(#[from] crate::net::crossover::CrossoverError),
     /// The owner's port does not fit its memory.
     #[error(transparent)]
     Layout(#[from] LayoutError),

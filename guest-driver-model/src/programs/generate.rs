@@ -18,8 +18,8 @@ pub struct GenArgs {
     /// What to send.
     #[command(flatten)]
     pub source: SourceArgs,
-    /// How to judge what the owner sends meanwhile. `none`: count it only, and send
-    /// the same frames over and over, which costs nothing
+    /// How to judge what the owner sends meanwhile. `sample`, `none`: look at one packet in 64, or
+    /// only count; and send the same frames over and over, which costs nothing
     #[arg(long, value_enum, default_value_t)]
     pub check: Check,
 }

@@ -4,8 +4,10 @@
 //! | module | what it does |
 //! |---|---|
 //! | [`tap`], [`echo`], [`sink`], [`generate`] | a peer's work on packets |
+//! | [`forward`] | a peer's work between two owners |
 //! | [`show`] | prints what the device and the link look like |
 //! | [`owner`], [`ping`] | an owner without a VM; how long its packets take to the peer and back |
+//! | [`owner_forward`] | one with two cards, between two peers |
 //! | [`vfio_owner`] | an owner's driver in its guest, behind the guest's IOMMU |
 //! | [`confine`] | try whether a peer is confined to what its owner maps |
 //! | [`peer_loop`] | the main loop of the peers |
@@ -21,9 +23,11 @@ pub mod confine;
 pub mod device;
 pub mod echo;
 mod error;
+pub mod forward;
 pub mod generate;
 mod live;
 pub mod owner;
+pub mod owner_forward;
 pub mod pattern;
 pub mod peer_loop;
 pub mod ping;
@@ -70,10 +74,14 @@ pub enum Program {
     Sink(sink::SinkArgs),
     /// Send packets to the owner
     Gen(generate::GenArgs),
+    /// Pass the packets of two owners on to each other
+    Forward(forward::ForwardArgs),
     /// Print what the device and the link look like, as JSON
     Show(show::ShowArgs),
     /// Be an owner without a VM
     Owner(owner::OwnerArgs),
+    /// Be an owner without a VM that passes the packets of two cards on to each other
+    OwnerForward(owner_forward::OwnerForwardArgs),
     /// Be the driver of an owner's network card, through VFIO in its guest
     VfioOwner(vfio_owner::VfioOwnerArgs),
     /// Test: keep a secret in the owner's memory
@@ -99,8 +107,10 @@ impl Program {
             Self::Echo(args) => echo::run(args),
             Self::Sink(args) => sink::run(args),
             Self::Gen(args) => generate::run(args),
+            Self::Forward(args) => forward::run(args),
             Self::Show(args) => show::run(args),
             Self::Owner(args) => owner::run(args),
+            Self::OwnerForward(args) => owner_forward::run(args),
             Self::VfioOwner(args) => vfio_owner::run(args),
             Self::Hold(args) => confine::hold::run(args),
             Self::Revoke(args) => confine::revoke::run(args),
@@ -156,5 +166,9 @@ mod tests {
         assert!(parse("gen --vfio").is_err());
         assert!(parse("owner --socket /x --mode echo-check --wait adaptive --guest-start 0").is_ok());
         assert!(parse("owner --socket /x --guest-start x").is_err());
+        assert!(parse("forward --socket /x --socket /y --wait adaptive --json").is_ok());
+        assert!(parse("forward --device 0000:00:03.0 --device 0000:00:04.0 --vfio").is_ok());
+        assert!(parse("owner-forward --socket /x --socket /y").is_ok());
+        assert!(parse("owner-forward").is_err());
     }
 }

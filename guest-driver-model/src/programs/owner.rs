@@ -68,7 +68,8 @@ pub struct OwnerArgs {
     /// What to send.
     #[command(flatten)]
     pub source: SourceArgs,
-    /// `none`: only count; and send the same frames over and over
+    /// `sample`, `none`: look at one packet in 64, or only count; and send the same frames over and
+    /// over, which costs nothing
     #[arg(long, value_enum, default_value_t)]
     pub check: Check,
     /// Queue pairs; packets are sent over all in turn
@@ -135,7 +136,7 @@ pub struct OwnerArgs {
     pub report: ReportArgs,
 }
 
-fn address(text: &str) -> Result<u64, String> {
+pub(super) fn address(text: &str) -> Result<u64, String> {
     let parsed = match text.strip_prefix("0x") {
         Some(digits) => u64::from_str_radix(digits, 16),
         None => text.parse(),
@@ -427,8 +428,8 @@ impl<'a, A: Addressing> Owner<'a, A> {
             self.traffic.rx_packets += received as u64;
             for frame in self.received.frames() {
                 self.traffic.rx_bytes += frame.len() as u64;
-                if self.args.check == Check::Pattern && self.args.work != Work::Gen {
-                    checker.check(frame);
+                if self.args.work != Work::Gen {
+                    self.args.check.judge(checker, frame);
                 }
             }
         }

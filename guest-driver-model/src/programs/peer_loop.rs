@@ -17,12 +17,12 @@ use super::wire::Wire;
 use crate::transport::{Transport, TransportError};
 
 /// Rounds between two looks at the clock.
-const ROUNDS: u32 = 64;
+pub(super) const ROUNDS: u32 = 64;
 /// The longest sleep. Nothing but the look at the clock depends on it: who sleeps is woken
 /// for each packet.
 pub(super) const LONGEST_SLEEP: Duration = Duration::from_secs(1);
 /// Between two tries to have the device back.
-const RECONNECT_PAUSE: Duration = Duration::from_millis(200);
+pub(super) const RECONNECT_PAUSE: Duration = Duration::from_millis(200);
 /// What all peer programs can be told.
 #[derive(Clone, Debug, Default, clap::Args)]
 pub struct PeerArgs {

@@ -1,6 +1,7 @@
 //! One device, from its start to its end: follows its link page, and tells it by the
 //! control ring what is served and what is broken.
 
+use std::os::fd::BorrowedFd;
 use std::time::{Duration, Instant};
 
 use vhost_pci_device::abi::{self, queue_of_vring};
@@ -110,20 +111,26 @@ impl<'a> Session<'a> {
 
     /// Follows the link, and lets the program move packets. Returns how many.
     pub fn round(&mut self, program: &mut dyn PeerProgram) -> Result<usize, ProgramError> {
-        self.follow_link(program)?;
-        // Only where it is used in each round: otherwise each command looks for it.
-        if self.live.as_ref().is_some_and(|live| live.asks) {
-            self.renew_control();
-        }
-        let Some(live) = &mut self.live else { return Ok(0) };
-        let control = self.control.as_mut().filter(|_| live.asks);
-        let exchange = control.map(|ring| ControlExchange::new(ring, self.transport, self.interrupt));
-        let mut wire = Wire::new(&mut live.port, self.transport, exchange);
+        let Some(mut wire) = self.wire(|| program.link_lost())? else { return Ok(0) };
         let moved = program.poll(&mut wire);
         if wire.is_faulted() {
             self.report_faults();
         }
         Ok(moved)
+    }
+
+    /// Follows the link. If it is up, its port, for one round: who finds that a vring is broken has
+    /// to [report](Self::report_faults) it. `lost` is called if the link that was up before is gone.
+    pub fn wire(&mut self, lost: impl FnOnce()) -> Result<Option<Wire<'_>>, ProgramError> {
+        self.follow_link(lost)?;
+        // Only where it is used in each round: otherwise each command looks for it.
+        if self.live.as_ref().is_some_and(|live| live.asks) {
+            self.renew_control();
+        }
+        let Some(live) = &mut self.live else { return Ok(None) };
+        let control = self.control.as_mut().filter(|_| live.asks);
+        let exchange = control.map(|ring| ControlExchange::new(ring, self.transport, self.interrupt));
+        Ok(Some(Wire::new(&mut live.port, self.transport, exchange)))
     }
 
     /// For once a second: whether the device is there, and what it has to say.
@@ -162,14 +169,14 @@ impl<'a> Session<'a> {
     }
 
     /// Brings the port up to the link page's generation.
-    fn follow_link(&mut self, program: &mut dyn PeerProgram) -> Result<(), ProgramError> {
+    fn follow_link(&mut self, lost: impl FnOnce()) -> Result<(), ProgramError> {
         let generation = self.page.generation();
         if self.live.as_ref().is_some_and(|live| live.port.generation() == generation) {
             return Ok(());
         }
         if let Some(live) = self.live.take() {
             self.tally.demand += live.port.demand();
-            program.link_lost();
+            lost();
         }
         if self.refused == Some(generation) && generation != 0 {
             return Ok(());
@@ -251,7 +258,7 @@ impl<'a> Session<'a> {
 
     /// Tells the device what is broken and new, unless the link has just changed:
     /// memory that is being taken away looks broken, too.
-    fn report_faults(&mut self) {
+    pub fn report_faults(&mut self) {
         let Some(live) = &mut self.live else { return };
         if self.page.generation() != live.port.generation() {
             return;
@@ -334,39 +341,85 @@ impl<'a> Session<'a> {
 
     /// Sleeps until the owner kicks, the link changes, or the program has input.
     pub fn sleep(&mut self, program: &dyn PeerProgram) {
-        let Some(control) = self.transport.interrupt_fd(abi::QUEUE_CONTROL) else {
-            std::thread::sleep(LINK_PAUSE);
-            return;
+        let armed = self.arm(|live| live.waited_for(program));
+        match &armed {
+            // No interrupt will tell of anything.
+            Armed { events, .. } if events.is_empty() => std::thread::sleep(LINK_PAUSE),
+            Armed { watched: None, events, most, .. } => drop(sleep(events, &[], *most)),
+            Armed { has_work: true, .. } => {}
+            Armed { events, most, .. } => {
+                let input: Vec<_> = program.input().into_iter().collect();
+                let most = (*most).min(program.patience());
+                let mut sleeps = self.tally.sleeps;
+                sleeps.sleep(events, &input, most, || self.has_missed(&armed));
+                self.tally.sleeps = sleeps;
+            }
+        }
+        self.disarm(&armed);
+    }
+
+    /// Prepares for a sleep: asks for kicks of the vrings that `waited_for` names, and looks at all
+    /// that they could tell once more. What comes after that is told, and ends the sleep however
+    /// late it begins.
+    pub fn arm(&mut self, waited_for: impl FnOnce(&Live) -> Vec<u16>) -> Armed<'a> {
+        let transport = self.transport;
+        let Some(control) = transport.interrupt_fd(abi::QUEUE_CONTROL) else {
+            return Armed { events: Vec::new(), watched: None, most: LINK_PAUSE, has_work: false };
         };
         // To a device that began anew nobody is attached, and so nobody is kicked.
         self.renew_control();
-        self.transport.follow_doorbell();
+        transport.follow_doorbell();
         let mut events = vec![control];
         let Some(live) = &mut self.live else {
             // A change of the link page interrupts; but look now and then.
-            sleep(&events, &[], LINK_SLEEP);
-            return;
+            return Armed { events, watched: None, most: LINK_SLEEP, has_work: false };
         };
-        // First the kicks are asked for, then all that they could tell is looked at once
-        // more: what comes after that is told, and ends the sleep however late it begins.
-        let vrings = live.waited_for(program);
+        let vrings = waited_for(live);
         let work = live.set_kicks(&vrings, true);
         // What waits for the device to be asked again is no work yet.
         let pause = live.port.pause();
         let generation = live.port.generation();
-        if (!work || pause.is_some()) && self.page.generation() == generation {
-            // One eventfd a queue, where the device has them: none is shared by choice.
-            events
-                .extend(vrings.iter().flat_map(|vring| self.transport.interrupt_fds(queue_of_vring(*vring))));
-            let input: Vec<_> = program.input().into_iter().collect();
-            let most = pause.map_or(LONGEST_SLEEP, |pause| pause.min(LONGEST_PAUSE));
-            let page = &self.page;
-            self.tally.sleeps.sleep(&events, &input, most.min(program.patience()), || {
-                pause.is_none() && live.set_kicks(&vrings, true) && page.generation() == generation
-            });
-        }
-        live.set_kicks(&vrings, false);
+        let has_work = (work && pause.is_none()) || self.page.generation() != generation;
+        // One eventfd a queue, where the device has them: none is shared by choice.
+        events.extend(vrings.iter().flat_map(|vring| transport.interrupt_fds(queue_of_vring(*vring))));
+        let most = pause.map_or(LONGEST_SLEEP, |pause| pause.min(LONGEST_PAUSE));
+        let watched = Some(Watched { vrings, generation, pauses: pause.is_some() });
+        Armed { events, watched, most, has_work }
     }
+
+    /// Whether there is work that was to be notified of.
+    pub fn has_missed(&mut self, armed: &Armed<'_>) -> bool {
+        let (Some(live), Some(watched)) = (&mut self.live, &armed.watched) else { return false };
+        !watched.pauses
+            && live.set_kicks(&watched.vrings, true)
+            && self.page.generation() == watched.generation
+    }
+
+    /// After a sleep: asks for no more kicks.
+    pub fn disarm(&mut self, armed: &Armed<'_>) {
+        if let (Some(live), Some(watched)) = (&mut self.live, &armed.watched) {
+            live.set_kicks(&watched.vrings, false);
+        }
+    }
+}
+
+/// A session that is prepared for a sleep.
+pub(super) struct Armed<'a> {
+    /// What becomes readable when there is something to do; empty if nothing does.
+    pub events: Vec<BorrowedFd<'a>>,
+    /// What is waited for on a link that is up.
+    watched: Option<Watched>,
+    /// The longest sleep that makes sense.
+    pub most: Duration,
+    /// There is something to do already.
+    pub has_work: bool,
+}
+
+struct Watched {
+    vrings: Vec<u16>,
+    generation: u64,
+    /// Something waits for the device to be asked again.
+    pauses: bool,
 }
 
 #[cfg(test)]

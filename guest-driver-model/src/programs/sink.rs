@@ -13,8 +13,22 @@ pub enum Check {
     /// They are those of our own generator: look at every byte
     #[default]
     Pattern,
+    /// The same, of one packet in 64; the others are only counted
+    Sample,
     /// Only count them
     None,
+}
+
+impl Check {
+    /// Judges a frame.
+    #[inline]
+    pub fn judge(self, checker: &mut Checker, frame: &[u8]) {
+        match self {
+            Self::Pattern => checker.check(frame),
+            Self::Sample => checker.sample(frame),
+            Self::None => {}
+        }
+    }
 }
 
 /// What `sink` can be told.
@@ -66,9 +80,7 @@ impl PeerProgram for Sink {
             self.traffic.rx_packets += received as u64;
             for frame in self.burst.frames() {
                 self.traffic.rx_bytes += frame.len() as u64;
-                if self.check == Check::Pattern {
-                    checker.check(frame);
-                }
+                self.check.judge(checker, frame);
             }
         }
         moved

@@ -31,6 +31,9 @@ pub struct Traffic {
     /// Packets dropped here: the other end of the program, or no buffer of the other
     /// VM, could take them.
     pub dropped: u64,
+    /// Bytes of frames that were copied, each time that they were, by who counts them.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub copied_bytes: Option<u64>,
     /// Times that the other side broke a vring.
     pub faults: u64,
     /// Times that a link came up.
@@ -86,6 +89,16 @@ impl Traffic {
     /// These counters with how the program slept.
     pub fn with_sleeps(self, sleeps: Sleeps) -> Self {
         Self { sleeps: sleeps.count, notified: sleeps.notified, rescued: sleeps.rescued, ..self }
+    }
+
+    /// Bytes copied for each packet that was sent, where that is counted.
+    pub fn copied_per_packet(&self) -> Option<f64> {
+        self.copied_bytes.map(|bytes| bytes as f64 / self.tx_packets.max(1) as f64)
+    }
+
+    /// The same, for the end of a line.
+    fn copied(&self) -> String {
+        self.copied_per_packet().map_or(String::new(), |bytes| format!("; {bytes:.1} bytes copied a packet"))
     }
 
     /// What was asked of the device, if anything: for the end of a line.
@@ -156,6 +169,8 @@ struct Line<'a> {
     seconds: f64,
     #[serde(flatten)]
     traffic: Traffic,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    copied_per_packet: Option<f64>,
     /// The last line of the program.
     end: bool,
     #[serde(skip_serializing_if = "Option::is_none")]
@@ -204,7 +219,7 @@ impl Reporter {
             self.print_json(traffic, true, round_trips);
         } else {
             self.print(&format!(
-                "{}: sent {} packets, received {}; lost {}, reordered {}, corrupted {}, dropped {}, faults {}{}",
+                "{}: sent {} packets, received {}; lost {}, reordered {}, corrupted {}, dropped {}, faults {}{}{}",
                 self.name,
                 traffic.tx_packets,
                 traffic.rx_packets,
@@ -213,6 +228,7 @@ impl Reporter {
                 traffic.corrupted,
                 traffic.dropped,
                 traffic.faults,
+                traffic.copied(),
                 traffic.demand()
             ));
             if let Some(round_trips) = round_trips {
@@ -240,7 +256,9 @@ impl Reporter {
 
     fn print_json(&self, traffic: &Traffic, end: bool, round_trips: Option<&RoundTrips>) {
         let seconds = self.start.map_or(0.0, |start| start.elapsed().as_secs_f64());
-        let line = Line { program: self.name, seconds, traffic: *traffic, end, round_trips };
+        let copied_per_packet = traffic.copied_per_packet();
+        let traffic = *traffic;
+        let line = Line { program: self.name, seconds, traffic, copied_per_packet, end, round_trips };
         if let Ok(text) = serde_json::to_string(&line) {
             self.print(&text);
         }
@@ -261,11 +279,22 @@ mod tests {
     #[test]
     fn a_json_line_has_the_counters_at_its_top() {
         let traffic = Traffic { tx_packets: 3, corrupted: 1, ..Traffic::default() };
-        let line = Line { program: "sink", seconds: 1.5, traffic, end: true, round_trips: None };
+        let line = Line {
+            program: "sink",
+            seconds: 1.5,
+            traffic,
+            copied_per_packet: None,
+            end: true,
+            round_trips: None,
+        };
         let value = serde_json::to_value(&line).unwrap();
         assert_eq!(value["tx_packets"], 3);
         assert_eq!(value["corrupted"], 1);
         assert_eq!(value["end"], true);
+        assert!(value.get("copied_bytes").is_none(), "of who does not count them");
+        let traffic = Traffic { tx_packets: 4, copied_bytes: Some(256), ..Traffic::default() };
+        assert_eq!(serde_json::to_value(traffic).unwrap()["copied_bytes"], 256);
+        assert_eq!(traffic.copied(), "; 64.0 bytes copied a packet");
     }
 
     #[test]

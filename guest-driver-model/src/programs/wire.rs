@@ -4,7 +4,8 @@
 use vhost_pci_device::abi::queue_of_vring;
 
 use crate::control::ControlExchange;
-use crate::net::{Counters, PacketBurst, PeerPort, receive_vring, transmit_vring};
+use crate::net::forward::{End, ForwardFault, forward_burst_by};
+use crate::net::{Counters, Forwarded, Lane, PacketBurst, PeerPort, receive_vring, transmit_vring};
 use crate::transport::Transport;
 
 /// Packets moved at a time.
@@ -89,6 +90,43 @@ impl<'a> Wire<'a> {
             Err(_) => {
                 self.faulted = true;
                 Sent::default()
+            }
+        }
+    }
+
+    /// Pairs whose receive queue the owner's driver uses: the first ones.
+    pub fn receiving_pairs(&self) -> u16 {
+        (0..self.port.pairs()).take_while(|pair| self.port.is_enabled(receive_vring(*pair))).count() as u16
+    }
+
+    /// Forwards up to [`BURST`] packets of a pair to a pair of another owner. Says what that came to;
+    /// nothing where a vring is broken.
+    pub fn forward(
+        &mut self,
+        pair: u16,
+        other: &mut Wire<'_>,
+        other_pair: u16,
+        lane: &mut Lane,
+    ) -> Forwarded {
+        let from = End { port: self.port, exchange: &mut self.exchange, pair };
+        let to = End { port: other.port, exchange: &mut other.exchange, pair: other_pair };
+        match forward_burst_by(lane, from, to, BURST) {
+            Ok(forwarded) => {
+                if forwarded.taken > 0 {
+                    self.call(transmit_vring(pair));
+                }
+                if forwarded.packets > 0 {
+                    other.call(receive_vring(other_pair));
+                }
+                forwarded
+            }
+            Err(fault) => {
+                let broken = match fault {
+                    ForwardFault::From(_) => &mut self.faulted,
+                    ForwardFault::To(_) => &mut other.faulted,
+                };
+                *broken = true;
+                Forwarded::default()
             }
         }
     }

@@ -1,0 +1,262 @@
+//! An owner with two cards that passes the packets of each on to the other without touching them:
+//! the buffer in which one card received a packet is what the other card transmits, and is
+//! posted again when it comes back.
+//!
+//! Owns: the four rings of the two cards, which are in one memory, and their buffers. A buffer
+//! belongs to the card that receives into it; it is in that card's receive ring or in the other
+//! card's transmit ring, so neither ring is ever too short. What the device wrote before a packet
+//! is not passed on: the header is made anew, except for the number of buffers, which is
+//! looked at once where VIRTIO_NET_F_MRG_RXBUF was negotiated.
+
+use super::header::HEADER_LEN;
+use super::layout::{OwnerConfig, OwnerLayout};
+use super::{LayoutError, receive_vring, transmit_vring};
+use crate::ring::{Buffer, Completion, DriverFault, DriverRing, RingPlaces};
+use crate::shm::{SharedMemory, ShmError};
+
+/// Where the header is in a buffer: at the end of a cache line, so that the frame begins the next.
+const HEADER_AT: u64 = 64 - HEADER_LEN as u64;
+/// What comes before a packet that is transmitted: no offload, and `num_buffers` 0 (5.1.6.2).
+const HEADER: [u8; HEADER_LEN] = [0; HEADER_LEN];
+
+/// What a burst came to.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Crossed {
+    /// Packets passed on.
+    pub packets: usize,
+    /// Their bytes, without headers.
+    pub bytes: u64,
+    /// Packets that were not whole.
+    pub dropped: usize,
+    /// Buffers that came back from being transmitted.
+    pub returned: usize,
+}
+
+/// One card.
+#[derive(Debug)]
+struct Card {
+    places: [RingPlaces; 2],
+    receive: DriverRing,
+    transmit: DriverRing,
+    /// Its first buffer, bytes from the start of the memory.
+    buffers: u64,
+    /// By buffer: the next one of the same packet, while it is being transmitted.
+    next: Box<[u16]>,
+}
+
+/// Two cards of one owner.
+#[derive(Debug)]
+pub struct Crossover {
+    memory: SharedMemory,
+    buffer_len: u32,
+    mergeable: bool,
+    cards: [Card; 2],
+    completions: Vec<Completion>,
+    pieces: Vec<Buffer>,
+}
+
+/// Why there are no cards.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
+pub enum CrossoverError {
+    /// They do not fit the memory.
+    #[error(transparent)]
+    Layout(#[from] LayoutError),
+    /// As above.
+    #[error(transparent)]
+    Memory(#[from] ShmError),
+}
+
+impl Crossover {
+    /// Makes fresh rings in `memory` and posts all receive buffers, of a queue pair a card.
+    /// Addresses given to the devices are `iova_base` + offset in the memory.
+    ///
+    /// # Errors
+    /// If the memory is too small for two cards like this.
+    pub fn new(memory: &SharedMemory, config: OwnerConfig, iova_base: u64) -> Result<Self, CrossoverError> {
+        let config = OwnerConfig { pairs: 1, ..config };
+        let first = OwnerLayout::new(config, 0, memory.len())?;
+        let second = OwnerLayout::new(config, first.end(), memory.len())?;
+        let card = |layout: &OwnerLayout| {
+            let [receive, transmit] = layout.vrings() else {
+                return Err(LayoutError::Config(config).into());
+            };
+            let features = config.ring_features();
+            let ring =
+                |vring, places| DriverRing::with_features(vring, places, memory, iova_base, None, features);
+            Ok::<_, CrossoverError>(Card {
+                places: [receive.places, transmit.places],
+                receive: ring(receive_vring(0), &receive.places)?,
+                transmit: ring(transmit_vring(0), &transmit.places)?,
+                buffers: receive.buffers,
+                next: vec![0; usize::from(config.ring_size)].into(),
+            })
+        };
+        let mut crossover = Self {
+            memory: memory.clone(),
+            buffer_len: config.buffer_len,
+            mergeable: config.mergeable,
+            cards: [card(&first)?, card(&second)?],
+            completions: Vec::with_capacity(usize::from(config.ring_size)),
+            pieces: Vec::new(),
+        };
+        let buffer_len = crossover.buffer_len;
+        for card in &mut crossover.cards {
+            for buffer in 0..config.ring_size {
+                card.post(buffer_len, buffer);
+            }
+            card.receive.publish();
+        }
+        Ok(crossover)
+    }
+
+    /// Where the rings of a card are: the receive ring, the transmit ring.
+    pub fn places(&self, card: usize) -> Option<&[RingPlaces; 2]> {
+        Some(&self.cards.get(card)?.places)
+    }
+
+    /// Passes up to `budget` packets that a card has received on to the other card, and posts the
+    /// buffers again that came back from there. Nothing for a card other than 0 and 1.
+    ///
+    /// The devices may want kicks afterwards: see [`Self::needs_kick`].
+    ///
+    /// # Errors
+    /// A device broke a ring: all four are to be made anew, as buffers of each card are with the
+    /// other.
+    #[inline]
+    pub fn pass(&mut self, card: usize, budget: usize) -> Result<Crossed, DriverFault> {
+        let [first, second] = &mut self.cards;
+        let (card, other) = match card {
+            0 => (first, second),
+            1 => (second, first),
+            _ => return Ok(Crossed::default()),
+        };
+        let mut crossed = Crossed::default();
+        self.completions.clear();
+        other.transmit.reap(usize::from(other.transmit.size()), &mut self.completions)?;
+        for Completion { token, .. } in &self.completions {
+            let (mut buffer, count) = (*token as u16, (*token >> 32) as u16);
+            for _ in 0..count {
+                card.post(self.buffer_len, buffer);
+                buffer = card.after(buffer);
+            }
+            crossed.returned += usize::from(count);
+        }
+        self.completions.clear();
+        card.receive.reap(budget, &mut self.completions)?;
+        let mut at = 0;
+        while let Some(Completion { token, len }) = self.completions.get(at).copied() {
+            let buffer = token as u16;
+            let place = card.place(self.buffer_len, buffer);
+            let whole = len as usize >= HEADER_LEN;
+            // The one look at it: a device can change it at any moment.
+            let count = match self.mergeable && whole {
+                true => usize::from(self.memory.load_u16(place + HEADER_LEN as u64 - 2).unwrap_or(0)),
+                false => usize::from(whole),
+            };
+            let have = self.completions.len() - at;
+            if count > have {
+                // 5.1.6.4: all buffers of a packet are in the used ring together, so what the
+                // budget cut off is there. A fault is found again by the next call.
+                let _ = card.receive.reap(count - have, &mut self.completions);
+            }
+            let have = self.completions.len() - at;
+            let taken = count.clamp(1, have);
+            let packet = self.completions.get(at..at + taken).unwrap_or_default();
+            at += taken;
+            let bytes: u64 = packet.iter().map(|completion| u64::from(completion.len)).sum();
+            let is_packet = count == taken && packet.iter().all(|completion| completion.len > 0);
+            if !is_packet || self.memory.write(place, &HEADER).is_err() {
+                crossed.dropped += 1;
+                packet.iter().for_each(|completion| card.post(self.buffer_len, completion.token as u16));
+                continue;
+            }
+            let token = token & 0xffff | (taken as u64) << 32;
+            let added = match packet {
+                [_] => other.transmit.add(&[Buffer::readable(place, len)], token),
+                _ => {
+                    self.pieces.clear();
+                    self.pieces.extend(packet.iter().map(|piece| {
+                        Buffer::readable(card.place(self.buffer_len, piece.token as u16), piece.len)
+                    }));
+                    card.link(packet);
+                    other.transmit.add(&self.pieces, token)
+                }
+            };
+            debug_assert!(added.is_ok(), "there are as many descriptors as buffers");
+            crossed.packets += 1;
+            crossed.bytes += bytes - HEADER_LEN as u64;
+        }
+        other.transmit.publish();
+        card.receive.publish();
+        Ok(crossed)
+    }
+
+    #[inline]
+    fn ring(&mut self, card: usize, vring: u16) -> Option<&mut DriverRing> {
+        let card = self.cards.get_mut(card)?;
+        Some(if vring == receive_vring(0) { &mut card.receive } else { &mut card.transmit })
+    }
+
+    /// Whether the device wants a kick for what was published on a vring of a card since this was
+    /// last asked. To be asked after each burst, and once after [`Self::new`].
+    #[inline]
+    pub fn needs_kick(&mut self, card: usize, vring: u16) -> bool {
+        self.ring(card, vring).is_some_and(DriverRing::needs_kick)
+    }
+
+    /// Asks both devices for calls, or for none. Returns whether there is something to do already:
+    /// who gets `true` must not sleep. To be asked for before each sleep.
+    ///
+    /// What is being transmitted is called for only where most buffers are in it, and then once
+    /// for most of them: with enough others posted a card goes on without.
+    ///
+    /// # Errors
+    /// A device broke a ring.
+    pub fn set_calls(&mut self, enabled: bool) -> Result<bool, DriverFault> {
+        let mut work = false;
+        for card in &mut self.cards {
+            work |= card.receive.set_calls(enabled)?;
+            let in_flight = card.transmit.in_flight();
+            work |= match enabled && in_flight > card.transmit.size() / 2 {
+                true => card.transmit.set_calls_after(in_flight / 4 * 3)?,
+                false => card.transmit.set_calls(false)? && !enabled,
+            };
+        }
+        Ok(work)
+    }
+
+    /// Buffers that the two devices are transmitting.
+    pub fn in_flight(&self) -> u16 {
+        self.cards.iter().map(|card| card.transmit.in_flight()).sum()
+    }
+}
+
+impl Card {
+    #[inline]
+    fn place(&self, buffer_len: u32, buffer: u16) -> u64 {
+        self.buffers + u64::from(buffer) * u64::from(buffer_len) + HEADER_AT
+    }
+
+    #[inline]
+    fn post(&mut self, buffer_len: u32, buffer: u16) {
+        // A layout's buffers have more than 64 bytes, or none that fits behind the header.
+        let room = buffer_len - HEADER_AT as u32;
+        let added =
+            self.receive.add(&[Buffer::writable(self.place(buffer_len, buffer), room)], buffer.into());
+        debug_assert!(added.is_ok(), "there are as many buffers as descriptors");
+    }
+
+    #[inline]
+    fn after(&self, buffer: u16) -> u16 {
+        self.next.get(usize::from(buffer)).copied().unwrap_or(0)
+    }
+
+    /// Notes which buffers a packet has.
+    fn link(&mut self, packet: &[Completion]) {
+        for (piece, next) in packet.iter().zip(packet.iter().skip(1)) {
+            if let Some(link) = self.next.get_mut(piece.token as usize) {
+                *link = next.token as u16;
+            }
+        }
+    }
+}

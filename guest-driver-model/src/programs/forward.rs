@@ -1,0 +1,296 @@
+//! `forward`: a peer of two owners, which passes the packets of each on to the other: out of the
+//! buffers of one straight into those of the other, with one copy.
+//!
+//! Owns: the sessions with both devices, and the lanes between them. While one link is down nothing
+//! moves: the packets stay with their owner.
+
+use std::time::Instant;
+
+use super::ProgramError;
+use super::device::{DeviceArgs, TwoDevicesArgs};
+use super::live::Live;
+use super::peer_loop::{LONGEST_SLEEP, RECONNECT_PAUSE, ROUNDS};
+use super::session::Session;
+use super::stop::Stop;
+use super::tally::Tally;
+use super::traffic::{ReportArgs, Reporter, Traffic};
+use super::unrest::{Unrest, UnrestArgs};
+use super::waiting::{Idle, Sleeps, WaitArgs, sleep};
+use super::wire::Wire;
+use crate::net::{Lane, receive_vring, transmit_vring};
+use crate::transport::{Transport, TransportError};
+
+/// What `forward` can be told.
+#[derive(Clone, Debug, Default, clap::Args)]
+pub struct ForwardArgs {
+    /// The devices.
+    #[command(flatten)]
+    pub devices: TwoDevicesArgs,
+    /// How to wait.
+    #[command(flatten)]
+    pub wait: WaitArgs,
+    /// Whether to pause.
+    #[command(flatten)]
+    pub unrest: UnrestArgs,
+    /// How to report.
+    #[command(flatten)]
+    pub report: ReportArgs,
+    /// End this many seconds after the first packet
+    #[arg(long)]
+    pub seconds: Option<f64>,
+    /// End after this many packets, both ways together
+    #[arg(long)]
+    pub packets: Option<u64>,
+    /// When a broker is gone, wait for it to come back instead of ending
+    #[arg(long)]
+    pub reconnect: bool,
+}
+
+/// Runs `forward`.
+///
+/// # Errors
+/// If a device cannot be had, or is gone.
+pub fn run(args: &ForwardArgs) -> Result<(), ProgramError> {
+    let stop =
+        Stop::on_signals().map_err(|source| ProgramError::System { what: "signal handlers", source })?;
+    run_until(args, &stop)
+}
+
+/// As [`run`], until `stop` is requested.
+///
+/// # Errors
+/// As [`run`].
+pub fn run_until(args: &ForwardArgs, stop: &Stop) -> Result<(), ProgramError> {
+    let devices = args.devices.both()?;
+    let mut forwarder = Forwarder::new(args, stop);
+    let mut said = false;
+    let result = loop {
+        let result = open(&devices).and_then(|both| {
+            said = false;
+            forwarder.drive(both.each_ref().map(|transport| &**transport))
+        });
+        match result {
+            Err(
+                error @ ProgramError::Transport(TransportError::Gone { .. } | TransportError::Broker { .. }),
+            ) if args.reconnect => {
+                if stop.is_requested() {
+                    break Ok(());
+                }
+                if !std::mem::replace(&mut said, true) {
+                    tracing::warn!("{error}; waiting for it to come back");
+                }
+                std::thread::sleep(RECONNECT_PAUSE);
+            }
+            result => break result,
+        }
+    };
+    forwarder.reporter.end(&forwarder.traffic);
+    result
+}
+
+fn open(devices: &[DeviceArgs; 2]) -> Result<[Box<dyn Transport>; 2], ProgramError> {
+    let [one, other] = devices;
+    let both = [one.open()?, other.open()?];
+    for transport in &both {
+        tracing::info!(device = transport.name(), "the device is started");
+    }
+    Ok(both)
+}
+
+/// Forwards between two devices that are started already, until `stop` is requested. Returns what it
+/// has moved.
+///
+/// # Errors
+/// If a device is gone, or is not what its config space says.
+pub fn run_on(
+    transports: [&dyn Transport; 2],
+    args: &ForwardArgs,
+    stop: &Stop,
+) -> (Result<(), ProgramError>, Traffic) {
+    let mut forwarder = Forwarder::new(args, stop);
+    let result = forwarder.drive(transports);
+    (result, forwarder.traffic)
+}
+
+/// What outlives the devices.
+struct Forwarder<'a> {
+    args: &'a ForwardArgs,
+    stop: &'a Stop,
+    reporter: Reporter,
+    /// From the first owner to the second, and back: by pair of the transmitting owner.
+    lanes: [Vec<Lane>; 2],
+    /// What was moved, and what the sessions that have ended came to.
+    moved: Traffic,
+    ended: Tally,
+    sleeps: Sleeps,
+    /// All of it.
+    traffic: Traffic,
+}
+
+impl<'a> Forwarder<'a> {
+    fn new(args: &'a ForwardArgs, stop: &'a Stop) -> Self {
+        Self {
+            args,
+            stop,
+            reporter: Reporter::new(&args.report, "forward"),
+            lanes: Default::default(),
+            moved: Traffic { copied_bytes: Some(0), ..Traffic::default() },
+            ended: Tally::default(),
+            sleeps: Sleeps::default(),
+            traffic: Traffic::default(),
+        }
+    }
+
+    /// Drives two devices until the program is to end (`Ok`) or one is gone.
+    fn drive(&mut self, transports: [&dyn Transport; 2]) -> Result<(), ProgramError> {
+        let interrupt = self.args.wait.wait.needs_interrupts();
+        let [one, other] = transports;
+        let mut both = [Session::new(one, interrupt)?, Session::new(other, interrupt)?];
+        let result = self.serve(&mut both);
+        for side in 0..2 {
+            self.drop_held(side);
+        }
+        self.count(&both);
+        for session in both {
+            self.ended += session.tally();
+            session.end(result.is_ok());
+        }
+        result
+    }
+
+    fn serve(&mut self, both: &mut [Session<'_>; 2]) -> Result<(), ProgramError> {
+        let mut idle = Idle::new(self.args.wait);
+        let mut unrest = Unrest::new(self.args.unrest);
+        let mut rounds = 0_u32;
+        let mut checked = Instant::now();
+        loop {
+            let moved = self.round(both)?;
+            rounds += 1;
+            if moved > 0 {
+                idle.reset();
+            } else if !is_live(both) || idle.rest() {
+                self.sleep(both);
+                rounds = ROUNDS;
+            }
+            unrest.after_round();
+            let enough = self.args.packets.is_some_and(|limit| self.moved.rx_packets >= limit);
+            if rounds >= ROUNDS || enough {
+                rounds = 0;
+                both.iter().for_each(Session::follow_doorbell);
+                self.count(both);
+                let running = self.reporter.tick(&self.traffic);
+                let over = self.args.seconds.is_some_and(|seconds| running.as_secs_f64() >= seconds);
+                if enough || over || self.stop.is_requested() {
+                    return Ok(());
+                }
+                if checked.elapsed() >= LONGEST_SLEEP {
+                    checked = Instant::now();
+                    both.iter_mut().try_for_each(Session::check)?;
+                }
+            }
+        }
+    }
+
+    /// One burst each way and pair. Returns how many packets moved.
+    fn round(&mut self, both: &mut [Session<'_>; 2]) -> Result<usize, ProgramError> {
+        let [one, other] = both;
+        let mut lost = [false; 2];
+        let [lost_one, lost_other] = &mut lost;
+        let mut wires = [one.wire(|| *lost_one = true)?, other.wire(|| *lost_other = true)?];
+        let mut moved = 0;
+        let mut faulted = [false; 2];
+        if let [Some(one), Some(other)] = &mut wires {
+            let [out, back] = &mut self.lanes;
+            moved = forward(one, other, out, &mut self.moved) + forward(other, one, back, &mut self.moved);
+            faulted = [one.is_faulted(), other.is_faulted()];
+        }
+        for (session, faulted) in both.iter_mut().zip(faulted) {
+            if faulted {
+                session.report_faults();
+            }
+        }
+        for (side, lost) in lost.into_iter().enumerate() {
+            if lost {
+                self.drop_held(side);
+            }
+        }
+        Ok(moved)
+    }
+
+    /// What is held for an owner, whose link is lost, goes with it.
+    fn drop_held(&mut self, side: usize) {
+        let lanes = self.lanes.get_mut(1 - side).into_iter().flatten();
+        self.moved.dropped += lanes.map(|lane| lane.clear() as u64).sum::<u64>();
+    }
+
+    /// Sleeps until an owner kicks, or a link changes.
+    fn sleep(&mut self, both: &mut [Session<'_>; 2]) {
+        let [out, back] = &self.lanes;
+        let are_live = is_live(both);
+        let waited_for = |live: &Live, from: &[Lane], to: &[Lane]| match are_live {
+            true => vrings(live, from, to),
+            // Nothing can move.
+            false => Vec::new(),
+        };
+        let [one, other] = both;
+        let (first, second) =
+            (one.arm(|live| waited_for(live, out, back)), other.arm(|live| waited_for(live, back, out)));
+        let events: Vec<_> = first.events.iter().chain(&second.events).copied().collect();
+        let most = first.most.min(second.most);
+        if events.is_empty() {
+            std::thread::sleep(most);
+        } else if !are_live {
+            sleep(&events, &[], most);
+        } else if !first.has_work && !second.has_work {
+            let missed = || one.has_missed(&first) | other.has_missed(&second);
+            self.sleeps.sleep(&events, &[], most, missed);
+        }
+        one.disarm(&first);
+        other.disarm(&second);
+    }
+
+    fn count(&mut self, both: &[Session<'_>; 2]) {
+        let tally = both.iter().fold(self.ended, |sum, session| sum + session.tally());
+        let traffic = self.moved.with_demand(tally.demand).with_sleeps(self.sleeps);
+        self.traffic = Traffic { faults: tally.faults, links: tally.links, ..traffic };
+    }
+}
+
+fn is_live(both: &[Session<'_>; 2]) -> bool {
+    both.iter().all(Session::is_live)
+}
+
+/// What an owner is waited for: its packets, unless the other one has no room for them; and room for
+/// the other one's.
+fn vrings(live: &Live, from: &[Lane], to: &[Lane]) -> Vec<u16> {
+    let blocked = |lanes: &[Lane], pair: u16| lanes.get(usize::from(pair)).is_some_and(Lane::waits_for_room);
+    let packets = (0..live.port.pairs()).filter(|pair| !blocked(from, *pair)).map(transmit_vring);
+    // A lane may go to any of its pairs.
+    let waits = to.iter().any(Lane::waits_for_room);
+    let room = (0..live.port.pairs()).filter(|_| waits).map(receive_vring);
+    packets.chain(room).collect()
+}
+
+/// One burst of each pair, one way.
+fn forward(from: &mut Wire<'_>, to: &mut Wire<'_>, lanes: &mut Vec<Lane>, traffic: &mut Traffic) -> usize {
+    let pairs = to.receiving_pairs();
+    if lanes.len() < usize::from(from.pairs()) {
+        lanes.resize_with(from.pairs().into(), Lane::default);
+    }
+    let mut moved = 0;
+    for (pair, lane) in (0..from.pairs()).zip(lanes) {
+        let Some(to_pair) = pair.checked_rem(pairs) else { break };
+        let forwarded = from.forward(pair, to, to_pair, lane);
+        if forwarded.is_nothing() {
+            continue;
+        }
+        moved += forwarded.taken.max(forwarded.packets);
+        traffic.rx_packets += forwarded.taken as u64;
+        traffic.rx_bytes += forwarded.taken_bytes;
+        traffic.tx_packets += forwarded.packets as u64;
+        traffic.tx_bytes += forwarded.bytes;
+        traffic.dropped += forwarded.dropped as u64;
+        *traffic.copied_bytes.get_or_insert(0) += forwarded.copied_bytes;
+    }
+    moved
+}

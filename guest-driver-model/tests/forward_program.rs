@@ -1,0 +1,247 @@
+//! The program between two owners, on two devices made of memory: what owners and links can do to
+//! it.
+#![allow(clippy::unwrap_used, missing_docs)]
+
+mod net_support;
+
+use std::os::fd::{AsFd, BorrowedFd};
+use std::thread;
+use std::time::{Duration, Instant};
+
+use guest_driver_model::net::{OwnerConfig, OwnerLayout, OwnerPort, PacketBurst, transmit_vring};
+use guest_driver_model::programs::ProgramError;
+use guest_driver_model::programs::forward::{ForwardArgs, run_on, run_until};
+use guest_driver_model::programs::stop::Stop;
+use guest_driver_model::programs::traffic::Traffic;
+use guest_driver_model::programs::waiting::{Wait, WaitArgs};
+use guest_driver_model::shm::SharedMemory;
+use guest_driver_model::transport::{Transport, TransportError};
+use net_support::{IOVA, LinkWriter, TwoViews, device_config, frame};
+use nix::sys::eventfd::{EfdFlags, EventFd};
+use vhost_pci_device::abi::DeviceConfig;
+
+/// A device that answers nothing.
+struct Device {
+    config: DeviceConfig,
+    window: SharedMemory,
+    interrupt: EventFd,
+}
+
+impl Transport for Device {
+    fn name(&self) -> &str {
+        "memory"
+    }
+    fn config(&self) -> &DeviceConfig {
+        &self.config
+    }
+    fn window(&self) -> &SharedMemory {
+        &self.window
+    }
+    fn doorbell(&self, _: u16) {}
+    fn interrupt_fd(&self, _: u16) -> Option<BorrowedFd<'_>> {
+        Some(self.interrupt.as_fd())
+    }
+    fn check(&self) -> Result<(), TransportError> {
+        Ok(())
+    }
+}
+
+/// An owner with its link and the peer's device for it.
+struct Side {
+    views: TwoViews,
+    layout: OwnerLayout,
+    link: LinkWriter,
+    device: Device,
+}
+
+impl Side {
+    fn new(config: OwnerConfig) -> Self {
+        let len = OwnerLayout::new(config, 0, u64::MAX >> 8).unwrap().end();
+        let views = TwoViews::new(len);
+        let layout = OwnerLayout::new(config, 0, len).unwrap();
+        let link = LinkWriter::new(config.features(), vec![views.mapping()], layout.infos(IOVA));
+        let interrupt = EventFd::from_flags(EfdFlags::EFD_NONBLOCK | EfdFlags::EFD_CLOEXEC).unwrap();
+        let device = Device { config: device_config(&views.window), window: views.window.clone(), interrupt };
+        Self { views, layout, link, device }
+    }
+
+    /// The owner's device is started, anew if it was before.
+    fn start(&self, generation: u64) -> OwnerPort {
+        let owner = OwnerPort::new(&self.views.owner, &self.layout, IOVA).unwrap();
+        self.show(generation, self.link.status);
+        owner
+    }
+
+    fn show(&self, generation: u64, status: u32) {
+        let table_generation = generation;
+        LinkWriter { generation, table_generation, status, ..self.link.clone() }.write(&self.views.window);
+        self.device.interrupt.write(1).unwrap();
+    }
+
+    fn kick(&self, owner: &mut OwnerPort, vring: u16) {
+        if owner.needs_kick(vring) {
+            self.device.interrupt.write(1).unwrap();
+        }
+    }
+}
+
+/// Sends frames by a pair of one owner, and takes them from a pair of the other.
+fn cross(
+    (one, from, pair): (&Side, &mut OwnerPort, u16),
+    (other, to, to_pair): (&Side, &mut OwnerPort, u16),
+    count: u64,
+) {
+    let frames: Vec<_> = (0..count).map(|seed| frame(seed, 60 + seed as usize)).collect();
+    let (mut sent, mut burst) = (0, PacketBurst::default());
+    let deadline = Instant::now() + Duration::from_secs(20);
+    while burst.len() < frames.len() {
+        sent += from.tx_burst(pair, frames.iter().skip(sent).map(Vec::as_slice)).unwrap();
+        one.kick(from, transmit_vring(pair));
+        to.rx_burst(to_pair, &mut burst, 64).unwrap();
+        other.kick(to, 2 * to_pair);
+        assert!(Instant::now() < deadline, "{} of {sent} packets came", burst.len());
+        thread::yield_now();
+    }
+    assert!(burst.frames().eq(frames.iter().map(Vec::as_slice)));
+}
+
+/// Runs the program while `test` plays the owners.
+fn run(wait: Wait, sides: [&Side; 2], test: impl FnOnce()) -> Traffic {
+    let args = ForwardArgs { wait: WaitArgs { wait, idle_us: 0 }, ..ForwardArgs::default() };
+    let stop = Stop::default();
+    thread::scope(|scope| {
+        let program = scope.spawn(|| run_on(sides.map(|side| &side.device as &dyn Transport), &args, &stop));
+        // Also when the test fails: the scope waits for the program.
+        struct AtEnd<'a>(&'a Stop, [&'a Side; 2]);
+        impl Drop for AtEnd<'_> {
+            fn drop(&mut self) {
+                self.0.request();
+                self.1.iter().for_each(|side| assert!(side.device.interrupt.write(1).is_ok()));
+            }
+        }
+        let at_end = AtEnd(&stop, sides);
+        test();
+        drop(at_end);
+        let (result, traffic) = program.join().unwrap();
+        result.unwrap();
+        traffic
+    })
+}
+
+const WAITS: [Wait; 3] = [Wait::Poll, Wait::Interrupt, Wait::Adaptive(Duration::from_micros(20))];
+
+#[test]
+fn packets_pass_both_ways_and_either_owner_may_start_late_and_again() {
+    let config = OwnerConfig { ring_size: 64, ..OwnerConfig::default() };
+    for wait in WAITS {
+        let (left, right) = (Side::new(config), Side::new(OwnerConfig { mergeable: false, ..config }));
+        let traffic = run(wait, [&left, &right], || {
+            let mut one = left.start(2);
+            thread::sleep(Duration::from_millis(5));
+            let mut other = right.start(2);
+            cross((&left, &mut one, 0), (&right, &mut other, 0), 200);
+            cross((&right, &mut other, 0), (&left, &mut one, 0), 200);
+            // What is sent while the other one is away waits for it.
+            right.show(4, 0);
+            thread::sleep(Duration::from_millis(5));
+            let waiting = frame(7, 99);
+            assert_eq!(one.tx_burst(0, [waiting.as_slice()]), Ok(1));
+            left.kick(&mut one, 1);
+            thread::sleep(Duration::from_millis(5));
+            assert_eq!(one.reap_transmitted(0), Ok(1));
+            let mut other = right.start(6);
+            let (mut burst, start) = (PacketBurst::default(), Instant::now());
+            while other.rx_burst(0, &mut burst, 8).unwrap() == 0 {
+                assert!(start.elapsed() < Duration::from_secs(20));
+                thread::yield_now();
+            }
+            assert_eq!(burst.packet(0).unwrap().frame, waiting);
+            left.show(4, 0);
+            thread::sleep(Duration::from_millis(5));
+            let mut one = left.start(6);
+            cross((&left, &mut one, 0), (&right, &mut other, 0), 200);
+            cross((&right, &mut other, 0), (&left, &mut one, 0), 200);
+        });
+        assert_eq!((traffic.rx_packets, traffic.tx_packets, traffic.dropped), (801, 801, 0));
+        assert_eq!(traffic.copied_bytes, Some(traffic.tx_bytes));
+        assert_eq!((traffic.links, traffic.faults, traffic.rescued), (4, 0, 0));
+        assert!(wait == Wait::Poll || traffic.sleeps > 0);
+    }
+}
+
+#[test]
+fn pairs_pass_to_those_that_the_other_owner_has() {
+    let config = OwnerConfig { ring_size: 64, ..OwnerConfig::default() };
+    let (left, right) =
+        (Side::new(OwnerConfig { pairs: 3, ..config }), Side::new(OwnerConfig { pairs: 2, ..config }));
+    let traffic = run(Wait::Interrupt, [&left, &right], || {
+        let (mut one, mut other) = (left.start(2), right.start(2));
+        for (pair, to) in [(0, 0), (1, 1), (2, 0)] {
+            cross((&left, &mut one, pair), (&right, &mut other, to), 50);
+        }
+        for pair in [1, 0] {
+            cross((&right, &mut other, pair), (&left, &mut one, pair), 50);
+        }
+    });
+    assert_eq!((traffic.rx_packets, traffic.tx_packets), (250, 250));
+}
+
+/// A ring that stands still, because nobody takes what is in it, is waited for, not looked at; and
+/// what it is to take is not lost.
+#[test]
+fn an_owner_without_room_is_slept_for() {
+    let config = OwnerConfig { ring_size: 16, ..OwnerConfig::default() };
+    let (left, right) = (Side::new(config), Side::new(config));
+    let traffic = run(Wait::Interrupt, [&left, &right], || {
+        let (mut one, mut other) = (left.start(2), right.start(2));
+        let frames: Vec<_> = (0..24).map(|seed| frame(seed, 60)).collect();
+        let (mut sent, mut burst, start) = (0, PacketBurst::default(), Instant::now());
+        while sent < 24 {
+            sent += one.tx_burst(0, frames.iter().skip(sent).map(Vec::as_slice)).unwrap();
+            left.kick(&mut one, 1);
+            assert!(start.elapsed() < Duration::from_secs(20), "{sent}");
+            thread::yield_now();
+        }
+        // 16 are with the other owner, which takes none.
+        thread::sleep(Duration::from_millis(50));
+        assert_eq!(one.reap_transmitted(0), Ok(8));
+        while burst.len() < 24 {
+            other.rx_burst(0, &mut burst, 64).unwrap();
+            right.kick(&mut other, 0);
+            assert!(start.elapsed() < Duration::from_secs(20), "{}", burst.len());
+            thread::yield_now();
+        }
+        assert!(burst.frames().eq(frames.iter().map(Vec::as_slice)));
+    });
+    assert_eq!((traffic.tx_packets, traffic.dropped, traffic.rescued), (24, 0, 0));
+    assert!(traffic.sleeps < 100, "{}", traffic.sleeps);
+    assert_eq!(traffic.sleeps, traffic.notified, "nobody waited for the clock");
+}
+
+/// A broken vring is told of once, and the other direction goes on.
+#[test]
+fn an_owner_that_breaks_a_ring_keeps_the_other_direction() {
+    let config = OwnerConfig { ring_size: 64, ..OwnerConfig::default() };
+    let (left, right) = (Side::new(config), Side::new(config));
+    let traffic = run(Wait::Adaptive(Duration::ZERO), [&left, &right], || {
+        let (mut one, mut other) = (left.start(2), right.start(2));
+        cross((&left, &mut one, 0), (&right, &mut other, 0), 50);
+        let avail = left.layout.vrings()[1].places.avail;
+        left.views.owner.store_u16_release(avail + 2, 40_000).unwrap();
+        left.device.interrupt.write(1).unwrap();
+        for _ in 0..5 {
+            cross((&right, &mut other, 0), (&left, &mut one, 0), 50);
+        }
+        left.show(4, 0);
+        thread::sleep(Duration::from_millis(5));
+        let mut one = left.start(6);
+        cross((&left, &mut one, 0), (&right, &mut other, 0), 50);
+    });
+    assert_eq!((traffic.tx_packets, traffic.faults, traffic.links), (350, 1, 3));
+}
+
+#[test]
+fn two_devices_are_asked_for() {
+    let result = run_until(&ForwardArgs::default(), &Stop::default());
+    assert!(matches!(result, Err(ProgramError::NotTwo { given: 0 })));
+}
