@@ -8,7 +8,6 @@ mod driver;
 mod figures;
 mod iommu;
 mod iommu_static;
-mod packed;
 mod ping;
 mod programs;
 mod readonly;
@@ -39,7 +38,6 @@ const SCENARIOS: &[Scenario] = &[
     tcp::SCENARIO,
     restart::SCENARIO,
     driver::SCENARIO,
-    packed::SCENARIO,
     iommu::SCENARIO,
     iommu_static::SCENARIO,
     confine::SCENARIO,
