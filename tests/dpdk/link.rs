@@ -96,6 +96,21 @@ impl Link {
         Ok(Sink(Process::spawn("sink", command, &self.path("sink.log"))?))
     }
 
+    /// Starts a peer that sends each packet back.
+    pub fn start_echo(&self) -> Result<Process> {
+        let mut command = Command::new("taskset");
+        command.args(["-c", &cpu::of_sink()?.to_string()]).arg(self.programs.join("vhost-pci-guest"));
+        command.args(["echo", "--wait", "poll", "--socket"]).arg(self.path("peer.sock"));
+        Process::spawn("echo", command, &self.path("echo.log"))
+    }
+
+    /// Whether the owner's driver accepted a feature.
+    pub fn owner_has(&self, feature: &str) -> Result<bool> {
+        let status = self.status()?;
+        let features = status["links"][0]["owner"]["features"].as_array().cloned().unwrap_or_default();
+        Ok(features.iter().any(|found| found == feature))
+    }
+
     /// `vhost-pci-switch status --json`.
     pub fn status(&self) -> Result<Value> {
         let mut command = Command::new(self.programs.join("vhost-pci-switch"));

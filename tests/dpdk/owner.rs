@@ -1,22 +1,32 @@
 //! Shows that an owner need not be QEMU: DPDK's own vhost-user front-end has its memory shown to
 //! the peer, and every packet arrives whole.
 
+use std::fs;
 use std::thread;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, ensure};
 
 use crate::Check;
-use crate::link::{Judge, Link, Received, Sink};
+use crate::link::{Judge, Link, Received, SOON, Sink};
 use crate::pcap;
 use crate::testpmd::{RING, Source, Testpmd};
 
 pub const CHECKS: &[Check] = &[
     Check { shows: "200000 packets of 64 bytes, each checked; the peer is there first", run: short_packets },
     Check {
-        shows: "50000 packets of 1514 bytes, each checked; the owner is there first and wants more features",
+        shows: "50000 packets of 1514 bytes, each checked, through packed rings; the owner is there first",
         run: long_packets,
     },
+    Check {
+        shows: "50000 packets of 64 bytes there and back, each compared, through packed rings in order, vectorised",
+        run: echo_vectorised,
+    },
+    Check {
+        shows: "20000 packets of 1514 bytes there and back, each compared, through packed rings with mergeable buffers",
+        run: echo_packed,
+    },
+    Check { shows: "the same through split rings in order", run: echo_in_order },
     Check { shows: "64-byte packets as fast as it goes, counted", run: rate },
 ];
 
@@ -43,6 +53,55 @@ fn long_packets(link: &mut Link) -> Result<()> {
     link.wait("/owner/state", "started")?;
     let sink = link.start_sink(Judge::Content)?;
     check_content(link, testpmd, sink, count, len)
+}
+
+fn echo_vectorised(link: &mut Link) -> Result<()> {
+    let options = ",packed_vq=1,in_order=1,mrg_rxbuf=0,vectorized=1";
+    echo(link, 50_000, 64, options, &["VIRTIO_F_RING_PACKED", "VIRTIO_F_IN_ORDER"])
+}
+
+fn echo_packed(link: &mut Link) -> Result<()> {
+    echo(link, 20_000, 1514, ",packed_vq=1,in_order=0", &["VIRTIO_F_RING_PACKED", "VIRTIO_NET_F_MRG_RXBUF"])
+}
+
+fn echo_in_order(link: &mut Link) -> Result<()> {
+    echo(link, 20_000, 1514, ",in_order=1", &["VIRTIO_F_IN_ORDER", "VIRTIO_NET_F_MRG_RXBUF"])
+}
+
+/// Packets that go to the peer and come back, each where it was.
+fn echo(link: &mut Link, count: u64, len: usize, options: &str, features: &[&str]) -> Result<()> {
+    let (from, to) = (link.path("packets.pcap"), link.path("back.pcap"));
+    pcap::write(&from, count, len)?;
+    let mut peer = link.start_echo()?;
+    link.wait("/peer/state", "started")?;
+    let source = Source::Echoed { from: from.clone(), to: to.clone() };
+    let testpmd = Testpmd::start(link, &source, options)?;
+    // All but what testpmd has not written yet, which it does at its end.
+    let (enough, deadline) = (pcap::file_len(count, len) * 9 / 10, Instant::now() + ARRIVE);
+    while fs::metadata(&to).map_or(0, |file| file.len()) < enough {
+        ensure!(
+            Instant::now() < deadline,
+            "not enough came back within {ARRIVE:?}; the peer:\n{}",
+            peer.log()
+        );
+        thread::sleep(NO_MORE);
+    }
+    thread::sleep(NO_MORE);
+    link.check_up()?;
+    for feature in features {
+        ensure!(link.owner_has(feature)?, "the owner's driver did not accept {feature}");
+    }
+    let sent = testpmd.finish()?;
+    link.check_owner_gone()?;
+    let status = peer.terminate(SOON)?;
+    ensure!(status.success(), "echo: {status}:\n{}", peer.log());
+    let (same, all) = pcap::compare(&from, &to)?;
+    println!(
+        "testpmd: sent {}, dropped {}; {same} packets came back as they were",
+        sent.transmitted, sent.dropped
+    );
+    ensure!(all && same == count, "{same} of {count} packets are the same");
+    Ok(())
 }
 
 fn capture(link: &Link, count: u64, len: usize) -> Result<Source> {

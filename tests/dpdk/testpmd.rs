@@ -18,6 +18,8 @@ pub const RING: u64 = 1024;
 pub enum Source {
     /// The packets of a capture file, once, none dropped.
     Pcap(PathBuf),
+    /// The same, and what comes back is written to another capture file.
+    Echoed { from: PathBuf, to: PathBuf },
     /// Its own IPv4/UDP packets of this length, as fast as it can; it drops what does not fit.
     Txonly(usize),
 }
@@ -45,9 +47,18 @@ impl Testpmd {
         command.args(["--lcores", &format!("0@{cpu},1@{cpu}"), "--no-pci", "--no-telemetry"]);
         // Without hugepages DPDK's memory is one memfd, which it can share.
         command.args(["--no-huge", "-m", "256", "--file-prefix", "owner"]);
-        if let Source::Pcap(path) = source {
-            command.args(["--vdev", &format!("net_pcap0,rx_pcap={}", path.display())]);
+        match source {
+            Source::Pcap(path) => {
+                command.args(["--vdev", &format!("net_pcap0,rx_pcap={}", path.display())]);
+            }
+            Source::Echoed { from, to } => {
+                let files = format!("rx_pcap={},tx_pcap={}", from.display(), to.display());
+                command.args(["--vdev", &format!("net_pcap0,{files}")]);
+            }
+            Source::Txonly(_) => {}
         }
+        // For `vectorized=1`, which does nothing without.
+        command.arg("--force-max-simd-bitwidth=512");
         let socket = link.path("owner.sock");
         let virtio = format!("net_virtio_user0,path={},queue_size={RING}{options}", socket.display());
         command.args(["--vdev", &virtio, "--", "--nb-cores=1", "--total-num-mbufs=16384", "--no-mlockall"]);
@@ -55,7 +66,7 @@ impl Testpmd {
         // A period makes it run until it is told to end, rather than until its input ends.
         command.args(["--stats-period", "3600"]);
         match source {
-            Source::Pcap(_) => {
+            Source::Pcap(_) | Source::Echoed { .. } => {
                 let commands = link.path("testpmd.commands");
                 // What does not fit is tried again for up to 20 s.
                 fs::write(&commands, "set fwd io retry\nset burst tx delay 10 retry 2000000\n")?;

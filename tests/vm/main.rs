@@ -8,6 +8,7 @@ mod driver;
 mod figures;
 mod iommu;
 mod iommu_static;
+mod packed;
 mod ping;
 mod programs;
 mod readonly;
@@ -38,6 +39,7 @@ const SCENARIOS: &[Scenario] = &[
     tcp::SCENARIO,
     restart::SCENARIO,
     driver::SCENARIO,
+    packed::SCENARIO,
     iommu::SCENARIO,
     iommu_static::SCENARIO,
     confine::SCENARIO,

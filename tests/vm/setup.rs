@@ -77,6 +77,8 @@ pub struct Setup {
     pub owner_mib: u32,
     /// MSI-X vectors of the peer's doorbell function, if it has one.
     pub doorbell: Option<u16>,
+    /// Whether the owner's card has packed rings.
+    pub packed: bool,
 }
 
 impl From<Mode> for Setup {
@@ -89,6 +91,7 @@ impl From<Mode> for Setup {
             config: "",
             owner_mib: 512,
             doorbell: None,
+            packed: false,
         }
     }
 }
@@ -97,7 +100,15 @@ impl Setup {
     /// A polling peer, and an owner whose card a program works behind intel-iommu.
     pub const fn vfio(config: &'static str) -> Self {
         let driver = OwnerDriver::Vfio;
-        Self { mode: Mode::Poll, iommu: Iommu::Intel, driver, config, owner_mib: 512, doorbell: None }
+        Self {
+            mode: Mode::Poll,
+            iommu: Iommu::Intel,
+            driver,
+            config,
+            owner_mib: 512,
+            doorbell: None,
+            packed: false,
+        }
     }
 
     /// The broker's configuration.
@@ -124,6 +135,9 @@ impl Setup {
         if let pairs @ 2.. = self.mode.pairs() {
             // Two vectors a pair, and two more.
             card += &format!(",mq=on,vectors={}", 2 * pairs + 2);
+        }
+        if self.packed {
+            card += ",packed=on";
         }
         if self.iommu != Iommu::None {
             card += ",iommu_platform=on,ats=on";

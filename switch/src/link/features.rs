@@ -33,9 +33,9 @@ const fn bit(number: u32) -> u64 {
 /// What an owner's front-end is offered: what the peer's driver can serve.
 ///
 /// That packed rings are offered changes nothing for who does not ask for them: a front-end
-/// offers its guest the features that its own configuration has and the back-end has, too
-/// (QEMU: `packed=on`, `in_order=on`; DPDK's virtio-user: `packed_vq=1`, `in_order=1`), and
-/// neither is on by default for packed rings.
+/// offers its guest the features that its own configuration has and the back-end has, too.
+/// QEMU has `packed=off` and, where it knows that at all, `in_order=off` unless told
+/// otherwise; DPDK's virtio-user has `packed_vq=0`.
 pub fn offered_to_owner(profile: Profile) -> u64 {
     let transport = bit(virtio_config::VIRTIO_F_VERSION_1)
         | bit(virtio_config::VIRTIO_F_ACCESS_PLATFORM)
