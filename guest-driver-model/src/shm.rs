@@ -24,6 +24,8 @@
 //! All words are little-endian, as virtio's and the link page's are, and all
 //! offsets and lengths are in bytes.
 
+mod copy;
+
 use std::any::Any;
 use std::fmt;
 use std::io;
@@ -33,6 +35,7 @@ use std::ptr::{self, NonNull};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU16, AtomicU32, AtomicU64, Ordering};
 
+use self::copy::Engine;
 use nix::sys::mman::{MapFlags, ProtFlags, mmap, munmap};
 use nix::sys::stat::{SFlag, fstat};
 
@@ -65,6 +68,7 @@ pub enum ShmError {
 pub struct SharedMemory {
     base: NonNull<u8>,
     len: usize,
+    copies: Engine,
     keep: Arc<dyn Any + Send + Sync>,
 }
 
@@ -190,7 +194,7 @@ impl SharedMemory {
     /// for reading and writing, and this program touches them only through
     /// `SharedMemory`, or by atomics and raw copies as described at the module's top.
     pub unsafe fn from_raw_parts(base: NonNull<u8>, len: usize, keep: Arc<dyn Any + Send + Sync>) -> Self {
-        Self { base, len, keep }
+        Self { base, len, copies: Engine::fastest(), keep }
     }
 
     /// Length, bytes.
@@ -206,7 +210,7 @@ impl SharedMemory {
     /// A part of the memory as a memory of its own, with offsets from its start.
     pub fn part(&self, offset: u64, len: u64) -> Result<Self, ShmError> {
         let base = self.range(offset, len)?;
-        Ok(Self { base, len: len as usize, keep: Arc::clone(&self.keep) })
+        Ok(Self { base, len: len as usize, copies: self.copies, keep: Arc::clone(&self.keep) })
     }
 
     /// The address of a range after checking that it is inside.
@@ -248,7 +252,7 @@ impl SharedMemory {
         // SAFETY: `range` checked the source; `into` is exclusive and as long, and no
         // reference of this program names shared memory, so they do not overlap.
         // Races: see the module's top.
-        unsafe { ptr::copy_nonoverlapping(from.as_ptr(), into.as_mut_ptr(), into.len()) };
+        unsafe { self.copies.copy(from.as_ptr(), into.as_mut_ptr(), into.len()) };
         other_vm_may_have_written();
         Ok(())
     }
@@ -267,7 +271,7 @@ impl SharedMemory {
         other_vm_may_have_written();
         // SAFETY: `range` checked the target; `from` is private memory, as no
         // reference of this program names shared memory. Races: see the module's top.
-        unsafe { ptr::copy_nonoverlapping(from.as_ptr(), to.as_ptr(), from.len()) };
+        unsafe { self.copies.copy(from.as_ptr(), to.as_ptr(), from.len()) };
         other_vm_may_have_written();
         Ok(())
     }
@@ -280,10 +284,50 @@ impl SharedMemory {
         let to = other.range(to, len)?;
         trace::note(from, len as usize);
         other_vm_may_have_written();
-        // SAFETY: `range` checked both ends; `copy` allows an overlap. Races: see the module's top.
-        unsafe { ptr::copy(from.as_ptr(), to.as_ptr(), len as usize) };
+        // SAFETY: `range` checked both ends. Races: see the module's top.
+        unsafe { self.copies.copy_between(from.as_ptr(), to.as_ptr(), len as usize) };
         other_vm_may_have_written();
         Ok(())
+    }
+
+    /// Copies a few bytes in, whose number is known in advance.
+    #[inline]
+    pub fn write_array<const N: usize>(&self, offset: u64, from: &[u8; N]) -> Result<(), ShmError> {
+        let to = self.range(offset, N as u64)?;
+        other_vm_may_have_written();
+        // SAFETY: as in `write`.
+        unsafe { ptr::copy_nonoverlapping(from.as_ptr(), to.as_ptr(), N) };
+        other_vm_may_have_written();
+        Ok(())
+    }
+
+    /// Asks the processor for the cache line at an offset, which is about to be read. An offset
+    /// outside of the memory does nothing.
+    #[inline]
+    pub fn prefetch_read(&self, offset: u64) {
+        #[cfg(target_arch = "x86_64")]
+        {
+            use std::arch::x86_64::{_MM_HINT_T0, _mm_prefetch};
+            let at = self.base.as_ptr().wrapping_add(offset as usize);
+            // SAFETY: it changes no memory and does not fault, whatever the address.
+            unsafe { _mm_prefetch::<_MM_HINT_T0>(at.cast()) };
+        }
+    }
+
+    /// Asks the processor for the cache line at an offset, which is about to be written whole
+    /// or in part. An offset outside of the memory does nothing.
+    #[inline]
+    pub fn prefetch_write(&self, offset: u64) {
+        #[cfg(target_arch = "x86_64")]
+        {
+            let at = self.base.as_ptr().wrapping_add(offset as usize);
+            // By name, as the intrinsic becomes a prefetch for reading where the compiler
+            // does not know that the processor has this one. One that has not does nothing.
+            // SAFETY: as in `prefetch_read`.
+            unsafe {
+                std::arch::asm!("prefetchw [{at}]", at = in(reg) at, options(nostack, preserves_flags, readonly));
+            }
+        }
     }
 
     /// Sets bytes to zero.

@@ -194,6 +194,15 @@ impl Translation {
         self.search(iova, len, access)
     }
 
+    /// The same, if it is in the mapping that was hit last.
+    #[inline]
+    pub(crate) fn last_hit(&self, iova: u64, len: u32, access: Access) -> Option<u64> {
+        let into = iova.wrapping_sub(self.last.iova);
+        let end = into.checked_add(u64::from(len))?;
+        let found = len != 0 && end <= self.last.len && self.last.access.allows(access);
+        found.then(|| self.last.window_offset.wrapping_add(into))
+    }
+
     fn search(&mut self, iova: u64, len: u32, access: Access) -> Result<u64, FaultKind> {
         let (_, mapping) = self.table.before(iova).ok_or(FaultKind::Unmapped)?;
         let found = mapping.place(iova, len, access).ok_or(FaultKind::Unmapped)?;

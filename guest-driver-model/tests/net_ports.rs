@@ -18,7 +18,7 @@ proptest! {
     #[test]
     fn frames_arrive_whole_in_order_and_once_in_both_directions(
         size_log in 6_u32..9,
-        buffer_len in prop_oneof![proptest::strategy::Just(64_u32), proptest::strategy::Just(128), proptest::strategy::Just(2048)],
+        buffer_len in prop_oneof![proptest::strategy::Just(128_u32), proptest::strategy::Just(192), proptest::strategy::Just(2112)],
         mergeable in any::<bool>(),
         indirect in any::<bool>(),
         (packed, in_order) in any::<(bool, bool)>(),
@@ -40,7 +40,7 @@ proptest! {
         );
         assert_eq!(owner.counters().tx_packets, peer.counters().rx_packets);
         assert_eq!(owner.counters().tx_bytes, peer.counters().rx_bytes);
-        let frames = make(if mergeable { layout.max_frame() } else { buffer_len as usize - 12 });
+        let frames = make(if mergeable { layout.max_frame() } else { config.room() });
         pass(
             &frames,
             &bursts,
@@ -98,7 +98,7 @@ fn queue_pairs_are_apart() {
 fn a_frame_that_no_buffer_can_take_is_dropped_and_counted() {
     let config = OwnerConfig { buffer_len: 128, mergeable: false, ..OwnerConfig::default() };
     let Joined { mut owner, mut peer, .. } = join(config);
-    let (long, short) = (frame(1, 117), frame(2, 116));
+    let (long, short) = (frame(1, 65), frame(2, 64));
     assert_eq!(peer.tx_burst(0, [long.as_slice(), &short]), Ok(2));
     let mut burst = PacketBurst::default();
     assert_eq!(owner.rx_burst(0, &mut burst, 8), Ok(1));
@@ -106,9 +106,9 @@ fn a_frame_that_no_buffer_can_take_is_dropped_and_counted() {
     assert_eq!(burst.packet(0).unwrap().header.num_buffers, 1);
     assert_eq!((peer.counters().tx_drops, peer.counters().tx_packets), (1, 1));
     // Mergeable buffers: longer than the whole ring.
-    let config = OwnerConfig { buffer_len: 64, ring_size: 4, ..OwnerConfig::default() };
+    let config = OwnerConfig { buffer_len: 128, ring_size: 4, ..OwnerConfig::default() };
     let Joined { mut owner, mut peer, .. } = join(config);
-    let (long, fits, endless) = (frame(1, 245), frame(2, 244), vec![0; MAX_FRAME + 1]);
+    let (long, fits, endless) = (frame(1, 293), frame(2, 292), vec![0; MAX_FRAME + 1]);
     assert_eq!(peer.tx_burst(0, [long.as_slice(), &fits, &endless, &fits]), Ok(3));
     burst.clear();
     assert_eq!(owner.rx_burst(0, &mut burst, 1), Ok(1));
@@ -140,9 +140,9 @@ fn frames_wait_when_the_other_side_is_slow() {
 /// More than half of the buffers are free, so nothing is reaped early, but not enough.
 #[test]
 fn a_long_frame_waits_for_completions_and_not_for_ever() {
-    let config = OwnerConfig { ring_size: 16, buffer_len: 64, ..OwnerConfig::default() };
+    let config = OwnerConfig { ring_size: 16, buffer_len: 128, ..OwnerConfig::default() };
     let Joined { mut owner, mut peer, .. } = join(config);
-    let (short, long) = (frame(1, 52), frame(2, 15 * 64));
+    let (short, long) = (frame(1, 52), frame(2, 15 * 64 + 1));
     let mut burst = PacketBurst::default();
     assert_eq!(owner.tx_burst(0, [short.as_slice(), &long]), Ok(1));
     assert_eq!(peer.rx_burst(0, &mut burst, 8), Ok(1));
@@ -283,9 +283,9 @@ fn header_and_frame_may_be_split_anywhere() {
 fn an_owner_drops_packets_that_are_not_whole() {
     let Joined { mut owner, views, layout, .. } = join(OwnerConfig::default());
     let at = layout.vrings()[0];
-    let lies = [(11_u32, 1_u16), (100, 0), (100, 9), (2048, u16::MAX)];
+    let lies = [(11_u32, 1_u16), (100, 0), (100, 9), (1548, u16::MAX)];
     for ((len, count), slot) in lies.into_iter().zip(0_u64..) {
-        views.owner.store_u16(at.buffers + 2048 * slot + 10, count).unwrap();
+        views.owner.store_u16(at.buffers + 1600 * slot + 52 + 10, count).unwrap();
         views.owner.store_u32(at.places.used + 4 + 8 * slot, slot as u32).unwrap();
         views.owner.store_u32(at.places.used + 8 + 8 * slot, len).unwrap();
     }
@@ -296,7 +296,7 @@ fn an_owner_drops_packets_that_are_not_whole() {
     assert_eq!(owner.counters().rx_packets, 0);
     assert!(owner.counters().rx_drops >= 3);
     // It goes on.
-    views.owner.store_u16(at.buffers + 2048 * 4 + 10, 1).unwrap();
+    views.owner.store_u16(at.buffers + 1600 * 4 + 52 + 10, 1).unwrap();
     views.owner.store_u32(at.places.used + 4 + 8 * 4, 4).unwrap();
     views.owner.store_u32(at.places.used + 8 + 8 * 4, 72).unwrap();
     views.owner.store_u16_release(at.places.used + 2, 5).unwrap();

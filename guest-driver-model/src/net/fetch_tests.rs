@@ -42,7 +42,7 @@ fn a_burst_of_packets_is_fetched_once_by_either_side() {
         let mut peer = PeerPort::new(&memory, &page, &snapshot).unwrap();
         let frames: Vec<Vec<u8>> = (0..20).map(|n| vec![n as u8; 20 + 10 * n]).collect();
         let slices = || frames.iter().map(Vec::as_slice);
-        let short = || slices().filter(|frame| mergeable || frame.len() <= 116);
+        let short = || slices().filter(|frame| mergeable || frame.len() <= 64);
 
         assert_eq!(owner.tx_burst(0, slices()), Ok(20));
         let mut burst = PacketBurst::default();

@@ -4,6 +4,15 @@
 //! For each vring, from the start of a page: descriptor table, available ring, used
 //! ring, indirect tables if there are any, and from the next page on its buffers, one
 //! for each descriptor.
+//!
+//! ```text
+//! a buffer:  | unused, 52 bytes | header, 12 | frame, `buffer_len` - 64 bytes ...  |
+//!            ^ cache line                    ^ cache line
+//! ```
+//!
+//! Header and frame are contiguous, as one descriptor wants them, and on cache lines of
+//! their own: a header that is the same for each packet is written once, and its line is
+//! then in both processors' caches and stays there.
 
 use virtio_bindings::virtio_config::VIRTIO_F_VERSION_1;
 use virtio_bindings::virtio_net::VIRTIO_NET_F_MRG_RXBUF;
@@ -14,6 +23,10 @@ use crate::ring::layout::is_valid_size;
 use crate::ring::{IndirectTables, RingFeatures, RingPlaces};
 
 const PAGE: u64 = 4096;
+/// Bytes of a buffer before the frame: a cache line, of which the header is the end.
+pub(super) const HEADROOM: usize = 64;
+/// Where the header is in a buffer.
+pub(super) const HEADER_AT: usize = HEADROOM - HEADER_LEN;
 /// Pieces of the longest indirect buffer.
 const TABLE_ENTRIES: u16 = 64;
 
@@ -24,8 +37,10 @@ pub struct OwnerConfig {
     pub pairs: u16,
     /// Entries of each ring; a power of two, at most 32768.
     pub ring_size: u16,
-    /// Length of each buffer, bytes; a multiple of 64, at least 64. A frame longer
-    /// than a buffer less 12 bytes is transmitted in several pieces.
+    /// Length of each buffer, bytes; a multiple of 64, at least 128. The first 64 are the
+    /// header's; a frame longer than the rest is transmitted in several pieces. Buffers lie
+    /// one behind the other: a length that is no power of two spreads them over all sets of
+    /// the caches.
     pub buffer_len: u32,
     /// Received packets may take several buffers (VIRTIO_NET_F_MRG_RXBUF).
     pub mergeable: bool,
@@ -45,7 +60,7 @@ impl Default for OwnerConfig {
         Self {
             pairs: 1,
             ring_size: 256,
-            buffer_len: 2048,
+            buffer_len: 1600,
             mergeable: true,
             indirect: false,
             event_idx: true,
@@ -76,9 +91,15 @@ impl OwnerConfig {
     /// Buffers that a frame takes when it is transmitted.
     #[inline]
     pub(super) fn pieces(&self, frame_len: usize) -> usize {
-        let (len, buffer_len) = (HEADER_LEN + frame_len, self.buffer_len as usize);
+        let room = self.room();
         // No division for what is common.
-        if len <= buffer_len { 1 } else { len.div_ceil(buffer_len) }
+        if frame_len <= room { 1 } else { frame_len.div_ceil(room) }
+    }
+
+    /// Bytes of a frame that a buffer takes.
+    #[inline]
+    pub fn room(&self) -> usize {
+        (self.buffer_len as usize).saturating_sub(HEADROOM)
     }
 }
 
@@ -125,7 +146,7 @@ impl OwnerLayout {
             && config.pairs <= 1 << 14
             && is_valid_size(u32::from(config.ring_size))
             && config.buffer_len.is_multiple_of(64)
-            && (64..=1 << 20).contains(&config.buffer_len);
+            && (128..=1 << 20).contains(&config.buffer_len);
         if !possible {
             return Err(LayoutError::Config(config));
         }
@@ -178,7 +199,7 @@ impl OwnerLayout {
     /// The longest frame that can be transmitted, bytes.
     pub fn max_frame(&self) -> usize {
         let buffers = usize::from(self.config.ring_size);
-        (buffers * self.config.buffer_len as usize).saturating_sub(HEADER_LEN).min(MAX_FRAME)
+        (buffers * self.config.room()).min(MAX_FRAME)
     }
 }
 
@@ -203,7 +224,7 @@ mod tests {
         for config in [
             OwnerConfig { pairs: 0, ..good },
             OwnerConfig { ring_size: 100, ..good },
-            OwnerConfig { buffer_len: 0, ..good },
+            OwnerConfig { buffer_len: 64, ..good },
             OwnerConfig { buffer_len: 100, ..good },
         ] {
             assert_eq!(OwnerLayout::new(config, 0, 1 << 30), Err(LayoutError::Config(config)));

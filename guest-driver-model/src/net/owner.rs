@@ -6,8 +6,8 @@
 //! on the other side is as little trusted as a peer is.
 
 use super::burst::PacketBurst;
-use super::header::{HEADER_LEN, MAX_FRAME, NetHeader};
-use super::layout::{OwnerConfig, OwnerLayout, VringLayout};
+use super::header::{HEADER_LEN, MAX_FRAME};
+use super::layout::{HEADER_AT, HEADROOM, OwnerConfig, OwnerLayout, VringLayout};
 use super::{Counters, receive_vring, transmit_vring};
 use crate::ring::{AddError, Buffer, Completion, DriverFault, DriverRing};
 use crate::shm::{SharedMemory, ShmError};
@@ -227,18 +227,19 @@ impl<M: BufferMapping> Receiver<M> {
         Ok(receiver)
     }
 
+    /// Where the header of a packet in the buffer is, or its first byte.
     #[inline]
     fn place(&self, buffer: u64) -> u64 {
-        self.buffers + buffer * u64::from(self.buffer_len)
+        self.buffers + buffer * u64::from(self.buffer_len) + HEADER_AT as u64
     }
 
     #[inline]
     fn post(&mut self, buffer: u64) {
-        let piece = Buffer::writable(self.place(buffer), self.buffer_len);
+        let piece = Buffer::writable(self.place(buffer), self.buffer_len - HEADER_AT as u32);
         // A buffer's number is below the ring's size. One that cannot be mapped is not
         // posted again: the device has one buffer less.
         let Some(piece) = self.mapping.map(buffer as u16, piece) else { return };
-        let added = self.ring.add(&[piece], buffer);
+        let added = self.ring.add_one(piece, buffer);
         debug_assert!(added.is_ok(), "there are as many buffers as descriptors");
     }
 
@@ -270,7 +271,7 @@ impl<M: BufferMapping> Receiver<M> {
             let (taken, len) = self.copy_packet(at, burst);
             match len {
                 Some(len) => {
-                    burst.finish(len);
+                    burst.finish(len, true);
                     received += 1;
                     counters.rx_bytes += (len - HEADER_LEN) as u64;
                 }
@@ -329,6 +330,10 @@ impl<M: BufferMapping> Receiver<M> {
     }
 }
 
+/// So many packets before it is written, a buffer's cache line is asked for: the peer has it.
+/// (In steady state buffers come in the order of their numbers.)
+const AHEAD: u16 = 16;
+
 /// The transmit queue and its free buffers, first in first out.
 #[derive(Debug)]
 struct Transmitter<M> {
@@ -337,7 +342,13 @@ struct Transmitter<M> {
     memory: SharedMemory,
     buffers: u64,
     max_frame: usize,
+    /// Bytes of a frame that one buffer takes.
+    room: usize,
+    /// The ring's size less 1.
+    mask: u16,
     config: OwnerConfig,
+    /// By buffer: the header that is in it.
+    headers: Box<[[u8; HEADER_LEN]]>,
     /// The free list; the buffers of a packet in flight stay linked in it.
     next: Box<[u16]>,
     first: u16,
@@ -351,6 +362,11 @@ struct Transmitter<M> {
 #[inline]
 fn token(first: u16, last: u16, count: u16) -> u64 {
     u64::from(first) | u64::from(last) << 16 | u64::from(count) << 32
+}
+
+/// A layout has no buffers that are not in the memory.
+fn outside(_: ShmError) -> AddError {
+    AddError::Invalid
 }
 
 impl<M: BufferMapping> Transmitter<M> {
@@ -368,7 +384,11 @@ impl<M: BufferMapping> Transmitter<M> {
             memory: memory.part(0, memory.len())?,
             buffers,
             max_frame,
+            room: config.room(),
+            mask: size - 1,
             config: *config,
+            // No packet has this header, so each buffer's first one is written.
+            headers: vec![[u8::MAX; HEADER_LEN]; usize::from(size)].into(),
             next: (1..=size).collect(),
             first: 0,
             last: size - 1,
@@ -424,26 +444,58 @@ impl<M: BufferMapping> Transmitter<M> {
     /// Copies one frame into free buffers and adds them to the ring.
     #[inline]
     fn queue(&mut self, frame: &[u8]) -> Result<(), AddError> {
+        if M::ACTIVE || frame.len() > self.room {
+            return self.queue_pieces(frame);
+        }
+        if self.free == 0 {
+            return Err(AddError::Full);
+        }
+        let buffer = self.first;
+        if self.free > AHEAD {
+            let ahead = buffer.wrapping_add(AHEAD) & self.mask;
+            self.memory.prefetch_write(self.place(ahead) + HEADROOM as u64);
+        }
+        let start = self.place(buffer);
+        self.put_header(buffer, start, [0; HEADER_LEN])?;
+        self.memory.write(start + HEADROOM as u64, frame).map_err(outside)?;
+        let piece = Buffer::readable(start + HEADER_AT as u64, (HEADER_LEN + frame.len()) as u32);
+        self.ring.add_one(piece, token(buffer, buffer, 1))?;
+        self.first = self.after(buffer);
+        self.free -= 1;
+        Ok(())
+    }
+
+    /// Writes the header of the packet that starts in a buffer, unless it is there: a store
+    /// that would change nothing would only take the cache line from the device's CPU.
+    #[inline]
+    fn put_header(&mut self, buffer: u16, start: u64, header: [u8; HEADER_LEN]) -> Result<(), AddError> {
+        if let Some(shadow) = self.headers.get_mut(usize::from(buffer))
+            && *shadow != header
+        {
+            *shadow = header;
+            self.memory.write_array(start + HEADER_AT as u64, &header).map_err(outside)?;
+        }
+        Ok(())
+    }
+
+    /// The same for a frame that takes several buffers, or buffers that have to be mapped.
+    fn queue_pieces(&mut self, frame: &[u8]) -> Result<(), AddError> {
         let count = self.config.pieces(frame.len());
         if count > usize::from(self.free) {
             return Err(AddError::Full);
         }
-        let header = NetHeader::default().to_bytes();
-        let buffer_len = self.config.buffer_len as usize;
-        // A buffer has 64 bytes at least, so the header is never split.
-        let (now, mut later) = frame.split_at(frame.len().min(buffer_len - HEADER_LEN));
         let mut last = self.first;
-        let at = self.place(last);
-        let outside = |_| AddError::Invalid;
-        self.memory.write(at, &header).map_err(outside)?;
-        self.memory.write(at + HEADER_LEN as u64, now).map_err(outside)?;
+        let start = self.place(last);
+        self.put_header(last, start, [0; HEADER_LEN])?;
+        let (now, mut later) = frame.split_at(frame.len().min(self.room));
+        self.memory.write(start + HEADROOM as u64, now).map_err(outside)?;
         self.pieces.clear();
-        self.pieces.push(Buffer::readable(at, (HEADER_LEN + now.len()) as u32));
+        self.pieces.push(Buffer::readable(start + HEADER_AT as u64, (HEADER_LEN + now.len()) as u32));
         while !later.is_empty() {
             last = self.after(last);
             let now;
-            (now, later) = later.split_at(later.len().min(buffer_len));
-            let at = self.place(last);
+            (now, later) = later.split_at(later.len().min(self.room));
+            let at = self.place(last) + HEADROOM as u64;
             self.memory.write(at, now).map_err(outside)?;
             self.pieces.push(Buffer::readable(at, now.len() as u32));
         }

@@ -9,7 +9,10 @@ use std::time::Duration;
 
 use virtio_bindings::virtio_config::{VIRTIO_F_ACCESS_PLATFORM, VIRTIO_F_VERSION_1};
 use virtio_bindings::virtio_ids::VIRTIO_ID_NET;
-use virtio_bindings::virtio_net::VIRTIO_NET_F_MRG_RXBUF;
+use virtio_bindings::virtio_net::{
+    VIRTIO_NET_F_CSUM, VIRTIO_NET_F_HOST_ECN, VIRTIO_NET_F_HOST_TSO4, VIRTIO_NET_F_HOST_TSO6,
+    VIRTIO_NET_F_HOST_UFO, VIRTIO_NET_F_HOST_USO, VIRTIO_NET_F_MRG_RXBUF,
+};
 
 use super::burst::PacketBurst;
 use super::forward::{Destination, Origin};
@@ -31,6 +34,15 @@ const SERVED: u64 = 1 << VIRTIO_F_VERSION_1
     | 1 << VIRTIO_F_ACCESS_PLATFORM
     | RingFeatures::BITS
     | 1 << VIRTIO_NET_F_MRG_RXBUF;
+
+/// The features with which the headers of what the owner transmits have something to say
+/// (5.1.6.2). None of them is served yet.
+const OFFLOADS: u64 = 1 << VIRTIO_NET_F_CSUM
+    | 1 << VIRTIO_NET_F_HOST_TSO4
+    | 1 << VIRTIO_NET_F_HOST_TSO6
+    | 1 << VIRTIO_NET_F_HOST_ECN
+    | 1 << VIRTIO_NET_F_HOST_UFO
+    | 1 << VIRTIO_NET_F_HOST_USO;
 
 /// Why a link gives no port.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
@@ -87,7 +99,10 @@ impl PortVring {
                 DeviceRing::new(vring, &config, window, tables.translation().clone(), features)
             });
         match ring {
-            Ok(ring) => Self::Live(Box::new(LiveVring::new(ring.on_miss(on_miss(snapshot)), tables))),
+            Ok(ring) => {
+                let headers = snapshot.features & OFFLOADS != 0;
+                Self::Live(Box::new(LiveVring::new(ring.on_miss(on_miss(snapshot)), tables, headers)))
+            }
             Err(fault) => Self::Broken(fault),
         }
     }

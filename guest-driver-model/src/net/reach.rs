@@ -189,16 +189,21 @@ pub(super) struct LiveVring {
     table_generation: u64,
     pub(super) backoff: Backoff,
     pub(super) lender: Lender,
+    /// The headers of its packets have something to say (5.1.6.2): an offload was
+    /// negotiated. Otherwise they are not looked at, and their cache lines stay where they
+    /// are.
+    pub(super) headers: bool,
 }
 
 impl LiveVring {
     /// A ring that was made with the tables of now.
-    pub(super) fn new(ring: DeviceRing, tables: &Tables) -> Self {
+    pub(super) fn new(ring: DeviceRing, tables: &Tables, headers: bool) -> Self {
         Self {
             ring,
             table_generation: tables.table_generation,
             backoff: Backoff::default(),
             lender: Lender::new(),
+            headers,
         }
     }
 

@@ -8,10 +8,10 @@ use vhost_pci_device::abi::FaultKind;
 
 use super::Counters;
 use super::burst::PacketBurst;
-use super::header::{HEADER_LEN, MAX_FRAME};
+use super::header::{HEADER_LEN, MAX_FRAME, NetHeader};
 use super::reach::{LiveVring, Reach};
 use crate::control::{Job, Outcome, Request};
-use crate::ring::{Chain, ChainBurst, Direction, Fault, OnMiss, Place};
+use crate::ring::{Chain, ChainBurst, Direction, Fault, OnMiss, Place, Segment};
 use crate::shm::{SharedMemory, ShmError};
 
 /// Receives up to `budget` packets and completes their chains. `chains` is for the time of
@@ -29,12 +29,17 @@ pub(super) fn receive(
     if live.ring.miss_policy() != OnMiss::Fault {
         return receive_reaching(live, reach, chains, burst, budget, counters);
     }
-    let ring = &mut live.ring;
+    let (ring, headers) = (&mut live.ring, live.headers);
     let popped = ring.pop_burst(budget, Direction::DeviceReads, chains)?;
+    for chain in chains.iter() {
+        if let Some(Segment { place: Place::Window(offset), .. }) = chain.segments.first() {
+            reach.window.prefetch_read(offset + HEADER_LEN as u64);
+        }
+    }
     let first = burst.len();
     let (mut received, mut bytes, mut broken) = (0, 0, None);
     for chain in chains.iter() {
-        match copy_packet(reach.window, &chain, burst) {
+        match copy_packet(reach.window, &chain, headers, burst) {
             Ok(len) => bytes += len,
             Err(why) => {
                 broken = Some(why);
@@ -63,12 +68,28 @@ pub(super) fn receive(
 type Broken = (FaultKind, u64);
 
 /// Copies a packet as far as it is in the window. Returns the length of its frame.
+/// `headers`: its header has something to say.
 #[inline]
-fn copy_packet(window: &SharedMemory, chain: &Chain<'_>, burst: &mut PacketBurst) -> Result<u64, Broken> {
+fn copy_packet(
+    window: &SharedMemory,
+    chain: &Chain<'_>,
+    headers: bool,
+    burst: &mut PacketBurst,
+) -> Result<u64, Broken> {
     let len = packet_len(chain).ok_or((FaultKind::Length, chain.len))?;
     // Translation only yields what is in the window.
-    copy_out(window, chain, burst).map_err(|_| (FaultKind::Unmapped, chain.len))?;
-    burst.finish(len);
+    let outside = |_| (FaultKind::Unmapped, chain.len);
+    if let [Segment { place: Place::Window(offset), .. }] = *chain.segments {
+        let header = match headers {
+            true => NetHeader::from_bytes(&window.read_array(offset).map_err(outside)?),
+            false => NetHeader::default(),
+        };
+        let frame = len - HEADER_LEN;
+        burst.push(header, frame, |room| window.read(offset + HEADER_LEN as u64, room)).map_err(outside)?;
+    } else {
+        copy_out(window, chain, burst).map_err(outside)?;
+        burst.finish(len, headers);
+    }
     Ok((len - HEADER_LEN) as u64)
 }
 
@@ -93,7 +114,7 @@ fn receive_reaching(
     // asked for the rest.
     let (mut whole, mut broken) = (0, None);
     for chain in chains.iter() {
-        if let Err(why) = copy_packet(reach.window, &chain, burst) {
+        if let Err(why) = copy_packet(reach.window, &chain, live.headers, burst) {
             broken = Some(why);
             break;
         }
@@ -116,6 +137,13 @@ fn receive_reaching(
         }
     }
     burst.truncate(first + whole);
+    if chains.is_outside() && live.headers {
+        // What was fetched may be the header.
+        let outside = |chain: &Chain<'_>| chain.segments.iter().any(|segment| segment.place == Place::Owner);
+        for (at, _) in chains.iter().take(whole).enumerate().filter(|(_, chain)| outside(chain)) {
+            burst.reread_header(first + at);
+        }
+    }
     let ring = &mut live.ring;
     let mut bytes = 0;
     for chain in chains.iter().take(whole) {

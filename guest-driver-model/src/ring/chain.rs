@@ -27,6 +27,12 @@ impl Descriptor {
         (self.flags & Self::NEXT != 0).then_some(self.next)
     }
 
+    /// Whether it has these flags, and no others.
+    #[inline]
+    pub(crate) fn has_flags(&self, flags: u16) -> bool {
+        self.flags == flags
+    }
+
     /// Whether the device writes the buffer; otherwise it reads it.
     #[inline]
     pub(crate) fn is_writable(&self) -> bool {
@@ -150,16 +156,20 @@ impl ChainBurst {
     /// The chain at a position.
     #[inline]
     pub fn chain(&self, at: usize) -> Option<Chain<'_>> {
-        let entry = self.chains.get(at)?;
+        self.chains.get(at).map(|entry| self.chain_of(entry))
+    }
+
+    #[inline]
+    fn chain_of(&self, entry: &Entry) -> Chain<'_> {
         let first = entry.first as usize;
-        let segments = self.segments.get(first..first + usize::from(entry.segments))?;
-        Some(Chain { head: entry.head, len: entry.len, segments })
+        let segments = self.segments.get(first..first + usize::from(entry.segments)).unwrap_or_default();
+        Chain { head: entry.head, len: entry.len, segments }
     }
 
     /// All chains, in the order in which the driver made them available.
     #[inline]
-    pub fn iter(&self) -> impl Iterator<Item = Chain<'_>> {
-        (0..self.len()).map_while(|at| self.chain(at))
+    pub fn iter(&self) -> impl ExactSizeIterator<Item = Chain<'_>> {
+        self.chains.iter().map(|entry| self.chain_of(entry))
     }
 
     /// Forgets the first `count` chains; the others move to the front.
@@ -190,6 +200,14 @@ impl ChainBurst {
     #[inline]
     pub(crate) fn push_segment(&mut self, segment: Segment) {
         self.segments.push(segment);
+    }
+
+    /// A chain of one segment.
+    #[inline]
+    pub(crate) fn push_one(&mut self, head: u16, segment: Segment) {
+        let first = self.segments.len() as u32;
+        self.segments.push(segment);
+        self.chains.push(Entry { head, segments: 1, first, len: u64::from(segment.len) });
     }
 
     /// A segment that is not in the window.

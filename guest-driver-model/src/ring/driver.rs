@@ -182,6 +182,12 @@ impl DriverRing {
         either!(self, ring => ring.add(pieces, token))
     }
 
+    /// [`Self::add`] of a buffer in one piece.
+    #[inline]
+    pub fn add_one(&mut self, piece: Buffer, token: u64) -> Result<(), AddError> {
+        either!(self, ring => ring.add_one(piece, token))
+    }
+
     /// Shows all added buffers to the device, by one release store.
     #[inline]
     pub fn publish(&mut self) {

@@ -169,6 +169,12 @@ impl PackedDriver {
         self.in_flight_count
     }
 
+    /// [`Self::add`] of a buffer in one piece.
+    #[inline]
+    pub(crate) fn add_one(&mut self, piece: Buffer, token: u64) -> Result<(), AddError> {
+        self.add(&[piece], token)
+    }
+
     #[inline]
     pub(crate) fn add(&mut self, pieces: &[Buffer], token: u64) -> Result<(), AddError> {
         let writable_len = writable_len(pieces, self.size)?;

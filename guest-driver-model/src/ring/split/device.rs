@@ -16,7 +16,7 @@ use virtio_bindings::virtio_ring::{VRING_AVAIL_F_NO_INTERRUPT, VRING_USED_F_NO_N
 
 use super::index::{Consumer, Producer, Wish};
 use super::layout::{FLAGS_AT, INDEX_AT, SLOTS_AT, avail_event, used_event};
-use crate::ring::chain::{ChainBurst, Descriptor, Direction};
+use crate::ring::chain::{ChainBurst, Descriptor, Direction, Place, Segment};
 use crate::ring::device::{Fault, MAX_CHAIN};
 use crate::ring::features::RingFeatures;
 use crate::ring::layout::{DESC_LEN, RingConfig};
@@ -25,7 +25,23 @@ use crate::ring::table::copy_table;
 use crate::ring::walk::{Broken, Lookup, Stop, Walk};
 use crate::ring::word::Word;
 use crate::shm::{SharedMemory, ShmError, Slots, Word16};
-use crate::translate::Translation;
+use crate::translate::{Access, Translation};
+
+/// What the only descriptor of a chain is like, nearly always.
+struct Usual {
+    flags: u16,
+    access: Access,
+}
+
+impl Usual {
+    #[inline]
+    fn of(direction: Direction) -> Self {
+        match direction {
+            Direction::DeviceReads | Direction::Both => Self { flags: 0, access: Access::READ },
+            Direction::DeviceWrites => Self { flags: Descriptor::WRITE, access: Access::WRITE },
+        }
+    }
+}
 
 /// The device half of one split vring.
 #[derive(Debug)]
@@ -178,10 +194,13 @@ impl SplitDevice {
             ready = usize::from(self.poll_avail()?);
         }
         let wanted = ready.min(budget);
+        let usual = Usual::of(direction);
         for popped in 0..wanted {
             let at = self.available.next();
             let mark = burst.mark();
-            match self.pop_chain(at, direction, burst, mark) {
+            // The one fetch of this slot.
+            let head = self.avail.load(at);
+            match self.pop_chain(at, head, &usual, direction, burst, mark) {
                 Ok(()) => self.available.advance(),
                 Err(Stop::Broken(broken)) => {
                     burst.abandon(mark);
@@ -207,7 +226,8 @@ impl SplitDevice {
             ahead.clear();
             // `count` is at most the ring's size.
             let at = self.available.next().wrapping_add(step as u16);
-            let result = self.pop_chain(at, direction, &mut ahead, 0);
+            let head = self.avail.load(at);
+            let result = self.pop_chain(at, head, &Usual::of(direction), direction, &mut ahead, 0);
             if self.lookup.misses.is_full() || matches!(result, Err(Stop::Broken(_))) {
                 break;
             }
@@ -244,33 +264,67 @@ impl SplitDevice {
         self.completed.take_back();
     }
 
-    /// Appends the chain at an index of the available ring (2.7.5, 2.7.5.3).
+    /// Appends the chain at an index of the available ring (2.7.5, 2.7.5.3), whose slot
+    /// says `head`.
     #[inline]
     fn pop_chain(
         &mut self,
         at: u16,
+        head: u16,
+        usual: &Usual,
         direction: Direction,
         burst: &mut ChainBurst,
         mark: usize,
     ) -> Result<(), Stop> {
-        let head = self.avail.load(at);
-        let mut walk = Walk::new(at, direction, mark);
-        let mut index = head;
-        for walked in 0..self.chain_limit {
+        if head >= self.size {
+            return Err(Stop::Broken((FaultKind::DescriptorIndex, u64::from(head))));
+        }
+        // The one fetch of this descriptor.
+        let first = Descriptor::from_halves(self.desc.load(head));
+        // Nearly all chains of a network card: one buffer, in the mapping of the one before.
+        if first.has_flags(usual.flags)
+            && let Some(offset) = self.lookup.translation.last_hit(first.addr, first.len, usual.access)
+        {
+            burst.push_one(
+                head,
+                Segment {
+                    iova: first.addr,
+                    place: Place::Window(offset),
+                    len: first.len,
+                    writable: usual.access == Access::WRITE,
+                },
+            );
+            return Ok(());
+        }
+        self.pop_walking(Walk::new(at, direction, mark), head, first, burst)
+    }
+
+    /// The same, descriptor by descriptor.
+    fn pop_walking(
+        &mut self,
+        mut walk: Walk,
+        head: u16,
+        first: Descriptor,
+        burst: &mut ChainBurst,
+    ) -> Result<(), Stop> {
+        let mut descriptor = first;
+        for walked in 1..=self.chain_limit {
+            if descriptor.is_indirect() {
+                self.pop_table(&descriptor, self.chain_limit + 1 - walked, &mut walk, burst)?;
+                return walk.finish(head, burst);
+            }
+            walk.take(&descriptor, &mut self.lookup, burst)?;
+            let Some(index) = descriptor.next() else {
+                return walk.finish(head, burst);
+            };
+            if walked == self.chain_limit {
+                break;
+            }
             if index >= self.size {
                 return Err(Stop::Broken((FaultKind::DescriptorIndex, u64::from(index))));
             }
             // The one fetch of this descriptor.
-            let descriptor = Descriptor::from_halves(self.desc.load(index));
-            if descriptor.is_indirect() {
-                self.pop_table(&descriptor, self.chain_limit - walked, &mut walk, burst)?;
-                return walk.finish(head, burst);
-            }
-            walk.take(&descriptor, &mut self.lookup, burst)?;
-            match descriptor.next() {
-                Some(next) => index = next,
-                None => return walk.finish(head, burst),
-            }
+            descriptor = Descriptor::from_halves(self.desc.load(index));
         }
         Err(Stop::Broken((FaultKind::ChainTooLong, u64::from(self.chain_limit))))
     }

@@ -185,10 +185,33 @@ impl SplitDriver {
             None => self.chain(head, pieces),
         };
         let descriptors = if table.is_some() { 1 } else { pieces.len() as u16 };
-        self.free_first = self.free_next.get(usize::from(last)).copied().unwrap_or(0);
-        self.free_count -= descriptors;
+        self.offer(head, InFlight { token, writable_len, descriptors, last });
+        Ok(())
+    }
+
+    /// [`Self::add`] of a buffer in one piece.
+    #[inline]
+    pub fn add_one(&mut self, piece: Buffer, token: u64) -> Result<(), AddError> {
+        if piece.len == 0 {
+            return Err(AddError::Invalid);
+        }
+        if self.free_count == 0 {
+            return Err(AddError::Full);
+        }
+        let head = self.free_first;
+        self.put_descriptor(head, self.describe(&piece, None));
+        let writable_len = if piece.writable { piece.len } else { 0 };
+        self.offer(head, InFlight { token, writable_len, descriptors: 1, last: head });
+        Ok(())
+    }
+
+    /// Takes a described chain out of the free list and puts it into the available ring.
+    #[inline]
+    fn offer(&mut self, head: u16, chain: InFlight) {
+        self.free_first = self.free_next.get(usize::from(chain.last)).copied().unwrap_or(0);
+        self.free_count -= chain.descriptors;
         if let Some(slot) = self.in_flight.get_mut(usize::from(head)) {
-            *slot = InFlight { token, writable_len, descriptors, last };
+            *slot = chain;
         }
         self.in_flight_count += 1;
         let next = self.made_available.next();
@@ -199,7 +222,6 @@ impl SplitDriver {
             self.avail.store(next, head);
         }
         self.made_available.advance();
-        Ok(())
     }
 
     /// Describes the pieces by free descriptors from `head` on, in the order of the
