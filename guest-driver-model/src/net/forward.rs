@@ -244,6 +244,8 @@ fn in_place(
         from.live.ring.put_back(popped);
         return Ok(None);
     }
+    // What is copied, and where to, is with the owners' processors.
+    chains.prefetch(from.reach.window);
     let mut done = Forwarded::default();
     let (mut pushed, mut broken) = (0, None);
     for chain in chains.iter() {
@@ -383,7 +385,7 @@ impl Destination<'_> {
             let (skip, frame) = (HEADER_LEN as u64, (len - HEADER_LEN) as u64);
             let copied = reach
                 .window
-                .write(*to, &header(1))
+                .write_array(*to, &header(1))
                 .and_then(|()| window.copy_to(from + skip, reach.window, to + skip, frame));
             copied.map_err(|_| live.ring.fail(FaultKind::Unmapped, *to))?;
             live.ring.push_used(head, len as u32);

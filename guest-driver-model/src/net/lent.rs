@@ -271,6 +271,7 @@ pub(super) fn lend(
         (good, burst.needs_copy) = (at, false);
     }
     chains.truncate(good);
+    chains.prefetch(reach.window);
     live.ring.put_back(popped - good);
     if good == 0 {
         return broken.map_or(Ok(0), |len| Err(live.ring.fail(FaultKind::Length, len)));

@@ -31,11 +31,7 @@ pub(super) fn receive(
     }
     let (ring, headers) = (&mut live.ring, live.headers);
     let popped = ring.pop_burst(budget, Direction::DeviceReads, chains)?;
-    for chain in chains.iter() {
-        if let Some(Segment { place: Place::Window(offset), .. }) = chain.segments.first() {
-            reach.window.prefetch_read(offset + HEADER_LEN as u64);
-        }
-    }
+    chains.prefetch(reach.window);
     let first = burst.len();
     let (mut received, mut bytes, mut broken) = (0, 0, None);
     for chain in chains.iter() {

@@ -1,6 +1,7 @@
 //! Frames to send: made a burst at a time, offered until they are taken, and no
 //! faster than asked for.
 
+use std::slice::ChunksExact;
 use std::time::{Duration, Instant};
 
 use super::pattern::Generator;
@@ -77,7 +78,7 @@ impl Source {
 
     /// Offers the next frames to `send`, which says how many it is done with. Returns
     /// that number.
-    pub fn offer<'s>(&'s mut self, send: impl FnOnce(&mut dyn Iterator<Item = &'s [u8]>) -> usize) -> usize {
+    pub fn offer<'s>(&'s mut self, send: impl FnOnce(ChunksExact<'s, u8>) -> usize) -> usize {
         if self.sent == self.made {
             let count = self.allowed();
             if count == 0 {
@@ -87,7 +88,8 @@ impl Source {
             (self.sent, self.made) = (0, count);
         }
         let len = self.generator.frame_len();
-        let sent = send(&mut self.frames.chunks_exact(len).skip(self.sent));
+        let waiting = self.frames.get(self.sent * len..).unwrap_or_default();
+        let sent = send(waiting.chunks_exact(len));
         self.sent += sent;
         self.total += sent as u64;
         sent

@@ -1,6 +1,9 @@
 //! Descriptor chains as the device half hands them out: validated, translated and
 //! private. What is in here was in shared memory once and is not any more.
 
+use super::walk::Usual;
+use crate::net::HEADER_LEN;
+use crate::shm::SharedMemory;
 use virtio_bindings::virtio_ring::{VRING_DESC_F_INDIRECT, VRING_DESC_F_NEXT, VRING_DESC_F_WRITE};
 
 /// One descriptor (virtio 1.3, 2.7.5), fetched once into private memory.
@@ -27,10 +30,10 @@ impl Descriptor {
         (self.flags & Self::NEXT != 0).then_some(self.next)
     }
 
-    /// Whether it has these flags, and no others.
+    /// Whether it is all of its chain, and for the device to do what it nearly always does.
     #[inline]
-    pub(crate) fn has_flags(&self, flags: u16) -> bool {
-        self.flags == flags
+    pub(super) fn is_usual(&self, usual: &Usual) -> bool {
+        self.flags & (Self::NEXT | Self::WRITE | Self::INDIRECT) == usual.flags
     }
 
     /// Whether the device writes the buffer; otherwise it reads it.
@@ -188,6 +191,17 @@ impl ChainBurst {
         if let Some(next) = self.chains.get(count) {
             self.segments.truncate(next.first as usize);
             self.chains.truncate(count);
+        }
+    }
+
+    /// Asks the processor for the first cache line of what each chain holds behind a network
+    /// packet's header, so that they come together.
+    #[inline]
+    pub(crate) fn prefetch(&self, window: &SharedMemory) {
+        for chain in self.iter() {
+            if let Some(Segment { place: Place::Window(offset), .. }) = chain.segments.first() {
+                window.prefetch_read(offset + HEADER_LEN as u64);
+            }
         }
     }
 

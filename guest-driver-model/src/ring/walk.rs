@@ -122,6 +122,30 @@ fn access_of(writable: bool) -> Access {
     if writable { Access::WRITE } else { Access::READ }
 }
 
+/// What nearly all chains of a network card are like: one descriptor, whose buffer is in the
+/// mapping of the one before.
+pub(super) struct Usual {
+    pub(super) flags: u16,
+    access: Access,
+}
+
+impl Usual {
+    #[inline]
+    pub(super) fn of(direction: Direction) -> Self {
+        match direction {
+            Direction::DeviceReads | Direction::Both => Self { flags: 0, access: Access::READ },
+            Direction::DeviceWrites => Self { flags: Descriptor::WRITE, access: Access::WRITE },
+        }
+    }
+
+    /// The segment that the buffer of such a descriptor is, if its mapping was hit last.
+    #[inline]
+    pub(super) fn segment(&self, iova: u64, len: u32, translation: &Translation) -> Option<Segment> {
+        let offset = translation.last_hit(iova, len, self.access)?;
+        Some(Segment { iova, place: Place::Window(offset), len, writable: self.flags != 0 })
+    }
+}
+
 /// What has been seen of one chain.
 pub(super) struct Walk {
     /// The chain's index in the available ring.

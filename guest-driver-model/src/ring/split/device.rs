@@ -16,32 +16,16 @@ use virtio_bindings::virtio_ring::{VRING_AVAIL_F_NO_INTERRUPT, VRING_USED_F_NO_N
 
 use super::index::{Consumer, Producer, Wish};
 use super::layout::{FLAGS_AT, INDEX_AT, SLOTS_AT, avail_event, used_event};
-use crate::ring::chain::{ChainBurst, Descriptor, Direction, Place, Segment};
+use crate::ring::chain::{ChainBurst, Descriptor, Direction};
 use crate::ring::device::{Fault, MAX_CHAIN};
 use crate::ring::features::RingFeatures;
 use crate::ring::layout::{DESC_LEN, RingConfig};
 use crate::ring::miss::{Finding, Miss, OnMiss};
 use crate::ring::table::copy_table;
-use crate::ring::walk::{Broken, Lookup, Stop, Walk};
+use crate::ring::walk::{Broken, Lookup, Stop, Usual, Walk};
 use crate::ring::word::Word;
 use crate::shm::{SharedMemory, ShmError, Slots, Word16};
-use crate::translate::{Access, Translation};
-
-/// What the only descriptor of a chain is like, nearly always.
-struct Usual {
-    flags: u16,
-    access: Access,
-}
-
-impl Usual {
-    #[inline]
-    fn of(direction: Direction) -> Self {
-        match direction {
-            Direction::DeviceReads | Direction::Both => Self { flags: 0, access: Access::READ },
-            Direction::DeviceWrites => Self { flags: Descriptor::WRITE, access: Access::WRITE },
-        }
-    }
-}
+use crate::translate::Translation;
 
 /// The device half of one split vring.
 #[derive(Debug)]
@@ -282,18 +266,10 @@ impl SplitDevice {
         // The one fetch of this descriptor.
         let first = Descriptor::from_halves(self.desc.load(head));
         // Nearly all chains of a network card: one buffer, in the mapping of the one before.
-        if first.has_flags(usual.flags)
-            && let Some(offset) = self.lookup.translation.last_hit(first.addr, first.len, usual.access)
+        if first.is_usual(usual)
+            && let Some(segment) = usual.segment(first.addr, first.len, &self.lookup.translation)
         {
-            burst.push_one(
-                head,
-                Segment {
-                    iova: first.addr,
-                    place: Place::Window(offset),
-                    len: first.len,
-                    writable: usual.access == Access::WRITE,
-                },
-            );
+            burst.push_one(head, segment);
             return Ok(());
         }
         self.pop_walking(Walk::new(at, direction, mark), head, first, burst)
