@@ -12,7 +12,7 @@
 //! | [`demo`] | `demo`: a broker and two guest models on one machine |
 //!
 //! Data goes one way: `session` decodes, `link` decides, `runtime` carries out.
-// `runtime::sys` alone allows itself some.
+// `runtime::sys` and `session::sys` alone allow themselves some.
 #![deny(unsafe_code)]
 
 pub mod config;

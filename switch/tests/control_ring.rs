@@ -7,7 +7,7 @@ use proptest::collection::vec;
 use proptest::prelude::*;
 use vhost_pci_device::abi;
 use vhost_pci_switch::link::message::CommandId;
-use vhost_pci_switch::runtime::areas::ControlArea;
+use vhost_pci_switch::runtime::areas::{AreaFile, ControlArea};
 use vhost_pci_switch::runtime::control_ring::{Command, ControlRing};
 use vm_memory::{Bytes, GuestAddress, GuestMemoryMmap};
 
@@ -167,7 +167,7 @@ proptest! {
 
     #[test]
     fn whatever_a_driver_writes_the_ring_stays_bounded_and_within_its_buffers(steps in vec(step(), 1..80)) {
-        let area = ControlArea::new().unwrap();
+        let area = ControlArea::new(&AreaFile::new().unwrap());
         let mut driver = Driver { area, ring: ControlRing::new().unwrap(), open: Vec::new(), broken: false };
         for step in steps {
             driver.step(step);
@@ -179,7 +179,7 @@ proptest! {
 #[test]
 fn a_chain_that_loops_ends() {
     for next in 0..4 {
-        let area = ControlArea::new().unwrap();
+        let area = ControlArea::new(&AreaFile::new().unwrap());
         let mut ring = ControlRing::new().unwrap();
         for index in 0..4 {
             let buffers = abi::CONTROL_OFFSET + abi::CONTROL_BUFFERS;
@@ -194,7 +194,7 @@ fn a_chain_that_loops_ends() {
 
 #[test]
 fn a_head_made_available_again_and_again_has_a_ring_full_of_commands_and_each_one_answer() {
-    let area = ControlArea::new().unwrap();
+    let area = ControlArea::new(&AreaFile::new().unwrap());
     let mut ring = ControlRing::new().unwrap();
     let buffers = abi::CONTROL_OFFSET + abi::CONTROL_BUFFERS;
     descriptor(area.memory(), 0, buffers, 32, 1, 1);
@@ -217,7 +217,7 @@ fn a_head_made_available_again_and_again_has_a_ring_full_of_commands_and_each_on
 
 #[test]
 fn lengths_that_add_up_past_32_bits_are_counted_whole_and_never_reached() {
-    let area = ControlArea::new().unwrap();
+    let area = ControlArea::new(&AreaFile::new().unwrap());
     let mut ring = ControlRing::new().unwrap();
     let buffers = abi::CONTROL_OFFSET + abi::CONTROL_BUFFERS;
     descriptor(area.memory(), 0, buffers, 32, 1, 1);

@@ -3,7 +3,7 @@
 #![allow(clippy::unwrap_used, clippy::panic)]
 
 use std::fs;
-use std::io::{BufRead, BufReader};
+use std::io::{BufRead, BufReader, Read};
 use std::os::unix::fs::{FileTypeExt, PermissionsExt};
 use std::os::unix::net::{UnixListener, UnixStream};
 use std::path::{Path, PathBuf};
@@ -370,4 +370,45 @@ fn generations_of_a_later_broker_are_larger() {
         report["links"][0]["generation"].as_u64().unwrap()
     };
     assert!(generation() < generation());
+}
+
+/// The program's command with so many descriptors at most.
+fn limited(place: &Place, descriptors: u32) -> Command {
+    let mut command = Command::new("sh");
+    let run = format!("ulimit -n {descriptors}; exec \"$0\" run --config \"$1\"");
+    command.args(["-c", &run]).arg(env!("CARGO_BIN_EXE_vhost-pci-switch")).arg(place.config());
+    command.env_remove("RUST_LOG").stdin(Stdio::null()).stdout(Stdio::null()).stderr(Stdio::piped());
+    command
+}
+
+#[test]
+fn a_connection_for_which_few_descriptors_are_left_is_turned_away_and_the_limit_is_named() {
+    let place = Place::new();
+    // Room for the listeners, but not for what a VMM sends.
+    let mut broker = Running(limited(&place, 30).spawn().unwrap());
+    let mut log = BufReader::new(broker.0.stderr.take().unwrap()).lines().map(Result::unwrap);
+    let warning = log.next().unwrap();
+    assert!(warning.contains("64 descriptors") && warning.contains("limit is 30"), "{warning}");
+    assert!(log.next().unwrap().contains("the broker listens"));
+    for socket in &place.sockets()[1..] {
+        let mut stream = UnixStream::connect(socket).unwrap();
+        stream.set_read_timeout(Some(PATIENCE)).unwrap();
+        assert_eq!(stream.read(&mut [0]).unwrap(), 0, "{socket:?} is served");
+    }
+    // How it is can be asked all the same.
+    assert!(status(&place, true).status.success());
+    broker.signal(Signal::SIGTERM);
+    assert!(broker.ends().success());
+    let lines: Vec<_> = log.filter(|line| line.contains("turned away")).collect();
+    assert!(lines.len() == 1 && lines[0].contains("the 30 descriptors"), "{lines:?}");
+}
+
+#[test]
+fn a_limit_that_has_no_room_for_the_listeners_is_an_error_that_says_so() {
+    let place = Place::new();
+    let broker = limited(&place, 29).output().unwrap();
+    assert_eq!(broker.status.code(), Some(1));
+    let errors = text(&broker.stderr);
+    assert!(errors.contains("2 links need 30 descriptors") && errors.contains("LimitNOFILE"), "{errors}");
+    assert!(place.sockets().iter().all(|socket| !socket.exists()));
 }

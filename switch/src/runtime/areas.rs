@@ -1,15 +1,15 @@
 //! The broker's own memory in a peer's window: the link area, the control area and
-//! the witness page. All are memfds of the broker that nobody can resize. The link
-//! area is only ever written here, never read back: a guest may have scribbled on
-//! it.
+//! the witness page. All are in memfds of the broker that nobody can resize: the two areas
+//! in one, as a descriptor a link counts. The link area is only ever written here, never
+//! read back: a guest may have scribbled on it.
 
 use std::fs::File;
 use std::io;
-use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
+use std::os::fd::{AsFd, BorrowedFd};
 use std::sync::Arc;
 use std::sync::atomic::{Ordering, fence};
 
-use nix::fcntl::{FcntlArg, SealFlag, fcntl};
+use nix::fcntl::{FallocateFlags, FcntlArg, SealFlag, fallocate, fcntl};
 use nix::sys::memfd::{MFdFlags, memfd_create};
 use vhost_pci_device::abi;
 use vm_memory::{Bytes, FileOffset, GuestAddress, GuestMemoryMmap};
@@ -25,7 +25,7 @@ pub enum Source {
     /// The owner's.
     Owner(MemoryFile),
     /// The broker's own.
-    Own(Arc<OwnedFd>),
+    Own(Arc<File>),
 }
 
 impl AsFd for Source {
@@ -38,39 +38,61 @@ impl AsFd for Source {
 }
 
 /// A memfd of `len` bytes that can neither shrink nor grow.
-pub(super) fn sealed_memfd(name: &std::ffi::CStr, len: u64, seals: SealFlag) -> io::Result<OwnedFd> {
+pub(super) fn sealed_memfd(name: &std::ffi::CStr, len: u64, seals: SealFlag) -> io::Result<Arc<File>> {
     let fd = memfd_create(name, MFdFlags::MFD_CLOEXEC | MFdFlags::MFD_ALLOW_SEALING)?;
     let file = File::from(fd);
     file.set_len(len)?;
     fcntl(&file, FcntlArg::F_ADD_SEALS(SealFlag::F_SEAL_SHRINK | SealFlag::F_SEAL_GROW | seals))?;
-    Ok(OwnedFd::from(file))
+    Ok(Arc::new(file))
 }
 
 /// Maps a memfd of the broker at its place in the window, so that addresses in it
 /// are window offsets.
-pub(super) fn map(fd: &OwnedFd, offset: u64, len: u64) -> io::Result<GuestMemoryMmap> {
-    let file = File::from(fd.try_clone()?);
-    let range = (GuestAddress(offset), len as usize, Some(FileOffset::new(file, 0)));
+pub(super) fn map(file: &Arc<File>, offset: u64, len: u64) -> io::Result<GuestMemoryMmap> {
+    let file = FileOffset::from_arc(Arc::clone(file), 0);
+    let range = (GuestAddress(offset), len as usize, Some(file));
     GuestMemoryMmap::from_ranges_with_files([range]).map_err(io::Error::other)
+}
+
+/// Length of both areas, which lie one behind the other from the window's start on.
+const AREAS_LEN: u64 = abi::CONTROL_OFFSET + abi::CONTROL_LEN;
+const _: () = assert!(abi::LINK_OFFSET == 0 && abi::LINK_LEN == abi::CONTROL_OFFSET);
+
+/// The file of a link's two areas. Offsets in it are window offsets.
+#[derive(Clone, Debug)]
+pub struct AreaFile {
+    file: Arc<File>,
+    memory: GuestMemoryMmap,
+}
+
+impl AreaFile {
+    /// Zeroed areas.
+    ///
+    /// # Errors
+    /// When the host gives no memory or descriptor.
+    pub fn new() -> io::Result<Self> {
+        let file = sealed_memfd(c"vhost-pci areas", AREAS_LEN, SealFlag::F_SEAL_SEAL)?;
+        let memory = map(&file, 0, AREAS_LEN)?;
+        Ok(Self { file, memory })
+    }
+
+    /// What the peer's VMM is to map.
+    pub fn source(&self) -> Source {
+        Source::Own(Arc::clone(&self.file))
+    }
 }
 
 /// The link area.
 #[derive(Debug)]
 pub struct LinkArea {
-    fd: OwnedFd,
     memory: GuestMemoryMmap,
     link_id: u64,
 }
 
 impl LinkArea {
     /// An area that says nothing yet, of the link with this number (0: it has no doorbell).
-    ///
-    /// # Errors
-    /// When the host gives no memory.
-    pub fn new(link_id: u64) -> io::Result<Self> {
-        let fd = sealed_memfd(c"vhost-pci link area", abi::LINK_LEN, SealFlag::F_SEAL_SEAL)?;
-        let memory = map(&fd, abi::LINK_OFFSET, abi::LINK_LEN)?;
-        Ok(Self { fd, memory, link_id })
+    pub fn new(areas: &AreaFile, link_id: u64) -> Self {
+        Self { memory: areas.memory.clone(), link_id }
     }
 
     /// Lets the area say this, from these generations on.
@@ -125,48 +147,30 @@ impl LinkArea {
     }
 }
 
-impl AsFd for LinkArea {
-    fn as_fd(&self) -> BorrowedFd<'_> {
-        self.fd.as_fd()
-    }
-}
-
 /// The control area.
 #[derive(Debug)]
-pub struct ControlArea {
-    fd: OwnedFd,
-    memory: GuestMemoryMmap,
-}
+pub struct ControlArea(AreaFile);
 
 impl ControlArea {
-    /// A zeroed area.
-    ///
-    /// # Errors
-    /// When the host gives no memory.
-    pub fn new() -> io::Result<Self> {
-        let fd = sealed_memfd(c"vhost-pci control area", abi::CONTROL_LEN, SealFlag::F_SEAL_SEAL)?;
-        let memory = map(&fd, abi::CONTROL_OFFSET, abi::CONTROL_LEN)?;
-        Ok(Self { fd, memory })
+    /// The area of this file.
+    pub fn new(areas: &AreaFile) -> Self {
+        Self(areas.clone())
     }
 
     /// The area as memory whose addresses are window offsets.
     pub fn memory(&self) -> &GuestMemoryMmap {
-        &self.memory
+        &self.0.memory
     }
 
-    /// Zeroes the area.
+    /// Zeroes the area, and gives its memory back.
     ///
     /// # Errors
-    /// Never, as the area is as long as it says.
+    /// When the host refuses.
     pub fn clear(&self) -> io::Result<()> {
-        let zeros = [0; abi::CONTROL_LEN as usize];
-        self.memory.write_slice(&zeros, GuestAddress(abi::CONTROL_OFFSET)).map_err(io::Error::other)
-    }
-}
-
-impl AsFd for ControlArea {
-    fn as_fd(&self) -> BorrowedFd<'_> {
-        self.fd.as_fd()
+        let hole = FallocateFlags::FALLOC_FL_PUNCH_HOLE | FallocateFlags::FALLOC_FL_KEEP_SIZE;
+        // Both are far below 2^63.
+        let (start, len) = (abi::CONTROL_OFFSET as i64, abi::CONTROL_LEN as i64);
+        Ok(fallocate(&self.0.file, hole, start, len)?)
     }
 }
 
@@ -174,7 +178,7 @@ impl AsFd for ControlArea {
 /// writing the kernel refuses to seal it: so the broker learns from the kernel, and
 /// not from the VMM's word, when the VMM has let go of its window.
 #[derive(Debug)]
-pub struct Witness(OwnedFd);
+pub struct Witness(Arc<File>);
 
 impl Witness {
     /// A new page.
@@ -197,11 +201,10 @@ impl Witness {
             Err(error) => Err(error.into()),
         }
     }
-}
 
-impl AsFd for Witness {
-    fn as_fd(&self) -> BorrowedFd<'_> {
-        self.0.as_fd()
+    /// What the peer's VMM is to map.
+    pub fn source(&self) -> Source {
+        Source::Own(Arc::clone(&self.0))
     }
 }
 
@@ -209,6 +212,7 @@ impl AsFd for Witness {
 mod tests {
     #![allow(clippy::unwrap_used)]
     use super::*;
+    use std::os::unix::fs::MetadataExt;
 
     #[test]
     fn the_witness_is_gone_when_no_mapping_is_left() {
@@ -223,7 +227,7 @@ mod tests {
 
     #[test]
     fn a_published_link_page_has_the_contents_and_an_even_generation() {
-        let area = LinkArea::new(77).unwrap();
+        let area = LinkArea::new(&AreaFile::new().unwrap(), 77);
         let contents = LinkContents {
             status: abi::LINK_S_UP,
             mappings: vec![abi::Mapping { iova: 4096.into(), ..Default::default() }],
@@ -241,9 +245,28 @@ mod tests {
 
     #[test]
     fn nobody_can_resize_the_areas() {
-        let area = ControlArea::new().unwrap();
-        let file = File::from(area.fd.try_clone().unwrap());
+        let file = AreaFile::new().unwrap().file;
         assert!(file.set_len(0).is_err());
         assert!(file.set_len(1 << 20).is_err());
+    }
+
+    #[test]
+    fn clearing_the_control_area_gives_its_memory_back_and_leaves_the_link_area() {
+        let areas = AreaFile::new().unwrap();
+        let used = || areas.file.metadata().unwrap().blocks();
+        let (link, control) = (LinkArea::new(&areas, 5), ControlArea::new(&areas));
+        link.publish(&LinkContents::default(), Generations { link: 2, table: 2 }).unwrap();
+        let before = used();
+        let (first, last) = (GuestAddress(abi::CONTROL_OFFSET), GuestAddress(AREAS_LEN - 8));
+        for at in [first, last] {
+            control.memory().write_obj(u64::MAX, at).unwrap();
+        }
+        assert!(used() > before);
+        control.clear().unwrap();
+        assert_eq!(used(), before);
+        for at in [first, last] {
+            assert_eq!(control.memory().read_obj::<u64>(at).unwrap(), 0);
+        }
+        assert_eq!(link.memory.read_obj::<[u8; 4]>(GuestAddress(0)).unwrap(), *b"VPLP");
     }
 }

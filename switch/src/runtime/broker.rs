@@ -1,9 +1,10 @@
-//! The broker: makes the sockets, starts the links, their clocks and the acceptor, and takes
+//! The broker: makes the sockets, starts the links and the acceptor, and takes
 //! all of it down again.
 
 use std::hash::{BuildHasher, RandomState};
 use std::io;
-use std::os::fd::AsFd;
+use std::os::fd::{AsFd, AsRawFd};
+use std::os::unix::net::UnixStream;
 use std::path::PathBuf;
 use std::sync::Arc;
 use std::thread::{self, JoinHandle};
@@ -16,6 +17,7 @@ use thiserror::Error;
 use tracing::{info, warn};
 
 use super::driver::LinkDriver;
+use super::limits;
 use super::relay::Relay;
 use super::sockets::{self, Listener, SocketError};
 use super::{Input, LinkPort};
@@ -40,6 +42,19 @@ pub enum BrokerError {
         /// Why.
         fault: Fault,
     },
+    /// Not even the listening sockets have room.
+    #[error(
+        "{links} links need {needed} descriptors to be listened for, and the broker's limit is {limit}; {}",
+        limits::REMEDY
+    )]
+    Descriptors {
+        /// Links of the configuration.
+        links: usize,
+        /// What they need.
+        needed: u64,
+        /// The limit.
+        limit: u64,
+    },
     /// The host has too little of something.
     #[error("the host gives no memory, descriptor or thread: {0}")]
     Host(#[from] io::Error),
@@ -55,7 +70,6 @@ enum Purpose {
 /// A running broker. Dropping it ends every session and removes every socket.
 pub struct Broker {
     ports: Vec<LinkPort>,
-    clocks: Vec<JoinHandle<()>>,
     acceptor: Option<JoinHandle<()>>,
     stop: Arc<EventFd>,
 }
@@ -66,9 +80,22 @@ impl Broker {
     /// # Errors
     /// When a socket is taken, or the host refuses. Nothing is left behind then.
     pub fn start(config: &Config) -> Result<Self, BrokerError> {
+        let (links, limit) = (config.links.len(), limits::limit());
+        let (needed, at_once) = limits::needed(&config.links);
+        if needed > limit {
+            return Err(BrokerError::Descriptors { links, needed, limit });
+        }
+        if at_once > limit {
+            warn!(
+                "{links} links take {at_once} descriptors when all are up, and the broker's limit is {limit}: the \
+                 last to connect will be turned away; {}",
+                limits::REMEDY
+            );
+        }
+        limits::make_room(at_once, limit);
         let group = sockets::group(config.group.as_deref())?;
         let bind = |path: &PathBuf| Listener::bind(path, group.as_ref());
-        let ports: Vec<_> = config.links.iter().map(|_| LinkPort::default()).collect();
+        let ports: Vec<_> = config.links.iter().map(|link| LinkPort::new(&link.name)).collect();
         let mut listeners = vec![(bind(&config.control_socket)?, Purpose::Control)];
         for (link, port) in config.links.iter().zip(&ports) {
             listeners.push((bind(&link.owner_socket)?, Purpose::Link(port.clone(), Side::Owner)));
@@ -79,7 +106,6 @@ impl Broker {
         }
         let mut broker = Self {
             ports: ports.clone(),
-            clocks: Vec::new(),
             acceptor: None,
             stop: Arc::new(
                 EventFd::from_flags(EfdFlags::EFD_NONBLOCK | EfdFlags::EFD_CLOEXEC)
@@ -94,10 +120,6 @@ impl Broker {
             let relay = Relay::new(&name, port.clone())?;
             let link_id = if link_config.doorbell_socket.is_some() { new_link_id() } else { 0 };
             port.start(LinkDriver::new(&name, link, link_id, port.clone(), relay)?);
-            let clock = port.clone();
-            let thread =
-                thread::Builder::new().name(format!("link {name}")).spawn(move || clock.run_clock())?;
-            broker.clocks.push(thread);
         }
         let stop = Arc::clone(&broker.stop);
         let acceptor = Acceptor::new(listeners, ports, stop)?;
@@ -124,9 +146,6 @@ impl Drop for Broker {
         for port in &self.ports {
             port.end();
         }
-        for clock in self.clocks.drain(..) {
-            drop(clock.join());
-        }
     }
 }
 
@@ -149,6 +168,8 @@ struct Acceptor {
     epoll: Epoll,
     listeners: Vec<(Listener, Purpose)>,
     ports: Vec<LinkPort>,
+    /// Descriptors ran short, which was said, and no connection to a link was served since.
+    short: bool,
 }
 
 impl Acceptor {
@@ -162,10 +183,10 @@ impl Acceptor {
         for (token, (listener, _)) in (0..).zip(&listeners) {
             epoll.add(listener, EpollEvent::new(EpollFlags::EPOLLIN, token))?;
         }
-        Ok(Self { epoll, listeners, ports })
+        Ok(Self { epoll, listeners, ports, short: false })
     }
 
-    fn run(self) {
+    fn run(mut self) {
         let mut events = [EpollEvent::empty(); 64];
         loop {
             let count = match self.epoll.wait(&mut events, EpollTimeout::NONE) {
@@ -180,26 +201,54 @@ impl Acceptor {
                 if event.data() == STOP {
                     return;
                 }
-                if let Some((listener, purpose)) = self.listeners.get(event.data() as usize) {
-                    self.accept(listener, purpose);
-                }
+                self.accept(event.data() as usize);
             }
         }
     }
 
-    fn accept(&self, listener: &Listener, purpose: &Purpose) {
+    fn accept(&mut self, token: usize) {
+        let Some((listener, purpose)) = self.listeners.get(token) else { return };
         match (listener.accept(), purpose) {
-            (Ok(Some(stream)), Purpose::Link(port, side)) => {
-                port.send(Input::Connected { side: *side, stream })
-            }
-            (Ok(Some(stream)), Purpose::Doorbell(port)) => port.send(Input::DoorbellConnected(stream)),
-            (Ok(Some(stream)), Purpose::Control) => server::serve(stream, &self.ports),
             (Ok(None), _) => {}
+            // Those are short, and how to see what is wrong.
+            (Ok(Some(stream)), Purpose::Control) => server::serve(stream, &self.ports),
+            (Ok(Some(stream)), _) if limits::is_short(number(&stream), limits::limit()) => {
+                self.say_short("a connection is turned away");
+            }
+            (Ok(Some(stream)), purpose) => {
+                self.short = false;
+                match purpose {
+                    Purpose::Link(port, side) => port.send(Input::Connected { side: *side, stream }),
+                    Purpose::Doorbell(port) => port.send(Input::DoorbellConnected(stream)),
+                    Purpose::Control => {}
+                }
+            }
+            (Err(error), _) if error.raw_os_error() == Some(nix::Error::EMFILE as i32) => {
+                self.say_short("a connection waits");
+                // It is still there: do not spin on it.
+                thread::sleep(Duration::from_millis(100));
+            }
             (Err(error), _) => {
                 warn!(%error, "a connection cannot be accepted");
-                // Most likely no descriptors are left: do not spin on it.
                 thread::sleep(Duration::from_millis(100));
             }
         }
     }
+
+    /// Once, however often they come.
+    fn say_short(&mut self, what: &str) {
+        if !std::mem::replace(&mut self.short, true) {
+            let limit = limits::limit();
+            warn!(
+                "{what}: nearly all of the {limit} descriptors that the broker may have are in use; {}",
+                limits::REMEDY
+            );
+        }
+    }
+}
+
+/// The number of a connection's descriptor.
+fn number(stream: &UnixStream) -> u64 {
+    // It is never negative.
+    stream.as_raw_fd().unsigned_abs().into()
 }

@@ -9,7 +9,9 @@ use std::collections::VecDeque;
 use std::io::{self, IoSlice, Read, Write};
 use std::mem::MaybeUninit;
 use std::net::Shutdown;
+use std::os::fd::BorrowedFd;
 use std::os::unix::net::UnixStream;
+use std::sync::Arc;
 use std::thread;
 
 use crossbeam_channel::Sender;
@@ -42,7 +44,7 @@ pub enum Asked {
 #[derive(Debug)]
 pub struct Channel {
     id: ChannelId,
-    stream: UnixStream,
+    stream: Arc<UnixStream>,
     /// Sent and not answered: what, and in words.
     open: VecDeque<(Asked, String)>,
     unsent: VecDeque<(Asked, Message)>,
@@ -60,11 +62,12 @@ impl Channel {
         ids: (SessionId, ChannelId),
         name: &str,
     ) -> io::Result<Self> {
-        let mut clone = stream.try_clone()?;
+        let stream = Arc::new(stream);
+        let answers = Arc::clone(&stream);
         let (session, channel) = ids;
         thread::Builder::new().name(format!("{name} {} answers", side.name())).spawn(move || {
             let error = loop {
-                match read_answer(&mut clone) {
+                match read_answer(&answers) {
                     Ok(done) => port.send(Input::ChannelAnswer { side, session, channel, done }),
                     Err(error) => break error,
                 }
@@ -157,7 +160,7 @@ fn send(stream: &UnixStream, message: &Message) -> io::Result<()> {
 }
 
 /// Sends an acknowledgement to a front-end at once; says whether the front-end took it.
-pub fn send_now(stream: &UnixStream, bytes: &[u8]) -> bool {
+pub fn send_now(stream: BorrowedFd<'_>, bytes: &[u8]) -> bool {
     let flags = SendFlags::DONTWAIT | SendFlags::NOSIGNAL;
     rustix::net::send(stream, bytes, flags).is_ok_and(|sent| sent == bytes.len())
 }
@@ -169,12 +172,12 @@ pub fn send_now(stream: &UnixStream, bytes: &[u8]) -> bool {
 /// # Errors
 /// When the host gives no descriptor or thread.
 pub fn send_later(
-    stream: &UnixStream,
+    stream: BorrowedFd<'_>,
     bytes: [u8; HEADER_LEN + REPLY_LEN],
     session: Sender<Reply>,
     reply: Reply,
 ) -> io::Result<()> {
-    let mut stream = stream.try_clone()?;
+    let mut stream = UnixStream::from(stream.try_clone_to_owned()?);
     thread::Builder::new().name("late answer".into()).spawn(move || {
         // An error is the connection's end, which the session sees by itself.
         drop(stream.write_all(&bytes));
@@ -183,7 +186,7 @@ pub fn send_later(
     Ok(())
 }
 
-fn read_answer(stream: &mut UnixStream) -> io::Result<bool> {
+fn read_answer(mut stream: &UnixStream) -> io::Result<bool> {
     let mut bytes = [0; HEADER_LEN + REPLY_LEN];
     stream.read_exact(&mut bytes)?;
     is_done(&bytes).ok_or_else(|| io::ErrorKind::InvalidData.into())

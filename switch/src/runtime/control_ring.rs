@@ -206,7 +206,7 @@ mod tests {
     #![allow(clippy::unwrap_used)]
     use super::*;
 
-    use crate::runtime::areas::ControlArea;
+    use crate::runtime::areas::{AreaFile, ControlArea};
 
     fn at(offset: u64) -> GuestAddress {
         GuestAddress(abi::CONTROL_OFFSET + offset)
@@ -237,7 +237,7 @@ mod tests {
 
     #[test]
     fn a_command_is_answered_and_used() {
-        let area = ControlArea::new().unwrap();
+        let area = ControlArea::new(&AreaFile::new().unwrap());
         let memory = area.memory();
         let mut ring = ControlRing::new().unwrap();
         for round in 0..150 {
@@ -257,7 +257,7 @@ mod tests {
 
     #[test]
     fn bytes_behind_request_and_response_are_reached_and_no_others() {
-        let area = ControlArea::new().unwrap();
+        let area = ControlArea::new(&AreaFile::new().unwrap());
         let memory = area.memory();
         let mut ring = ControlRing::new().unwrap();
         put(memory, 0, 32 + 10, 8 + 20);
@@ -282,7 +282,7 @@ mod tests {
     #[test]
     fn a_short_command_or_no_room_breaks_the_ring_once() {
         for (request, response) in [(31, 8), (32, 7)] {
-            let area = ControlArea::new().unwrap();
+            let area = ControlArea::new(&AreaFile::new().unwrap());
             let mut ring = ControlRing::new().unwrap();
             put(area.memory(), 0, request, response);
             assert!(ring.take(area.memory()).is_err());
@@ -292,7 +292,7 @@ mod tests {
 
     #[test]
     fn an_index_that_jumps_breaks_the_ring() {
-        let area = ControlArea::new().unwrap();
+        let area = ControlArea::new(&AreaFile::new().unwrap());
         let mut ring = ControlRing::new().unwrap();
         area.memory().write_obj(abi::CONTROL_RING_SIZE + 1, at(abi::CONTROL_AVAIL + 2)).unwrap();
         assert!(ring.take(area.memory()).is_err());
@@ -300,7 +300,7 @@ mod tests {
 
     #[test]
     fn a_driver_that_never_gets_answers_has_one_ring_full_open_at_most() {
-        let area = ControlArea::new().unwrap();
+        let area = ControlArea::new(&AreaFile::new().unwrap());
         let mut ring = ControlRing::new().unwrap();
         for round in 0..3 * abi::CONTROL_RING_SIZE {
             put(area.memory(), round, 32, 8);

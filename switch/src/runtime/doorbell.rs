@@ -11,11 +11,13 @@
 //! asked to: the next eventfd gets another number.
 
 use std::collections::VecDeque;
+use std::fs::File;
 use std::io::{self, IoSlice, Read};
 use std::mem::{MaybeUninit, offset_of};
 use std::net::Shutdown;
-use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
+use std::os::fd::{AsFd, BorrowedFd};
 use std::os::unix::net::UnixStream;
+use std::sync::Arc;
 use std::sync::atomic::{Ordering, fence};
 use std::{fmt, thread};
 
@@ -53,7 +55,7 @@ pub enum Word {
 /// What goes with a message.
 enum Attached {
     Nothing,
-    Page(OwnedFd),
+    Page(Arc<File>),
     Eventfd(Eventfd),
 }
 
@@ -65,7 +67,7 @@ struct Message {
 /// The connection to one function. Closes when dropped; the VMM keeps what it was sent, and its
 /// page says that none of it counts any more.
 pub struct Doorbell {
-    stream: UnixStream,
+    stream: Arc<UnixStream>,
     page: GuestMemoryMmap,
     link_id: u64,
     generation: u64,
@@ -96,7 +98,8 @@ impl Doorbell {
     ) -> io::Result<Self> {
         let fd = sealed_memfd(c"vhost-pci doorbell", abi::DOORBELL_PAGE_LEN, SealFlag::F_SEAL_SEAL)?;
         let page = map(&fd, 0, abi::DOORBELL_PAGE_LEN)?;
-        let mut clone = stream.try_clone()?;
+        let stream = Arc::new(stream);
+        let heard_on = Arc::clone(&stream);
         let mut doorbell = Self { stream, page, link_id, generation: 0, unsent: VecDeque::new() };
         doorbell.publish(&[], 0)?;
         // QEMU waits for these three before its VM goes on.
@@ -105,12 +108,12 @@ impl Doorbell {
         doorbell.queue(SHARED_MEMORY, Attached::Page(fd));
         doorbell.send()?;
         thread::Builder::new().name(format!("{name} doorbell")).spawn(move || {
-            if matches!(clone.read(&mut [0]), Ok(1..)) {
+            if matches!((&*heard_on).read(&mut [0]), Ok(1..)) {
                 heard(Word::Spoke);
             }
             // Not the end of what it sends: who says no more can still hold, unread, the
             // descriptors that it was sent. POLLHUP comes when it has closed its end.
-            while poll(&mut [PollFd::new(clone.as_fd(), PollFlags::empty())], PollTimeout::NONE)
+            while poll(&mut [PollFd::new(heard_on.as_fd(), PollFlags::empty())], PollTimeout::NONE)
                 == Err(Errno::EINTR)
             {}
             heard(Word::HungUp);
@@ -250,8 +253,8 @@ fn send(stream: &UnixStream, message: &Message) -> io::Result<()> {
 mod tests {
     #![allow(clippy::unwrap_used, clippy::panic)]
     use super::*;
-    use std::fs::File;
     use std::io::Write;
+    use std::os::fd::OwnedFd;
     use std::os::unix::fs::FileExt;
     use std::sync::mpsc;
     use std::time::Duration;

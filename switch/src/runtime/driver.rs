@@ -4,18 +4,17 @@
 
 use std::collections::VecDeque;
 use std::io::{self, ErrorKind};
-use std::net::Shutdown;
-use std::os::fd::{AsFd, OwnedFd};
 use std::os::unix::net::UnixStream;
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
 use std::thread;
 use std::time::{Duration, Instant};
 
+use rustix::net::Shutdown;
 use tracing::{info, warn};
 use vhost_pci_device::abi;
 
-use super::areas::{ControlArea, LinkArea, Source, Witness};
+use super::areas::{AreaFile, ControlArea, LinkArea, Source, Witness};
 use super::backend_message::{self, Message};
 use super::channel::{Asked, Channel, send_later, send_now};
 use super::control_ring::ControlRing;
@@ -30,7 +29,9 @@ use crate::link::iommu::iotlb::Piece;
 use crate::link::message::{CommandId, Content, Log, OpId, Reply, WindowOp, Wire};
 use crate::link::report::{self, LinkReport};
 use crate::link::{Effect, Event, Link, Side};
+use crate::session::decode::Decoder;
 use crate::session::serve::serve;
+use crate::session::sys::{Connection, Line};
 
 /// The first pause between two looks at the witness page, and the longest: while
 /// somebody waits for the outcome, and otherwise.
@@ -41,7 +42,7 @@ const LOOK: Duration = Duration::from_millis(500);
 /// A front-end that is connected.
 struct Session {
     id: SessionId,
-    stream: UnixStream,
+    line: Line,
     /// Where the answer to its open question goes.
     answer: Option<Answer>,
     /// Its back-end channel.
@@ -51,7 +52,7 @@ struct Session {
 impl Drop for Session {
     fn drop(&mut self) {
         // Wakes its thread, which then ends.
-        drop(self.stream.shutdown(Shutdown::Both));
+        let _ = self.line.with(|line| rustix::net::shutdown(line, Shutdown::Both));
     }
 }
 
@@ -71,6 +72,7 @@ pub struct LinkDriver {
     peer: Option<Session>,
     next_session: u64,
     next_channel: u64,
+    areas: AreaFile,
     link_area: LinkArea,
     control_area: ControlArea,
     control_ring: ControlRing,
@@ -94,6 +96,7 @@ impl LinkDriver {
     /// # Errors
     /// When the host gives no memory.
     pub fn new(name: &str, link: Link, link_id: u64, port: LinkPort, relay: Relay) -> io::Result<Self> {
+        let areas = AreaFile::new()?;
         let mut driver = Self {
             name: name.into(),
             link,
@@ -103,8 +106,9 @@ impl LinkDriver {
             peer: None,
             next_session: 0,
             next_channel: 0,
-            link_area: LinkArea::new(link_id)?,
-            control_area: ControlArea::new()?,
+            link_area: LinkArea::new(&areas, link_id),
+            control_area: ControlArea::new(&areas),
+            areas,
             control_ring: ControlRing::new().map_err(io::Error::other)?,
             witnesses: VecDeque::new(),
             watch: None,
@@ -177,17 +181,18 @@ impl LinkDriver {
         }
         self.next_session += 1;
         let id = SessionId(self.next_session);
-        let started = stream.try_clone().and_then(|clone| {
-            let port = self.port.clone();
-            thread::Builder::new()
-                .name(format!("{} {}", self.name, side.name()))
-                .spawn(move || serve(clone, &port, side, id))
-        });
+        let port = self.port.clone();
+        let decoder = Arc::new(Decoder::new(port.clone(), side, id));
+        let connection = Connection::new(stream, Arc::clone(&decoder));
+        let line = connection.line();
+        let started = thread::Builder::new()
+            .name(format!("{} {}", self.name, side.name()))
+            .spawn(move || serve(connection, &decoder, &port, side, id));
         if let Err(error) = started {
             warn!(link = %self.name, side = side.name(), %error, "a connection cannot be served");
             return;
         }
-        let session = Some(Session { id, stream, answer: None, channel: None });
+        let session = Some(Session { id, line, answer: None, channel: None });
         match side {
             Side::Owner => self.owner = session,
             Side::Peer => self.peer = session,
@@ -385,9 +390,10 @@ impl LinkDriver {
         let bytes =
             acknowledge.zip(done).map(|(request, done)| backend_message::acknowledgement(request, done));
         match bytes {
-            Some(bytes) if !send_now(&session.stream, &bytes) => {
-                let stopped = send_later(&session.stream, bytes, sender, reply);
-                if let Err(error) = stopped {
+            Some(bytes) if !session.line.with(|line| send_now(line, &bytes)).unwrap_or(false) => {
+                let stopped = session.line.with(|line| send_later(line, bytes, sender, reply));
+                // A connection that is closed already needs no answer.
+                if let Some(Err(error)) = stopped {
                     warn!(link = %self.name, side = side.name(), %error, "an answer cannot be sent");
                     self.close(side);
                 }
@@ -490,20 +496,17 @@ impl LinkDriver {
             WindowOp::Map(content) => content,
         };
         let (offset, len) = content.place(self.link.window_len());
-        let own = |fd: &dyn AsFd| -> io::Result<Source> {
-            let fd: OwnedFd = fd.as_fd().try_clone_to_owned()?;
-            Ok(Source::Own(Arc::new(fd)))
-        };
         let (source, file_offset, writable) = match &content {
-            Content::LinkArea => (own(&self.link_area)?, 0, false),
-            Content::ControlArea => (own(&self.control_area)?, 0, true),
+            // Where they are in their file is where they are in the window.
+            Content::LinkArea => (self.areas.source(), offset.raw(), false),
+            Content::ControlArea => (self.areas.source(), offset.raw(), true),
             Content::Witness { .. } => {
                 let witness = Arc::new(Witness::new()?);
-                let source = own(&*witness)?;
+                let source = witness.source();
                 self.witnesses.push_back(witness);
                 (source, 0, true)
             }
-            Content::Fence => (own(&Witness::new()?)?, 0, true),
+            Content::Fence => (Witness::new()?.source(), 0, true),
             Content::Owner(placement) => {
                 let backing = placement.range().backing();
                 let writable = placement.range().access().allows(iommu::Access::Write);

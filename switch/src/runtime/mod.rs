@@ -11,8 +11,9 @@
 //! | [`areas`] | the broker's own memory in the window: link area, control area, witness |
 //! | [`control_ring`] | serves the control ring |
 //! | [`relay`] | the thread of a link that passes notifications on |
+//! | [`limits`] | how many descriptors links take |
 //! | [`sockets`] | listening sockets and who may connect |
-//! | `sys` | the broker's only `unsafe` code |
+//! | `sys` | a question to the kernel, in `unsafe` code |
 //! | [`broker`] | puts it all together and takes it down again |
 
 pub mod areas;
@@ -23,6 +24,7 @@ pub mod control_ring;
 pub mod copy;
 pub mod doorbell;
 pub mod driver;
+pub mod limits;
 pub mod port;
 pub mod relay;
 pub mod sockets;

@@ -3,43 +3,74 @@
 //! for answers, and channels for VMMs, outside. So a change goes from one VMM's
 //! socket to the other's without a change of threads in between.
 //!
-//! A link's own thread is its clock, and sleeps otherwise.
+//! A link's own thread is its clock. It runs while the link waits for a moment, and a little
+//! longer; a link that is up and at rest has none.
 
 use std::sync::{Arc, Condvar, Mutex, MutexGuard};
-use std::time::Instant;
+use std::thread;
+use std::time::{Duration, Instant};
+use std::{fmt, io};
 
 use tracing::error;
 
 use super::Input;
 use super::driver::LinkDriver;
 
+/// How long a clock stays that has nothing to wait for: changes come in rows, and starting a
+/// thread for each would slow them down.
+const LINGER: Duration = Duration::from_millis(300);
+
+/// The thread of a link that tells it when a time has come.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+enum Clock {
+    /// There is none.
+    #[default]
+    Stopped,
+    /// It sleeps until then, at most.
+    Until(Instant),
+    /// It has nothing to wait for, and will end.
+    Lingers,
+}
+
 /// What is behind the lock.
 #[derive(Default)]
 struct Inner {
     /// None before the link starts, and when it has ended.
     driver: Option<LinkDriver>,
-    ended: bool,
-    /// Until when the clock sleeps; None: until it is woken.
-    sleeps_until: Option<Instant>,
+    clock: Clock,
+    /// It was said that there is no thread for the clock.
+    told: bool,
+}
+
+impl Inner {
+    fn next_wake(&self) -> Option<Instant> {
+        self.driver.as_ref().and_then(LinkDriver::next_wake)
+    }
 }
 
 #[derive(Default)]
 struct Shared {
+    name: String,
     inner: Mutex<Inner>,
-    clock: Condvar,
+    wakes_clock: Condvar,
 }
 
 /// The way to one link.
 #[derive(Clone, Default)]
 pub struct LinkPort(Arc<Shared>);
 
-impl std::fmt::Debug for LinkPort {
-    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+impl fmt::Debug for LinkPort {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.write_str("LinkPort")
     }
 }
 
 impl LinkPort {
+    /// The way to the link of this name, which has not begun.
+    pub fn new(name: &str) -> Self {
+        Self(Arc::new(Shared { name: name.into(), ..Shared::default() }))
+    }
+
     /// Lets the link begin.
     pub fn start(&self, driver: LinkDriver) {
         self.lock().driver = Some(driver);
@@ -48,48 +79,74 @@ impl LinkPort {
     /// Has the link take an input. One that has ended drops it, and with it any question
     /// in it.
     pub fn send(&self, input: Input) {
-        let _wakes = WakesClock(&self.0.clock);
+        let _ends = EndsPanicked(self);
         let mut inner = self.lock();
         let Some(driver) = inner.driver.as_mut() else { return };
         driver.take(input);
-        let next = driver.next_wake();
-        if next.is_some_and(|next| inner.sleeps_until.is_none_or(|until| next < until)) {
-            inner.sleeps_until = next;
-            self.0.clock.notify_one();
-        }
+        self.set_clock(&mut inner);
     }
 
     /// Ends the link: its sessions, channels and its clock.
     pub fn end(&self) {
-        let mut inner = self.lock();
-        inner.ended = true;
-        let driver = inner.driver.take();
-        self.0.clock.notify_one();
-        drop(inner);
+        let driver = self.lock().driver.take();
+        self.0.wakes_clock.notify_one();
         drop(driver);
     }
 
-    /// The clock: tells the link when a time has come, until it ends.
-    pub fn run_clock(&self) {
+    /// Sees to it that the clock wakes up when the link next has something to do.
+    fn set_clock(&self, inner: &mut Inner) {
+        let Some(next) = inner.next_wake() else { return };
+        match inner.clock {
+            Clock::Until(until) if until <= next => {}
+            Clock::Until(_) | Clock::Lingers => {
+                inner.clock = Clock::Until(next);
+                self.0.wakes_clock.notify_one();
+            }
+            Clock::Stopped => match self.start_clock() {
+                Ok(()) => {
+                    inner.clock = Clock::Until(next);
+                    inner.told = false;
+                }
+                // The link's next input tries it again.
+                Err(error) if !inner.told => {
+                    inner.told = true;
+                    error!(
+                        link = %self.0.name,
+                        %error,
+                        "the host gives the broker no thread (pids.max or TasksMax of its control group, \
+                         ulimit -u): a VMM that does not answer this link is waited for until it does"
+                    );
+                }
+                Err(_) => {}
+            },
+        }
+    }
+
+    fn start_clock(&self) -> io::Result<()> {
+        let port = self.clone();
+        thread::Builder::new().name(format!("link {}", self.0.name)).spawn(move || port.run_clock())?;
+        Ok(())
+    }
+
+    /// The clock: tells the link when a time has come, until there is nothing to wait for.
+    fn run_clock(&self) {
+        let _ends = EndsPanicked(self);
         let mut inner = self.lock();
-        while !inner.ended {
+        loop {
             let now = Instant::now();
             if let Some(driver) = inner.driver.as_mut() {
                 driver.time_passed(now);
             }
-            inner.sleeps_until = inner.driver.as_ref().and_then(LinkDriver::next_wake);
-            let waited = match inner.sleeps_until {
-                None => self.0.clock.wait(inner),
-                Some(until) => {
-                    let time = until.saturating_duration_since(now);
-                    self.0
-                        .clock
-                        .wait_timeout(inner, time)
-                        .map(|(inner, _)| inner)
-                        .map_err(|error| std::sync::PoisonError::new(error.into_inner().0))
-                }
-            };
-            inner = waited.unwrap_or_else(|poisoned| lost(poisoned.into_inner()));
+            let next = inner.next_wake();
+            // A link that has ended waits for nothing more.
+            if inner.driver.is_none() || (next.is_none() && inner.clock == Clock::Lingers) {
+                inner.clock = Clock::Stopped;
+                return;
+            }
+            inner.clock = next.map_or(Clock::Lingers, Clock::Until);
+            let time = next.map_or(LINGER, |next| next.saturating_duration_since(now));
+            let waited = self.0.wakes_clock.wait_timeout(inner, time);
+            inner = waited.map_or_else(|poisoned| lost(poisoned.into_inner().0), |(inner, _)| inner);
         }
     }
 
@@ -98,13 +155,15 @@ impl LinkPort {
     }
 }
 
-/// Has the clock look at a link that a thread panicked in, so that its sessions end.
-struct WakesClock<'c>(&'c Condvar);
+/// Has a thread look at a link that this one panicked in, so that its sessions end.
+struct EndsPanicked<'p>(&'p LinkPort);
 
-impl Drop for WakesClock<'_> {
+impl Drop for EndsPanicked<'_> {
     fn drop(&mut self) {
-        if std::thread::panicking() {
-            self.0.notify_one();
+        if thread::panicking() {
+            let port = self.0.clone();
+            // Without a thread the link's next input does it.
+            drop(thread::Builder::new().spawn(move || drop(port.lock())));
         }
     }
 }

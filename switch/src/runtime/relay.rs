@@ -12,7 +12,7 @@
 use std::collections::HashMap;
 use std::os::fd::AsFd;
 use std::sync::atomic::{AtomicU64, Ordering};
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError};
 use std::{io, thread};
 
 use nix::sys::epoll::{Epoll, EpollCreateFlags, EpollEvent, EpollFlags, EpollTimeout};
@@ -25,8 +25,11 @@ use crate::link::Side;
 use crate::link::descriptor::Eventfd;
 use crate::link::message::Wire;
 
-/// The token of the eventfd by which the relay is told of something new.
+/// The token of what tells the relay of something new.
 const WAKE: u64 = 0;
+/// That is an eventfd which is always signalled, one for all relays: each looks at it once, and
+/// once more whenever it is asked to. So a link needs no descriptor for it.
+const LOOK_ONCE: EpollFlags = EpollFlags::EPOLLIN.union(EpollFlags::EPOLLONESHOT);
 /// Signals that wait for the thread at most. One that is dropped beyond that has
 /// met a thread that a VMM holds up.
 const MAX_SIGNALS: usize = 64;
@@ -43,7 +46,8 @@ pub struct RelayCounters {
 /// What the thread is to take next. The newest wiring counts.
 #[derive(Debug, Default)]
 struct Mailbox {
-    running: bool,
+    /// What the thread waits on, while it runs.
+    epoll: Option<Arc<Epoll>>,
     wiring: Option<Wiring>,
     signals: Vec<Eventfd>,
 }
@@ -56,10 +60,9 @@ struct Wiring {
 }
 
 /// What link and thread share.
-#[derive(Debug)]
+#[derive(Debug, Default)]
 struct Shared {
     mailbox: Mutex<Mailbox>,
-    wake: EventFd,
     counters: RelayCounters,
 }
 
@@ -69,10 +72,23 @@ impl Shared {
         self.mailbox.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    fn wake(&self) {
-        // The broker's own, never full: the thread drains it.
-        let _ = self.wake.write(1);
+    /// Has the thread look into the mailbox, if it runs.
+    fn wake(&self, mailbox: &Mailbox) {
+        if let (Some(epoll), Ok(ready)) = (&mailbox.epoll, always_signalled()) {
+            // Fails only for a descriptor that is not waited for: this one is from the start.
+            let _ = epoll.modify(ready, &mut EpollEvent::new(LOOK_ONCE, WAKE));
+        }
     }
+}
+
+/// The eventfd that is signalled, of this process.
+fn always_signalled() -> io::Result<&'static EventFd> {
+    static ALWAYS: OnceLock<EventFd> = OnceLock::new();
+    if let Some(eventfd) = ALWAYS.get() {
+        return Ok(eventfd);
+    }
+    let eventfd = EventFd::from_value_and_flags(1, EfdFlags::EFD_NONBLOCK | EfdFlags::EFD_CLOEXEC)?;
+    Ok(ALWAYS.get_or_init(|| eventfd))
 }
 
 /// A link's relay. When dropped the thread ends by itself.
@@ -89,12 +105,9 @@ impl Relay {
     /// # Errors
     /// When the host gives no descriptor.
     pub fn new(name: &str, port: LinkPort) -> io::Result<Self> {
-        let shared = Shared {
-            mailbox: Mutex::default(),
-            wake: EventFd::from_flags(EfdFlags::EFD_NONBLOCK | EfdFlags::EFD_CLOEXEC)?,
-            counters: RelayCounters::default(),
-        };
-        Ok(Self { name: name.into(), port, shared: Arc::new(shared) })
+        // Now, not when there is something to relay.
+        always_signalled()?;
+        Ok(Self { name: name.into(), port, shared: Arc::default() })
     }
 
     /// Lets these wires be relayed, and no others.
@@ -120,20 +133,24 @@ impl Relay {
     fn tell(&self, change: impl FnOnce(&mut Mailbox)) {
         let mut mailbox = self.shared.mailbox();
         change(&mut mailbox);
-        if !mailbox.running {
-            match Worker::spawn(&self.name, self.port.clone(), Arc::clone(&self.shared)) {
-                Ok(()) => mailbox.running = true,
-                Err(error) => warn!(link = %self.name, %error, "notifications cannot be relayed"),
-            }
+        if mailbox.epoll.is_some() {
+            self.shared.wake(&mailbox);
+            return;
         }
-        drop(mailbox);
-        self.shared.wake();
+        // The thread looks into the mailbox at its start.
+        match Worker::spawn(&self.name, self.port.clone(), Arc::clone(&self.shared)) {
+            Ok(epoll) => mailbox.epoll = Some(epoll),
+            Err(error) => warn!(link = %self.name, %error, "notifications cannot be relayed"),
+        }
     }
 }
 
 impl Drop for Relay {
     fn drop(&mut self) {
-        self.wire(&[], None);
+        let running = self.shared.mailbox().epoll.is_some();
+        if running {
+            self.wire(&[], None);
+        }
     }
 }
 
@@ -149,7 +166,7 @@ struct Route {
 }
 
 struct Worker {
-    epoll: Epoll,
+    epoll: Arc<Epoll>,
     name: String,
     port: LinkPort,
     shared: Arc<Shared>,
@@ -158,13 +175,19 @@ struct Worker {
 }
 
 impl Worker {
-    fn spawn(name: &str, port: LinkPort, shared: Arc<Shared>) -> io::Result<()> {
-        let epoll = Epoll::new(EpollCreateFlags::EPOLL_CLOEXEC)?;
-        epoll.add(&shared.wake, EpollEvent::new(EpollFlags::EPOLLIN, WAKE))?;
-        let mut worker =
-            Self { epoll, name: name.into(), port, shared, routes: HashMap::new(), next_token: WAKE + 1 };
+    fn spawn(name: &str, port: LinkPort, shared: Arc<Shared>) -> io::Result<Arc<Epoll>> {
+        let epoll = Arc::new(Epoll::new(EpollCreateFlags::EPOLL_CLOEXEC)?);
+        epoll.add(always_signalled()?, EpollEvent::new(LOOK_ONCE, WAKE))?;
+        let mut worker = Self {
+            epoll: Arc::clone(&epoll),
+            name: name.into(),
+            port,
+            shared,
+            routes: HashMap::new(),
+            next_token: WAKE + 1,
+        };
         thread::Builder::new().name(format!("{name} relay")).spawn(move || worker.run())?;
-        Ok(())
+        Ok(epoll)
     }
 
     fn run(&mut self) {
@@ -192,7 +215,6 @@ impl Worker {
 
     /// Takes what is in the mailbox; false when there is nothing left to relay.
     fn take_mail(&mut self) -> bool {
-        let _ = self.shared.wake.read();
         let shared = Arc::clone(&self.shared);
         let mut mailbox = shared.mailbox();
         let mut signals = std::mem::take(&mut mailbox.signals);
@@ -200,16 +222,16 @@ impl Worker {
             signals.extend(self.rewire(wiring));
         }
         if signals.is_empty() && self.routes.is_empty() {
-            mailbox.running = false;
+            mailbox.epoll = None;
             return false;
+        }
+        // Looks once more: with nothing wired this was all there was to do.
+        if self.routes.is_empty() {
+            shared.wake(&mailbox);
         }
         drop(mailbox);
         for eventfd in &signals {
             signal(eventfd);
-        }
-        // Looks once more: with nothing wired this was all there was to do.
-        if self.routes.is_empty() {
-            shared.wake();
         }
         true
     }
@@ -291,7 +313,7 @@ mod tests {
         let shared = Arc::clone(&relay.shared);
         drop(relay);
         let end = Instant::now() + Duration::from_secs(5);
-        while shared.mailbox().running {
+        while shared.mailbox().epoll.is_some() {
             assert!(Instant::now() < end, "the thread does not end");
             thread::sleep(Duration::from_millis(1));
         }

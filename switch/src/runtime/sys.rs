@@ -1,4 +1,5 @@
-//! The broker's only `unsafe` code: one question to the kernel that no crate in use asks.
+//! One question to the kernel that no crate in use asks. With `session::sys` the broker's only
+//! `unsafe` code.
 #![allow(unsafe_code)]
 
 use std::io;

@@ -5,10 +5,9 @@
 //! takes after it only; and IOMMU_PUSH, which is this project's own
 //! (`docs/vhost-user-extensions.md`).
 
-use std::io::{self, IoSliceMut, Read};
+use std::io::{self, IoSliceMut};
 use std::mem::MaybeUninit;
-use std::os::fd::{AsFd, AsRawFd, OwnedFd};
-use std::os::unix::net::UnixStream;
+use std::os::fd::{AsRawFd, BorrowedFd, OwnedFd};
 use std::time::Duration;
 
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
@@ -98,7 +97,7 @@ fn long(bytes: &[u8], index: usize) -> u64 {
 ///
 /// # Errors
 /// When the socket fails, or the message's size is wrong.
-pub fn next(stream: &mut UnixStream) -> io::Result<Next> {
+pub fn next(stream: BorrowedFd<'_>) -> io::Result<Next> {
     let mut header = [0; HEADER_LEN];
     let mut pause = Duration::from_millis(1);
     loop {
@@ -130,7 +129,7 @@ pub fn next(stream: &mut UnixStream) -> io::Result<Next> {
     let message = &mut message[..HEADER_LEN + size];
     let (len, mut files) = receive(stream, message)?;
     // What was looked at before is what comes: nobody else reads.
-    stream.read_exact(message.get_mut(len..).unwrap_or_default()).map_err(|error| match error.kind() {
+    read_exact(stream, message.get_mut(len..).unwrap_or_default()).map_err(|error| match error.kind() {
         io::ErrorKind::UnexpectedEof => {
             invalid(format!("{} ended in the middle of its payload", code.name()))
         }
@@ -143,7 +142,7 @@ pub fn next(stream: &mut UnixStream) -> io::Result<Next> {
 /// Receives bytes and their descriptors. More than the buffer holds are closed by
 /// the kernel. (`ScmSocket::recv_with_fd` of vmm-sys-util 0.15 leaks the second of two
 /// descriptors: the kernel fills the padding of its buffer with it.)
-fn receive(stream: &UnixStream, bytes: &mut [u8]) -> io::Result<(usize, Vec<OwnedFd>)> {
+fn receive(stream: BorrowedFd<'_>, bytes: &mut [u8]) -> io::Result<(usize, Vec<OwnedFd>)> {
     let mut space = [MaybeUninit::uninit(); rustix::cmsg_space!(ScmRights(2))];
     let mut ancillary = RecvAncillaryBuffer::new(&mut space);
     let message = recvmsg(stream, &mut [IoSliceMut::new(bytes)], &mut ancillary, RecvFlags::CMSG_CLOEXEC)?;
@@ -159,14 +158,27 @@ fn receive(stream: &UnixStream, bytes: &mut [u8]) -> io::Result<(usize, Vec<Owne
     Ok((message.bytes, files))
 }
 
+/// Fills `bytes`, however long that takes.
+fn read_exact(stream: BorrowedFd<'_>, mut bytes: &mut [u8]) -> io::Result<()> {
+    while !bytes.is_empty() {
+        match recv(stream.as_raw_fd(), bytes, MsgFlags::empty()) {
+            Ok(0) => return Err(io::ErrorKind::UnexpectedEof.into()),
+            Ok(len) => bytes = bytes.get_mut(len..).unwrap_or_default(),
+            Err(nix::Error::EINTR) => {}
+            Err(error) => return Err(error.into()),
+        }
+    }
+    Ok(())
+}
+
 fn invalid(reason: String) -> io::Error {
     io::Error::new(io::ErrorKind::InvalidData, reason)
 }
 
 /// Whether the front-end will send nothing more; waits up to `pause` for that.
-fn ended(stream: &UnixStream, pause: Duration) -> io::Result<bool> {
+fn ended(stream: BorrowedFd<'_>, pause: Duration) -> io::Result<bool> {
     let hang_up = PollFlags::from_bits_retain(nix::libc::POLLRDHUP);
-    let mut wait = [PollFd::new(stream.as_fd(), hang_up)];
+    let mut wait = [PollFd::new(stream, hang_up)];
     let pause = PollTimeout::try_from(pause).unwrap_or(PollTimeout::ZERO);
     match poll(&mut wait, pause) {
         Ok(count) => Ok(count > 0),

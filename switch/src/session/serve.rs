@@ -2,51 +2,41 @@
 //! answered, until the front-end leaves, errs, or the link ends the session. A
 //! front-end that stalls in mid-message stalls this thread and nothing else.
 
-use std::os::unix::net::UnixStream;
-use std::sync::Arc;
+use std::os::fd::AsFd;
 
 use crossbeam_channel::Receiver;
 use tracing::debug;
-use vhost::vhost_user::{BackendReqHandler, Error};
+use vhost::vhost_user::Error;
 
 use super::decode::Decoder;
 use super::intercept::{self, Next};
+use super::sys::Connection;
 use crate::link::message::Reply;
 use crate::link::{Fault, Side};
 use crate::runtime::{Input, LinkPort, SessionId};
 
-/// Serves one front-end's connection until it ends; tells the link.
-pub fn serve(mut stream: UnixStream, port: &LinkPort, side: Side, session: SessionId) {
-    let decoder = Arc::new(Decoder::new(port.clone(), side, session));
-    let fault = match stream.try_clone() {
-        Ok(clone) => {
-            let mut handler = BackendReqHandler::from_stream(clone, Arc::clone(&decoder));
-            messages(&mut stream, &mut handler, &decoder)
-        }
-        Err(error) => Some(Fault::Message(format!("the socket cannot be used: {error}"))),
-    };
+/// Serves one front-end's connection, whose messages `decoder` takes, until it ends; tells the
+/// link.
+pub fn serve(mut connection: Connection, decoder: &Decoder, port: &LinkPort, side: Side, session: SessionId) {
+    let fault = messages(&mut connection, decoder);
     port.send(Input::Ended { side, session, fault });
 }
 
 /// Handles messages until the session ends; gives the fault that ended it, if the
 /// link does not know it already.
-fn messages(
-    stream: &mut UnixStream,
-    handler: &mut BackendReqHandler<Decoder>,
-    decoder: &Decoder,
-) -> Option<Fault> {
+fn messages(connection: &mut Connection, decoder: &Decoder) -> Option<Fault> {
     // The answer to the message before, which the front-end is sent by somebody else: this
     // thread goes on waiting for the next message, and is not woken in between.
     let mut open: Option<Receiver<Reply>> = None;
     loop {
-        let next = intercept::next(stream);
+        let next = intercept::next(connection.as_fd());
         if let Some(answer) = open.take()
             && !matches!(answer.recv(), Ok(Reply::Done | Reply::Declined))
         {
             return None;
         }
         match next {
-            Ok(Next::Ordinary) => match handler.handle_request() {
+            Ok(Next::Ordinary) => match connection.handle_request() {
                 Ok(()) => {}
                 Err(_) if decoder.take_declined() => {}
                 Err(error) => return decoder.take_fault().or_else(|| fault_of(error)),

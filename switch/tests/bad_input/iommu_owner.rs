@@ -131,8 +131,8 @@ pub fn answer(channel: &UnixStream, payload: &[u8]) {
 pub struct Peer {
     raw: Raw,
     window: JoinHandle<()>,
-    link: File,
-    control: File,
+    link: Area,
+    control: Area,
     doorbell: File,
     avail: u16,
     attached: u64,
@@ -164,7 +164,7 @@ impl Peer {
     /// request. Gives the slot in which it is.
     pub fn gives(&mut self, command: u16, iova: u64, len: u32) -> u16 {
         let mut bytes = [0; 8];
-        self.link.read_exact_at(&mut bytes, abi::LINK_OFFSET + 8).unwrap();
+        self.link.read_exact_at(&mut bytes, 8).unwrap();
         let generation = u64::from_le_bytes(bytes);
         if self.attached != generation {
             self.attached = generation;
@@ -232,26 +232,45 @@ impl Peer {
     }
 }
 
-fn area(mapped: &Receiver<(u64, File)>, wanted: u64) -> File {
+/// A part of a file that is mapped into the window.
+pub struct Area {
+    /// Where in the window.
+    offset: u64,
+    file: File,
+    /// Where in the file.
+    start: u64,
+}
+
+impl Area {
+    fn read_exact_at(&self, bytes: &mut [u8], at: u64) -> std::io::Result<()> {
+        self.file.read_exact_at(bytes, self.start + at)
+    }
+
+    fn write_all_at(&self, bytes: &[u8], at: u64) -> std::io::Result<()> {
+        self.file.write_all_at(bytes, self.start + at)
+    }
+}
+
+fn area(mapped: &Receiver<Area>, wanted: u64) -> Area {
     loop {
-        let (offset, file) = mapped.recv_timeout(PATIENCE).unwrap();
-        if offset == wanted {
-            return file;
+        let area = mapped.recv_timeout(PATIENCE).unwrap();
+        if area.offset == wanted {
+            return area;
         }
     }
 }
 
 /// Answers every change of the window with "done"; passes on what is mapped.
-fn agree(mut channel: UnixStream, areas: &std::sync::mpsc::Sender<(u64, File)>) {
+fn agree(mut channel: UnixStream, areas: &std::sync::mpsc::Sender<Area>) {
     loop {
         let mut bytes = [0; 12 + 40];
         let Ok((len, file)) = channel.recv_with_fd(&mut bytes) else { return };
         if len == 0 || len < bytes.len() && channel.read_exact(&mut bytes[len..]).is_err() {
             return;
         }
-        let offset = u64::from_ne_bytes(bytes[28..36].try_into().unwrap());
+        let [start, offset] = [20, 28].map(|at| u64::from_ne_bytes(bytes[at..at + 8].try_into().unwrap()));
         if let Some(file) = file {
-            let _ = areas.send((offset, file));
+            let _ = areas.send(Area { offset, file, start });
         }
         let request = u32::from_ne_bytes(bytes[..4].try_into().unwrap());
         if channel.send_with_fds(&[message(request, VERSION | REPLY, &longs(&[0])).as_slice()], &[]).is_err()
