@@ -168,13 +168,14 @@ impl Table {
 pub struct Translation {
     table: Arc<Table>,
     last: Mapping,
+    searches: u64,
 }
 
 impl Translation {
     /// From mappings sorted by `iova` that do not overlap.
     pub fn new(mappings: &[Mapping]) -> Self {
         let table = Table::new(mappings);
-        Self { last: table.ranges.first().copied().unwrap_or_default(), table: Arc::new(table) }
+        Self { last: table.ranges.first().copied().unwrap_or_default(), table: Arc::new(table), searches: 0 }
     }
 
     /// Where the `len` bytes at `iova` are in the window, bytes from its start, if they
@@ -203,7 +204,13 @@ impl Translation {
         found.then(|| self.last.window_offset.wrapping_add(into))
     }
 
+    /// How often a buffer was not in the range of the one before, and was searched for.
+    pub fn searches(&self) -> u64 {
+        self.searches
+    }
+
     fn search(&mut self, iova: u64, len: u32, access: Access) -> Result<u64, FaultKind> {
+        self.searches += 1;
         let (_, mapping) = self.table.before(iova).ok_or(FaultKind::Unmapped)?;
         let found = mapping.place(iova, len, access).ok_or(FaultKind::Unmapped)?;
         self.last = *mapping;

@@ -1,5 +1,5 @@
-//! In the steady state nothing is allocated: a million packets through an owner's port and a
-//! peer's, each way and each way to receive.
+//! In the steady state nothing is allocated, and no buffer is searched for in the mapping table: a
+//! million packets through an owner's port and a peer's, each way and each way to receive.
 #![allow(clippy::unwrap_used, missing_docs)]
 
 mod net_support;
@@ -33,6 +33,8 @@ fn check(config: OwnerConfig, mut way: impl FnMut(usize, &mut OwnerPort, &mut Pe
     let packets = if config == OwnerConfig::default() { PACKETS } else { FEWER };
     let allocated = measure(|| way(packets, &mut owner, &mut peer));
     assert_eq!((allocated.count_total, allocated.bytes_total), (0, 0), "allocations and bytes, {config:?}");
+    // One range of memory: it is the first buffer's, and each other's.
+    assert_eq!(peer.searches(), 0, "{config:?}");
 }
 
 fn configs() -> impl Iterator<Item = OwnerConfig> {

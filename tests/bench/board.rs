@@ -15,6 +15,7 @@ const PACKETS: u64 = 0;
 const BYTES: u64 = 8;
 const SAMPLED: u64 = 16;
 const CORRUPTED: u64 = 24;
+const SEARCHES: u64 = 32;
 
 /// What is on it.
 #[derive(Clone, Copy, Debug, Default)]
@@ -27,6 +28,8 @@ pub struct Numbers {
     pub sampled: u64,
     /// Packets with a wrong length, and those sampled with a wrong byte.
     pub corrupted: u64,
+    /// Buffers that were searched for in the mapping table.
+    pub searches: u64,
 }
 
 /// The page, in a file.
@@ -50,8 +53,15 @@ impl Board {
 
     /// Writes all of it: plain stores to one line, which nobody else reads but now and then.
     pub fn write(&self, numbers: &Numbers) {
-        let Numbers { packets, bytes, sampled, corrupted } = *numbers;
-        for (at, number) in [(SAMPLED, sampled), (CORRUPTED, corrupted), (BYTES, bytes), (PACKETS, packets)] {
+        let Numbers { packets, bytes, sampled, corrupted, searches } = *numbers;
+        let numbers = [
+            (SAMPLED, sampled),
+            (CORRUPTED, corrupted),
+            (SEARCHES, searches),
+            (BYTES, bytes),
+            (PACKETS, packets),
+        ];
+        for (at, number) in numbers {
             // The page is as long as `open` mapped it.
             let _ = self.0.store_u64_release(at, number);
         }
@@ -65,6 +75,7 @@ impl Board {
             bytes: number(BYTES)?,
             sampled: number(SAMPLED)?,
             corrupted: number(CORRUPTED)?,
+            searches: number(SEARCHES)?,
         })
     }
 }

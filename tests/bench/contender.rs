@@ -86,8 +86,8 @@ pub trait Running {
         None
     }
     /// Bytes that were copied for each packet, if it counts them. Nothing runs any more afterwards.
-    fn copied_per_packet(&mut self) -> Option<f64> {
-        None
+    fn copied_per_packet(&mut self) -> Result<Option<f64>> {
+        Ok(None)
     }
     /// What its programs have written, for who wants to know why it failed.
     fn logs(&self) -> String {

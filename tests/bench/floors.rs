@@ -6,7 +6,7 @@ use std::sync::atomic::{AtomicU8, AtomicU64, Ordering};
 use std::thread;
 use std::time::{Duration, Instant};
 
-use anyhow::Result;
+use anyhow::{Context, Result};
 
 use crate::contender::{Contender, Count, Kind, Running};
 use crate::host::{RECEIVER, SENDER, pin_this_thread};
@@ -111,6 +111,58 @@ impl Contender for Spsc {
                 let from = vec![1; BATCH * size];
                 move || {
                     producer.send(black_box(&from));
+                    0
+                }
+            },
+            size,
+        );
+        Ok(Box::new(threads))
+    }
+}
+
+/// The same ring with messages of one cache line, each copied by two instructions where the processor
+/// has them.
+pub struct SpscLines;
+
+impl Contender for SpscLines {
+    fn name(&self) -> &'static str {
+        "SPSC ring of lines"
+    }
+
+    fn about(&self) -> &'static str {
+        "the same for messages of one cache line only, copied by AVX-512 loads and stores without a call"
+    }
+
+    fn kind(&self) -> Kind {
+        Kind::Floor
+    }
+
+    fn sizes(&self, asked: &[usize]) -> Vec<usize> {
+        asked.iter().copied().filter(|size| *size == sys::LINE).collect()
+    }
+
+    fn start(&self, size: usize) -> Result<Box<dyn Running>> {
+        let (mut producer, mut consumer) = sys::ring(SLOTS, size);
+        let copy = sys::LineCopy::new().context("this processor has no AVX-512")?;
+        let mut threads = Threads::default();
+        threads.spawn(
+            RECEIVER,
+            move || {
+                let mut into = vec![[0; sys::LINE]; BATCH];
+                move || {
+                    let count = consumer.receive_lines(&mut into, copy);
+                    black_box(&into);
+                    count
+                }
+            },
+            size,
+        );
+        threads.spawn(
+            SENDER,
+            move || {
+                let from = vec![[1; sys::LINE]; BATCH];
+                move || {
+                    producer.send_lines(black_box(&from), copy);
                     0
                 }
             },

@@ -6,23 +6,24 @@ use std::time::Instant;
 use anyhow::Result;
 use vhost_pci_tests::Process;
 
+use crate::allocations::Answering;
 use crate::board::Board;
 use crate::broker::{Broker, SOON, this_program};
 use crate::contender::{Count, Verdict};
 use crate::host::RECEIVER;
-use crate::peer::Content;
+use crate::peer::{Content, Contract};
 
 /// The link, with its processes.
 pub struct Link {
     // First the peer ends, then the broker with its directory.
-    peer: Process,
+    peer: Answering,
     board: Board,
     broker: Broker,
 }
 
 impl Link {
     /// A running broker and peer, which waits for packets of so many bytes.
-    pub fn open(size: usize, content: Content) -> Result<Self> {
+    pub fn open(size: usize, content: Content, contract: Contract) -> Result<Self> {
         let broker = Broker::start(1)?;
         let board = Board::create(&broker.path("board"))?;
         let content = match content {
@@ -31,9 +32,9 @@ impl Link {
         };
         let mut command = this_program(RECEIVER, "peer")?;
         command.arg("--socket").arg(broker.peer_socket(0)).arg("--board").arg(broker.path("board"));
-        command.args(["--size", &size.to_string(), "--content", content]);
-        let mut peer = Process::spawn("peer", command, &broker.path("peer.log"))?;
-        peer.wait_log("the device is started", SOON)?;
+        command.args(["--size", &size.to_string(), "--content", content, "--contract", contract.word()]);
+        let mut peer = Answering::spawn("peer", command, &broker.path("peer.log"))?;
+        peer.process().wait_log("the device is started", SOON)?;
         Ok(Self { peer, board, broker })
     }
 
@@ -49,7 +50,17 @@ impl Link {
 
     /// The receiver's process.
     pub fn peer(&mut self) -> &mut Process {
-        &mut self.peer
+        self.peer.process()
+    }
+
+    /// How often the receiver has allocated.
+    pub fn peer_allocations(&mut self) -> Result<u64> {
+        self.peer.allocations()
+    }
+
+    /// Buffers that the receiver has searched for in the mapping table.
+    pub fn searches(&self) -> Result<u64> {
+        Ok(self.board.read()?.searches)
     }
 
     /// The processes' ids.

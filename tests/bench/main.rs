@@ -8,14 +8,17 @@
 //! | `probe`, `host` | where the processors are, and who else uses them |
 //! | `contender` | what can be measured |
 //! | `ours`, `dpdk`, `switch`, `floors` | what is |
+//! | `latency`, `counts` | round trips of packets; system calls, allocations, translations |
 //! | `broker`, `link`, `peer`, `board` | a broker, a link, our receiver's process, and its counters |
 //! | `testpmd` | DPDK's program, as sender or receiver |
 //! | `sys` | a bare ring: the only `unsafe` |
 //! | `report`, `ratios`, `plot` | the table and the JSON object; the SVG |
 
+mod allocations;
 mod board;
 mod broker;
 mod contender;
+mod counts;
 mod dpdk;
 mod floors;
 mod host;
@@ -35,10 +38,11 @@ mod testpmd;
 use std::fs;
 use std::path::PathBuf;
 use std::process::ExitCode;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
-use anyhow::{Context, Result, ensure};
+use anyhow::{Context, Result, anyhow, ensure};
 use clap::{Parser, Subcommand};
+use guest_driver_model::programs::owner::{self, OwnerArgs};
 use guest_driver_model::programs::stop::Stop;
 
 use crate::contender::Contender;
@@ -60,11 +64,11 @@ struct Cli {
     /// Rounds, in each of which every contender has its turn with every size
     #[arg(long, value_parser = clap::value_parser!(u32).range(1..=1000))]
     rounds: Option<u32>,
-    /// Packet sizes, bytes
-    #[arg(long, value_delimiter = ',', default_values_t = [64, 256, 1500],
-        value_parser = clap::value_parser!(u16).range(60..=1514))]
+    /// Packet sizes, bytes: 64, 256 and 1500, or 64 and 1500 of a quick run
+    #[arg(long, value_delimiter = ',', value_parser = clap::value_parser!(u16).range(60..=1514))]
     sizes: Vec<u16>,
-    /// Only contenders with one of these in their names; `round trip` stands for the latency
+    /// Only contenders with one of these in their names; `round trip` stands for the latency,
+    /// `counts` for system calls and allocations
     #[arg(long, value_delimiter = ',')]
     only: Vec<String>,
     /// Draw a plot
@@ -79,14 +83,22 @@ struct Cli {
 enum Role {
     #[command(hide = true)]
     Peer(peer::Args),
+    /// As `vhost-pci-guest owner`, and says how often it allocates.
+    #[command(hide = true)]
+    Owner(Box<OwnerArgs>),
 }
 
 /// Rounds, unless told otherwise; those of a quick run end by the clock if it comes to that.
 const ROUNDS: u32 = 6;
 const QUICK_ROUNDS: u32 = 3;
-const QUICK: Duration = Duration::from_secs(290);
+/// Ends before this, all in all, as a start takes up to 5 seconds.
+const QUICK: Duration = Duration::from_secs(285);
 /// Windows a start.
 const WINDOWS: usize = 2;
+const QUICK_WINDOWS: usize = 1;
+/// Sizes, unless told otherwise.
+const SIZES: [u16; 3] = [64, 256, 1500];
+const QUICK_SIZES: [u16; 2] = [64, 1500];
 
 fn main() -> ExitCode {
     let level = tracing_subscriber::filter::LevelFilter::INFO;
@@ -94,6 +106,10 @@ fn main() -> ExitCode {
     let cli = Cli::parse();
     let result = match cli.role {
         Some(Role::Peer(args)) => peer::run(args),
+        Some(Role::Owner(args)) => {
+            allocations::answer();
+            owner::run(&args).map_err(|error| anyhow!(error)).context("the owner")
+        }
         None => compare(&cli),
     };
     match result {
@@ -106,14 +122,17 @@ fn main() -> ExitCode {
 }
 
 fn contenders(only: &[String]) -> Vec<Box<dyn Contender>> {
-    let mut all: Vec<Box<dyn Contender>> = vec![Box::new(ours::Ours)];
-    all.extend(dpdk::PAIRS.into_iter().map(|pair| Box::new(pair) as Box<dyn Contender>));
-    all.extend(switch::SWITCHES.into_iter().map(|switch| Box::new(switch) as Box<dyn Contender>));
-    all.extend([
-        Box::new(ours::IntoOurs) as Box<dyn Contender>,
-        Box::new(floors::Memcpy),
-        Box::new(floors::Spsc),
-    ]);
+    fn boxed<C: Contender + 'static>(some: impl IntoIterator<Item = C>) -> Vec<Box<dyn Contender>> {
+        some.into_iter().map(|contender| Box::new(contender) as Box<dyn Contender>).collect()
+    }
+    let mut all = boxed(ours::OURS);
+    all.extend(boxed(dpdk::PAIRS));
+    all.extend(boxed(ours::INTO_OURS));
+    all.extend(boxed(switch::OURS));
+    all.extend(boxed(switch::VHOST));
+    all.extend(boxed([floors::Memcpy]));
+    all.extend(boxed([floors::Spsc]));
+    all.extend(boxed([floors::SpscLines]));
     all.retain(|contender| {
         only.is_empty() || only.iter().any(|word| contender.name().contains(word.as_str()))
     });
@@ -122,22 +141,29 @@ fn contenders(only: &[String]) -> Vec<Box<dyn Contender>> {
 
 fn compare(cli: &Cli) -> Result<()> {
     let (contenders, latency) = (contenders(&cli.only), latency::chosen(&cli.only));
-    ensure!(!contenders.is_empty() || !latency.is_empty(), "nothing to measure has such a name");
     // Before the first measurement: a machine with one processor has nothing to compare.
     probe::round_trip().context("two processors, 0 and 1, are needed")?;
+    let sizes = match (cli.sizes.as_slice(), cli.quick) {
+        ([], false) => &SIZES[..],
+        ([], true) => &QUICK_SIZES[..],
+        (sizes, _) => sizes,
+    };
+    let begin = Instant::now();
     let plan = Plan {
-        sizes: cli.sizes.iter().map(|size| usize::from(*size)).collect(),
+        sizes: sizes.iter().map(|size| usize::from(*size)).collect(),
         rounds: cli.rounds.unwrap_or(if cli.quick { QUICK_ROUNDS } else { ROUNDS }) as usize,
-        windows: WINDOWS,
-        limit: cli.quick.then_some(QUICK),
+        windows: if cli.quick { QUICK_WINDOWS } else { WINDOWS },
+        until: cli.quick.then_some(begin + QUICK),
         latency,
     };
     let machine = Machine::this(testpmd::version(), testpmd::has_hugepages());
     eprintln!("compare: {}", machine.line());
     // So that processes and directories go before this one does.
     let stop = Stop::on_signals().context("signal handlers")?;
+    let counts = (cli.only.is_empty() || cli.only.iter().any(|word| "counts".contains(word.as_str())))
+        .then(counts::take);
     let measured = measure::measure(&contenders, &plan, &stop);
-    let report = Report::new(machine, &contenders, &measured);
+    let report = Report::new(machine, &contenders, &measured, counts);
     if let Some(path) = &cli.svg {
         fs::write(path, plot::svg(&report.results)).with_context(|| path.display().to_string())?;
         eprintln!("compare: the plot is in {}", path.display());

@@ -44,7 +44,7 @@ pub struct Plan {
     /// Windows of a contender a start.
     pub windows: usize,
     /// No contender is started later than this.
-    pub limit: Option<Duration>,
+    pub until: Option<Instant>,
     /// Places among [`MODES`] of round trips.
     pub latency: Vec<usize>,
 }
@@ -113,7 +113,7 @@ pub fn measure(contenders: &[Box<dyn Contender>], plan: &Plan, stop: &Stop) -> M
             else {
                 continue;
             };
-            if plan.limit.is_some_and(|limit| begin.elapsed() > limit) {
+            if plan.until.is_some_and(|until| Instant::now() > until) {
                 eprintln!("compare: round {} ends before its time, which is over", round + 1);
                 break 'rounds;
             }
@@ -140,7 +140,7 @@ pub fn measure(contenders: &[Box<dyn Contender>], plan: &Plan, stop: &Stop) -> M
             }
         }
         for mode in &plan.latency {
-            if stop.is_requested() || plan.limit.is_some_and(|limit| begin.elapsed() > limit) {
+            if stop.is_requested() || plan.until.is_some_and(|until| Instant::now() > until) {
                 break 'rounds;
             }
             wait_until_quiet();
@@ -172,7 +172,7 @@ fn take_latency(mode: usize, measured: &mut Measured) {
 }
 
 /// Waits for others to leave the processors alone; not for ever.
-fn wait_until_quiet() {
+pub fn wait_until_quiet() {
     let begin = Instant::now();
     while begin.elapsed() < QUIET {
         let Ok(before) = Ticks::now(&[]) else { return };
@@ -249,7 +249,7 @@ fn watch(
         taken.iter_mut().for_each(|window| window.mpps = 0.0);
     }
     measured.windows.extend(taken);
-    if let Some(copied) = running.copied_per_packet() {
+    if let Some(copied) = running.copied_per_packet()? {
         line += &format!("; {copied:.1} bytes copied a packet");
         measured.copied.push((at, size, copied));
     }

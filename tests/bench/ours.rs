@@ -9,30 +9,74 @@ use crate::broker::guest;
 use crate::contender::{Contender, Count, Kind, Running, Verdict, signal_all};
 use crate::host::SENDER;
 use crate::link::Link;
-use crate::peer::Content;
+use crate::peer::{Content, Contract};
 use crate::testpmd::{Role, Testpmd};
 
 /// Our owner into our peer.
-pub struct Ours;
+pub struct Ours {
+    name: &'static str,
+    about: &'static str,
+    kind: Kind,
+    contract: Contract,
+    /// The owner's rings.
+    rings: &'static [&'static str],
+}
+
+/// The owner's options for packed rings.
+const OUR_PACKED: &[&str] = &["--packed", "--in-order"];
+
+/// All that are measured.
+pub const OURS: [Ours; 4] = [
+    Ours {
+        name: "ours copy",
+        about: "our owner, which writes every byte of each packet, -> our peer, which takes a private copy of \
+                each; split rings",
+        kind: Kind::Ours,
+        contract: Contract::Copy,
+        rings: &[],
+    },
+    Ours {
+        name: "ours copy packed",
+        about: "the same, packed rings, in order",
+        kind: Kind::Ours,
+        contract: Contract::Copy,
+        rings: OUR_PACKED,
+    },
+    Ours {
+        name: "ours in place",
+        about: "our owner, which writes every byte of each packet, -> our peer, which reads the first 64 bytes \
+                of each where they lie; split rings",
+        kind: Kind::InPlace,
+        contract: Contract::InPlace,
+        rings: &[],
+    },
+    Ours {
+        name: "ours in place packed",
+        about: "the same, packed rings, in order",
+        kind: Kind::InPlace,
+        contract: Contract::InPlace,
+        rings: OUR_PACKED,
+    },
+];
 
 impl Contender for Ours {
     fn name(&self) -> &'static str {
-        "ours copy"
+        self.name
     }
 
     fn about(&self) -> &'static str {
-        "our owner, which writes every byte of each packet, -> our peer, which takes a private copy of each"
+        self.about
     }
 
     fn kind(&self) -> Kind {
-        Kind::Ours
+        self.kind
     }
 
     fn start(&self, size: usize) -> Result<Box<dyn Running>> {
-        let link = Link::open(size, Content::Pattern)?;
+        let link = Link::open(size, Content::Pattern, self.contract)?;
         let mut command = guest(SENDER)?;
         command.args(["owner", "--mode", "gen", "--check", "none", "--wait", "poll", "--json"]);
-        command.args(["--size", &size.to_string(), "--socket"]).arg(link.owner_socket());
+        command.args(self.rings).args(["--size", &size.to_string(), "--socket"]).arg(link.owner_socket());
         let owner = Process::spawn("owner", command, &link.path("owner.log"))?;
         Ok(Box::new(OursRunning { owner, link }))
     }
@@ -74,15 +118,34 @@ impl Running for OursRunning {
 }
 
 /// DPDK's front-end into our peer.
-pub struct IntoOurs;
+pub struct IntoOurs {
+    name: &'static str,
+    about: &'static str,
+    /// Of its device.
+    options: &'static str,
+}
+
+/// All that are measured.
+pub const INTO_OURS: [IntoOurs; 2] = [
+    IntoOurs {
+        name: "virtio-user into ours, split",
+        about: "net_virtio_user -> our peer, which takes a private copy of each packet; split ring",
+        options: SPLIT,
+    },
+    IntoOurs {
+        name: "virtio-user into ours, packed",
+        about: "the same, packed ring, in order, no mergeable buffers, vectorised",
+        options: PACKED,
+    },
+];
 
 impl Contender for IntoOurs {
     fn name(&self) -> &'static str {
-        "virtio-user into ours"
+        self.name
     }
 
     fn about(&self) -> &'static str {
-        "net_virtio_user (offers packed, in order, vectorised) -> our peer, which takes a private copy of each"
+        self.about
     }
 
     fn kind(&self) -> Kind {
@@ -90,8 +153,8 @@ impl Contender for IntoOurs {
     }
 
     fn start(&self, size: usize) -> Result<Box<dyn Running>> {
-        let link = Link::open(size, Content::Testpmd)?;
-        let device = format!("net_virtio_user0,path={},{PACKED}", link.owner_socket().display());
+        let link = Link::open(size, Content::Testpmd, Contract::Copy)?;
+        let device = format!("net_virtio_user0,path={},{}", link.owner_socket().display(), self.options);
         let owner = Testpmd::start(&link.path(""), Role::Sender(size), &[device])?;
         Ok(Box::new(IntoOursRunning { owner, link }))
     }

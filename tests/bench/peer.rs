@@ -1,22 +1,48 @@
 //! The process that is our receiver: the library's peer loop with a program that counts. It takes a
-//! private copy of each packet (the *copy* contract), looks at its length, and at every byte of
-//! one packet in a few thousand.
+//! private copy of each packet (the *copy* contract) or reads its beginning where it lies (*in
+//! place*), looks at its length, and at every byte of one packet in a few thousand.
 
+use std::hint::black_box;
 use std::path::PathBuf;
 
 use anyhow::{Context, Result, anyhow};
-use guest_driver_model::net::PacketBurst;
+use guest_driver_model::net::{LentBurst, PacketBurst};
 use guest_driver_model::programs::device::DeviceArgs;
 use guest_driver_model::programs::pattern::Checker;
 use guest_driver_model::programs::peer_loop::{self, PeerArgs, PeerProgram};
 use guest_driver_model::programs::traffic::Traffic;
 use guest_driver_model::programs::wire::{BURST, Wire};
 
+use crate::allocations;
 use crate::board::{Board, Numbers};
 
 /// One packet in so many bursts is looked at: often enough to find what goes wrong within a
 /// second, too rarely to be what is measured.
 const SAMPLE: u64 = 64;
+
+/// No packet is longer, bytes.
+const LONGEST: usize = 2048;
+/// What a receiver in place reads of each packet, bytes.
+const HEAD: usize = 64;
+
+/// Where packets are when the receiver looks at them.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, clap::ValueEnum)]
+pub enum Contract {
+    /// In its own memory, all of each.
+    Copy,
+    /// In the owner's: it reads the first [`HEAD`] bytes of each.
+    InPlace,
+}
+
+impl Contract {
+    /// As the process is told.
+    pub const fn word(self) -> &'static str {
+        match self {
+            Self::Copy => "copy",
+            Self::InPlace => "in-place",
+        }
+    }
+}
 
 /// Whose packets they are.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, clap::ValueEnum)]
@@ -42,13 +68,20 @@ pub struct Args {
     /// Whose packets they are.
     #[arg(long, value_enum)]
     content: Content,
+    /// Where it looks at packets.
+    #[arg(long, value_enum)]
+    contract: Contract,
 }
 
 /// Runs until it is ended.
 pub fn run(args: Args) -> Result<()> {
+    allocations::answer();
     let mut program = Counting {
         board: Board::open(&args.board)?,
-        burst: PacketBurst::with_capacity(BURST, 2048),
+        burst: match args.contract {
+            Contract::Copy => Burst::Copied(PacketBurst::with_capacity(BURST, 2048)),
+            Contract::InPlace => Burst::Lent(LentBurst::with_capacity(BURST)),
+        },
         size: args.size,
         content: args.content,
         bursts: 0,
@@ -59,10 +92,16 @@ pub fn run(args: Args) -> Result<()> {
     peer_loop::run(&args, "compare", &mut program).map_err(|error| anyhow!(error)).context("the peer")
 }
 
+/// The packets at hand.
+enum Burst {
+    Copied(PacketBurst),
+    Lent(LentBurst),
+}
+
 /// The program.
 struct Counting {
     board: Board,
-    burst: PacketBurst,
+    burst: Burst,
     size: usize,
     content: Content,
     bursts: u64,
@@ -71,23 +110,41 @@ struct Counting {
 
 impl PeerProgram for Counting {
     fn poll(&mut self, wire: &mut Wire<'_>) -> usize {
-        let received = wire.receive(0, &mut self.burst);
-        if received == 0 {
-            return 0;
+        let sample = self.next_sample();
+        let (size, content, numbers) = (self.size, self.content, &mut self.numbers);
+        let received = match &mut self.burst {
+            Burst::Copied(burst) => {
+                let received = wire.receive(0, burst);
+                burst.frames().for_each(|frame| numbers.count(frame.len(), size));
+                let sample = sample.filter(|_| received > 0);
+                if let Some(packet) = sample.and_then(|sample| burst.packet(sample % received)) {
+                    numbers.look(packet.frame, content);
+                }
+                received
+            }
+            Burst::Lent(burst) => {
+                let lent = wire.lend(0, burst);
+                for packet in burst.iter() {
+                    numbers.count(packet.len(), size);
+                    black_box(packet.head::<HEAD>());
+                }
+                let sample = sample.filter(|_| lent > 0);
+                if let Some(packet) = sample.and_then(|sample| burst.packet(sample % lent)) {
+                    let mut frame = [0; LONGEST];
+                    let len = packet.read(0, &mut frame);
+                    numbers.look(frame.get(..len).unwrap_or_default(), content);
+                }
+                wire.give_back(0, burst);
+                lent
+            }
+        };
+        if received > 0 {
+            self.bursts += 1;
+            if sample.is_some() {
+                self.numbers.searches = wire.searches();
+            }
+            self.board.write(&self.numbers);
         }
-        let (mut bytes, mut wrong) = (0, 0);
-        for frame in self.burst.frames() {
-            bytes += frame.len() as u64;
-            wrong += u64::from(frame.len() != self.size);
-        }
-        self.bursts += 1;
-        if self.bursts.is_multiple_of(SAMPLE) {
-            self.look(received);
-        }
-        self.numbers.packets += received as u64;
-        self.numbers.bytes += bytes;
-        self.numbers.corrupted += wrong;
-        self.board.write(&self.numbers);
         received
     }
 
@@ -97,21 +154,34 @@ impl PeerProgram for Counting {
 }
 
 impl Counting {
-    /// At every byte of a packet of the burst: another place each time.
+    /// Which packet of the next burst is looked at, modulo its length, if one is: another place
+    /// each time.
+    fn next_sample(&self) -> Option<usize> {
+        let next = self.bursts + 1;
+        next.is_multiple_of(SAMPLE).then_some((next / SAMPLE) as usize)
+    }
+}
+
+impl Numbers {
+    fn count(&mut self, len: usize, expected: usize) {
+        self.packets += 1;
+        self.bytes += len as u64;
+        self.corrupted += u64::from(len != expected);
+    }
+
+    /// At every byte of a packet.
     #[cold]
-    fn look(&mut self, received: usize) {
-        let at = (self.bursts / SAMPLE) as usize % received;
-        let Some(packet) = self.burst.packet(at) else { return };
-        let whole = match self.content {
+    fn look(&mut self, frame: &[u8], content: Content) {
+        let whole = match content {
             Content::Pattern => {
                 let mut checker = Checker::new();
-                checker.check(packet.frame);
+                checker.check(frame);
                 checker.verdict().corrupted == 0
             }
-            Content::Testpmd => is_testpmds(packet.frame),
+            Content::Testpmd => is_testpmds(frame),
         };
-        self.numbers.sampled += 1;
-        self.numbers.corrupted += u64::from(!whole);
+        self.sampled += 1;
+        self.corrupted += u64::from(!whole);
     }
 }
 

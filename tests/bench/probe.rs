@@ -194,7 +194,7 @@ mod tests {
 
     #[test]
     fn only_neighbours_are_alike() {
-        assert!(are_alike(100.0, 115.0) && are_alike(115.0, 100.0));
+        assert!(are_alike(100.0, 114.0) && are_alike(114.0, 100.0));
         assert!(!are_alike(100.0, 116.0) && !are_alike(1e6, 1e6));
     }
 }

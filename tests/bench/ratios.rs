@@ -7,6 +7,7 @@ use std::collections::{BTreeMap, BTreeSet};
 use serde::Serialize;
 
 use crate::contender::Kind;
+use crate::counts::Counts;
 use crate::latency::{Latency, POLLED};
 use crate::measure::Window;
 use crate::probe::{Class, are_alike};
@@ -111,7 +112,20 @@ pub struct Figures<'a> {
     pub latency: &'a [Latency],
     /// By size: bytes that our forwarder copied for each packet.
     pub copied: &'a [(usize, f64)],
+    /// What our programs do besides, or why it was not counted.
+    pub counts: Result<&'a Counts, &'a str>,
 }
+
+/// Figures with a target that other programs measure.
+const ELSEWHERE: [(&str, Target, &str); 5] = [
+    ("chain_of_5_hops_packets_per_cpu_second_over_1_hop", Target::AtLeast(0.85), CHAIN),
+    ("1000_links_slowest_up_ms", Target::AtMost(10.0), SCALE),
+    ("1000_links_resident_kib_per_link", Target::AtMost(256.0), SCALE),
+    ("1000_links_threads_per_link", Target::AtMost(4.0), SCALE),
+    ("1000_links_idle_cpu_percent", Target::AtMost(0.0), SCALE),
+];
+const CHAIN: &str = "examples/chain";
+const SCALE: &str = "tests/bench/scale";
 
 type Which = fn(&Row) -> bool;
 
@@ -161,7 +175,50 @@ pub fn all(figures: &Figures<'_>) -> BTreeMap<&'static str, Ratio> {
             most.is_none().then(|| "our forwarder was not measured with packets of that size".into());
         all.insert(name, ratio);
     }
+    all.extend(of_counts(figures.counts));
+    all.extend(
+        ELSEWHERE.map(|(name, target, who)| (name, Ratio::missing(target, format!("{who} measures it")))),
+    );
     all
+}
+
+/// Once a second each program looks whether the broker is there, however many packets pass: less
+/// than this for each packet is nothing.
+const NOTHING: f64 = 1e-6;
+
+fn of_counts(counts: Result<&Counts, &str>) -> [(&'static str, Ratio); 3] {
+    type Share = fn(&Counts) -> f64;
+    let of = |share: Share, target, words: fn(&Counts) -> String| match counts {
+        Err(why) => Ratio::missing(target, why),
+        Ok(counts) => {
+            let share = share(counts);
+            Ratio { note: Some(words(counts)), ..Ratio::new(Some(share), target, [1, 1]) }
+        }
+    };
+    let calls = of(
+        |counts| counts.system_calls.iter().sum::<u64>() as f64 / counts.packets as f64,
+        Target::AtMost(NOTHING),
+        |counts| {
+            let Counts { packets, system_calls_by_name, others_percent, .. } = counts;
+            let calls = system_calls_by_name.join(", ");
+            format!("in {packets} packets: {calls}; others used {others_percent:.0} % of a processor")
+        },
+    );
+    let allocations = of(
+        |counts| counts.allocations.iter().sum::<u64>() as f64 / counts.packets as f64,
+        Target::AtMost(NOTHING),
+        |counts| format!("in {} packets: {:?} by owner and peer", counts.packets, counts.allocations),
+    );
+    let hits = of(
+        |counts| 1.0 - counts.searches as f64 / counts.packets as f64,
+        Target::AtLeast(0.99),
+        |counts| format!("{} of {} buffers were searched for", counts.searches, counts.packets),
+    );
+    [
+        ("system_calls_per_packet", calls),
+        ("allocations_per_packet", allocations),
+        ("translation_last_range_hits", hits),
+    ]
 }
 
 fn of_rates(figures: &Figures<'_>, (_, class, size, above, below, target): &Rates) -> Ratio {
@@ -251,7 +308,9 @@ mod tests {
     }
 
     fn ratio(rows: &[Row], windows: &[Window], name: &str) -> Ratio {
-        all(&Figures { rows, windows, latency: &[], copied: &[] }).remove(name).unwrap()
+        all(&Figures { rows, windows, latency: &[], copied: &[], counts: Err("not counted") })
+            .remove(name)
+            .unwrap()
     }
 
     #[test]

@@ -3,9 +3,11 @@
 use std::collections::BTreeMap;
 use std::fmt::Write;
 
+use anyhow::Result;
 use serde::Serialize;
 
 use crate::contender::{Contender, Kind};
+use crate::counts::Counts;
 use crate::host::Machine;
 use crate::latency;
 use crate::measure::{MOST_OTHERS, Measured};
@@ -63,6 +65,9 @@ pub struct Report {
     contenders: BTreeMap<&'static str, About>,
     /// The figures.
     pub results: Vec<Row>,
+    /// Of the steady state.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    counts: Option<Counts>,
     /// Round trips of packets.
     latency: Vec<latency::Row>,
     ratios: BTreeMap<&'static str, Ratio>,
@@ -95,7 +100,12 @@ impl Spread {
 
 impl Report {
     /// From what was measured.
-    pub fn new(machine: Machine, contenders: &[Box<dyn Contender>], measured: &Measured) -> Self {
+    pub fn new(
+        machine: Machine,
+        contenders: &[Box<dyn Contender>],
+        measured: &Measured,
+        counts: Option<Result<Counts>>,
+    ) -> Self {
         let mut groups: BTreeMap<(usize, usize, Class), Vec<f64>> = BTreeMap::new();
         let mut classes: BTreeMap<_, _> =
             Class::ALL.iter().map(|class| (class.word(), ClassCount::default())).collect();
@@ -134,6 +144,10 @@ impl Report {
             (contender.name(), about)
         };
         let copied = measured.copied.iter().map(|(_, size, bytes)| (*size, *bytes)).collect::<Vec<_>>();
+        let counts = match counts {
+            None => Err("not asked for".into()),
+            Some(counts) => counts.map_err(|error| first_line(&format!("{error:#}"))),
+        };
         let nothing = Spread { median: f64::NAN, min: f64::NAN, max: f64::NAN };
         Self {
             machine,
@@ -150,7 +164,9 @@ impl Report {
                 windows: &measured.windows,
                 latency: &measured.latency,
                 copied: &copied,
+                counts: counts.as_ref().map_err(String::as_str),
             }),
+            counts: counts.ok(),
             results,
         }
     }

@@ -7,11 +7,15 @@
 
 use std::path::Path;
 
-use anyhow::Result;
+use anyhow::{Context, Result};
 use nix::sys::signal::Signal;
+use serde::Deserialize;
 use tempfile::TempDir;
+use vhost_pci_tests::Process;
 
+use crate::broker::{Broker, SOON, guest};
 use crate::contender::{Contender, Count, Kind, Running, directory, signal_all};
+use crate::host::RECEIVER;
 use crate::ours::{PACKED, SPLIT};
 use crate::testpmd::{Role, Testpmd};
 
@@ -24,7 +28,7 @@ pub struct Switch {
 }
 
 /// All that are measured.
-pub const SWITCHES: [Switch; 2] = [
+pub const VHOST: [Switch; 2] = [
     Switch {
         name: "vhost switch split",
         about: "one testpmd with two net_virtio_user <-> testpmd between two net_vhost, split rings, both directions",
@@ -58,6 +62,104 @@ impl Contender for Switch {
         let forwarder = Testpmd::start(dir.path(), Role::Forwarder, &devices)?;
         let ends = ends(dir.path(), size, &sockets, self.options)?;
         Ok(Box::new(SwitchRunning { ends, forwarder, _dir: dir }))
+    }
+}
+
+/// Our forwarder: a peer of two links.
+pub struct OurSwitch {
+    name: &'static str,
+    about: &'static str,
+    /// Of the owners' devices.
+    options: &'static str,
+}
+
+/// All that are measured.
+pub const OURS: [OurSwitch; 2] = [
+    OurSwitch {
+        name: "our forwarder split",
+        about: "one testpmd with two net_virtio_user <-> vhost-pci-guest forward between two links, split rings, \
+                both directions",
+        options: SPLIT,
+    },
+    OurSwitch {
+        name: "our forwarder packed",
+        about: "the same, packed rings, in order, no mergeable buffers, vectorised",
+        options: PACKED,
+    },
+];
+
+impl Contender for OurSwitch {
+    fn name(&self) -> &'static str {
+        self.name
+    }
+
+    fn about(&self) -> &'static str {
+        self.about
+    }
+
+    fn kind(&self) -> Kind {
+        Kind::OurSwitch
+    }
+
+    fn start(&self, size: usize) -> Result<Box<dyn Running>> {
+        let broker = Broker::start(2)?;
+        let mut command = guest(RECEIVER)?;
+        command.args(["forward", "--wait", "poll", "--json"]);
+        for link in 0..2 {
+            command.arg("--socket").arg(broker.peer_socket(link));
+        }
+        let forwarder = Process::spawn("forwarder", command, &broker.path("forwarder.log"))?;
+        let sockets = [0, 1].map(|link| broker.owner_socket(link));
+        let ends = ends(&broker.path(""), size, &sockets, self.options)
+            .with_context(|| format!("{}forwarder:\n{}", broker.logs(), forwarder.log()))?;
+        Ok(Box::new(OurSwitchRunning { ends, forwarder, broker }))
+    }
+}
+
+struct OurSwitchRunning {
+    ends: Testpmd,
+    forwarder: Process,
+    broker: Broker,
+}
+
+/// The forwarder's last line.
+#[derive(Deserialize)]
+struct Line {
+    copied_per_packet: f64,
+}
+
+impl Running for OurSwitchRunning {
+    fn pids(&self) -> Vec<u32> {
+        vec![self.ends.pid(), self.forwarder.pid(), self.broker.pid()]
+    }
+
+    fn pause(&mut self) -> Result<()> {
+        signal_all([self.ends.process(), &mut self.forwarder], Signal::SIGSTOP)
+    }
+
+    fn resume(&mut self) -> Result<()> {
+        signal_all([&mut self.forwarder, self.ends.process()], Signal::SIGCONT)
+    }
+
+    fn received(&mut self) -> Result<Count> {
+        self.ends.received()
+    }
+
+    fn negotiated(&mut self) -> Option<String> {
+        self.broker.negotiated().ok()
+    }
+
+    fn copied_per_packet(&mut self) -> Result<Option<f64>> {
+        self.forwarder.terminate(SOON)?;
+        let text = self.forwarder.log();
+        let line =
+            text.lines().rev().find(|line| line.starts_with('{')).context("the forwarder says nothing")?;
+        let Line { copied_per_packet } = serde_json::from_str(line).context("the forwarder's last line")?;
+        Ok(Some(copied_per_packet))
+    }
+
+    fn logs(&self) -> String {
+        format!("{}forwarder:\n{}\n{}", self.broker.logs(), self.forwarder.log(), self.ends.logs())
     }
 }
 

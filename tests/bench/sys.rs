@@ -1,12 +1,13 @@
 //! The least that a ring between two processors can be: one producer, one consumer, an index each
 //! on a line of its own, and slots that are whole cache lines. The only `unsafe` of this program.
 
+use std::arch::x86_64::{_mm512_load_si512, _mm512_loadu_si512, _mm512_store_si512, _mm512_storeu_si512};
 use std::cell::UnsafeCell;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 
 /// Bytes.
-const LINE: usize = 64;
+pub const LINE: usize = 64;
 
 /// An index, and the neighbouring line, which some processors fetch with it.
 #[derive(Default)]
@@ -136,6 +137,80 @@ impl Consumer {
     }
 }
 
+/// The processor copies a line by one load and one store.
+#[derive(Clone, Copy)]
+pub struct LineCopy(());
+
+impl LineCopy {
+    /// If it does.
+    pub fn new() -> Option<Self> {
+        std::is_x86_feature_detected!("avx512f").then_some(Self(()))
+    }
+}
+
+impl Producer {
+    /// As [`Self::send`], of a ring of lines.
+    pub fn send_lines(&mut self, messages: &[[u8; LINE]], _: LineCopy) -> usize {
+        assert_eq!(self.ring.len, LINE);
+        // SAFETY: `LineCopy` says that the processor has AVX-512.
+        unsafe { self.send_lines_avx512(messages) }
+    }
+
+    #[target_feature(enable = "avx512f")]
+    fn send_lines_avx512(&mut self, messages: &[[u8; LINE]]) -> usize {
+        let wanted = messages.len() as u64;
+        if self.ring.count - (self.head - self.tail) < wanted {
+            // Acquire: pairs with the store of `tail` in `receive_lines`.
+            self.tail = self.ring.tail.0.load(Ordering::Acquire);
+        }
+        let count = wanted.min(self.ring.count - (self.head - self.tail));
+        for (message, at) in messages.iter().zip(self.head..self.head + count) {
+            // SAFETY: `message` is a line, and so is the slot, which is aligned to its length and
+            // which `tail` has passed.
+            unsafe {
+                _mm512_store_si512(self.ring.slot(at).cast(), _mm512_loadu_si512(message.as_ptr().cast()))
+            };
+        }
+        self.head += count;
+        if count > 0 {
+            // Release: pairs with the load of `head` in `receive_lines`.
+            self.ring.head.0.store(self.head, Ordering::Release);
+        }
+        count as usize
+    }
+}
+
+impl Consumer {
+    /// As [`Self::receive`], of a ring of lines.
+    pub fn receive_lines(&mut self, into: &mut [[u8; LINE]], _: LineCopy) -> usize {
+        assert_eq!(self.ring.len, LINE);
+        // SAFETY: `LineCopy` says that the processor has AVX-512.
+        unsafe { self.receive_lines_avx512(into) }
+    }
+
+    #[target_feature(enable = "avx512f")]
+    fn receive_lines_avx512(&mut self, into: &mut [[u8; LINE]]) -> usize {
+        if self.head == self.tail {
+            // Acquire: pairs with the store of `head` in `send_lines`.
+            self.head = self.ring.head.0.load(Ordering::Acquire);
+        }
+        let count = (self.head - self.tail).min(into.len() as u64);
+        for (message, at) in into.iter_mut().zip(self.tail..self.tail + count) {
+            // SAFETY: `message` is a line, and so is the slot, which is aligned to its length and
+            // which `head` has passed.
+            unsafe {
+                _mm512_storeu_si512(message.as_mut_ptr().cast(), _mm512_load_si512(self.ring.slot(at).cast()))
+            };
+        }
+        self.tail += count;
+        if count > 0 {
+            // Release: pairs with the load of `tail` in `send_lines`.
+            self.ring.tail.0.store(self.tail, Ordering::Release);
+        }
+        count as usize
+    }
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -166,5 +241,22 @@ mod tests {
             }
             assert!(sender.join().is_ok_and(|sent| sent >= expected));
         }
+    }
+
+    #[test]
+    fn lines_arrive_whole_and_in_order() {
+        let Some(copy) = LineCopy::new() else { return };
+        let (mut producer, mut consumer) = ring(8, LINE);
+        let (mut sent, mut received, mut into) = (0_u8, 0_u8, [[0; LINE]; 5]);
+        for _ in 0..1000 {
+            let lines: [_; 3] = std::array::from_fn(|at| [sent.wrapping_add(at as u8); LINE]);
+            sent = sent.wrapping_add(producer.send_lines(&lines, copy) as u8);
+            let count = consumer.receive_lines(&mut into, copy);
+            for line in &into[..count] {
+                assert_eq!(*line, [received; LINE]);
+                received = received.wrapping_add(1);
+            }
+        }
+        assert!(received == sent && received != 0);
     }
 }

@@ -191,6 +191,16 @@ impl PeerPort {
         })
     }
 
+    /// How often a buffer was not in the mapping of the one before and had to be searched for, since
+    /// the mapping table changed: all others cost a comparison.
+    pub fn searches(&self) -> u64 {
+        let searches = |vring: &PortVring| match vring {
+            PortVring::Live(live) => live.ring.searches(),
+            PortVring::Absent | PortVring::Broken(_) => 0,
+        };
+        self.vrings.iter().map(searches).sum()
+    }
+
     /// What has passed since the port was made.
     pub fn counters(&self) -> Counters {
         self.counters

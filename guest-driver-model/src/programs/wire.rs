@@ -5,7 +5,9 @@ use vhost_pci_device::abi::queue_of_vring;
 
 use crate::control::ControlExchange;
 use crate::net::forward::{End, ForwardFault, forward_burst_by};
-use crate::net::{Counters, Forwarded, Lane, PacketBurst, PeerPort, receive_vring, transmit_vring};
+use crate::net::{
+    Counters, Forwarded, Lane, LentBurst, PacketBurst, PeerPort, receive_vring, transmit_vring,
+};
 use crate::transport::Transport;
 
 /// Packets moved at a time.
@@ -56,6 +58,11 @@ impl<'a> Wire<'a> {
         self.port.pairs()
     }
 
+    /// How often a buffer was searched for in the mapping table: see [`PeerPort::searches`].
+    pub fn searches(&self) -> u64 {
+        self.port.searches()
+    }
+
     /// Whether a vring turned out to be broken in this round, or was before.
     pub fn is_faulted(&self) -> bool {
         self.faulted
@@ -76,6 +83,25 @@ impl<'a> Wire<'a> {
                 0
             }
         }
+    }
+
+    /// Lends up to [`BURST`] packets of a pair, which stay where they lie until
+    /// [`Self::give_back`]. Returns how many; none from a broken vring.
+    pub fn lend(&mut self, pair: u16, burst: &mut LentBurst) -> usize {
+        let lent = self.port.rx_lend_by(&mut self.exchange, pair, burst, BURST);
+        self.faulted |= lent.is_err();
+        lent.unwrap_or(0)
+    }
+
+    /// Gives back what was lent of a pair. Returns how many packets that were; none of a broken
+    /// vring.
+    pub fn give_back(&mut self, pair: u16, burst: &mut LentBurst) -> usize {
+        let returned = self.port.rx_return(burst);
+        self.faulted |= returned.is_err();
+        if matches!(returned, Ok(1..)) {
+            self.call(transmit_vring(pair));
+        }
+        returned.unwrap_or(0)
     }
 
     /// Sends frames to a pair. Says how many are done with; none of a broken vring.

@@ -113,6 +113,11 @@ impl DeviceRing {
         either!(self, ring => ring.miss_policy())
     }
 
+    /// How often a buffer was not in the mapping of the one before, since the table was set.
+    pub fn searches(&self) -> u64 {
+        either!(self, ring => ring.searches())
+    }
+
     /// From now on chains are popped by another mapping table. The ring itself stays where
     /// it is, and what was popped is the caller's to put back.
     #[inline]

@@ -143,6 +143,10 @@ impl PackedDevice {
         self.lookup.on_miss
     }
 
+    pub(crate) fn searches(&self) -> u64 {
+        self.lookup.translation.searches()
+    }
+
     pub(crate) fn set_translation(&mut self, translation: Translation) {
         self.lookup.translation = translation;
     }

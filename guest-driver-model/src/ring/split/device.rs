@@ -117,6 +117,11 @@ impl SplitDevice {
         self.lookup.on_miss
     }
 
+    /// How often a buffer was not in the mapping of the one before, since the table was set.
+    pub fn searches(&self) -> u64 {
+        self.lookup.translation.searches()
+    }
+
     /// From now on chains are popped by another mapping table. The ring itself stays where
     /// it is, and what was popped is the caller's to put back.
     pub fn set_translation(&mut self, translation: Translation) {

@@ -1,0 +1,153 @@
+//! What our owner and our peer do in the steady state besides moving packets: system calls, counted by
+//! strace, allocations, by a counting allocator, and buffers that are not in the mapping of the one
+//! before.
+
+use std::fs;
+use std::process::Command;
+use std::thread;
+use std::time::{Duration, Instant};
+
+use anyhow::{Context, Result, ensure};
+use nix::sys::signal::Signal;
+use serde::Serialize;
+use vhost_pci_tests::Process;
+
+use crate::allocations::Answering;
+use crate::broker::{SOON, this_program};
+use crate::host::{SENDER, Ticks};
+use crate::link::Link;
+use crate::measure::{MOST_OTHERS, wait_until_quiet};
+use crate::peer::{Content, Contract};
+
+/// Bytes of a packet.
+const SIZE: usize = 64;
+/// Until everything has been allocated that will be.
+const WARM_UP: Duration = Duration::from_millis(500);
+/// Packets that are counted for at least.
+const PACKETS: u64 = 1_000_000;
+/// How long it may take for them to pass.
+const LONGEST: Duration = Duration::from_secs(10);
+/// For strace to look at a process.
+const ATTACH: Duration = Duration::from_millis(100);
+/// As long as they are counted for, at least.
+const WINDOW: Duration = Duration::from_secs(1);
+
+/// What was counted.
+#[derive(Clone, Debug, Serialize)]
+pub struct Counts {
+    /// Packets that passed meanwhile.
+    pub packets: u64,
+    /// By the owner and by the peer, all threads of each.
+    pub system_calls: [u64; 2],
+    /// Which they were, by strace.
+    pub system_calls_by_name: Vec<String>,
+    /// By the owner and by the peer.
+    pub allocations: [u64; 2],
+    /// Buffers that the peer searched for in the mapping table.
+    pub searches: u64,
+    /// What others used meanwhile, percent of a processor: who has to wait because the other side
+    /// does not run yields its processor, by a system call.
+    pub others_percent: f64,
+}
+
+/// How often it is tried to count while nobody else uses the processors.
+const TRIES: usize = 3;
+
+/// Counts once, while nobody else uses the processors if that can be had.
+///
+/// # Errors
+/// Without strace, or if the link does not work: with the logs of what failed.
+pub fn take() -> Result<Counts> {
+    let version = Command::new("strace").arg("-V").output();
+    version.context("there is no strace, which counts system calls")?;
+    for _ in 1..TRIES {
+        wait_until_quiet();
+        let counts = take_once()?;
+        if counts.others_percent <= MOST_OTHERS {
+            return Ok(counts);
+        }
+    }
+    wait_until_quiet();
+    take_once()
+}
+
+fn take_once() -> Result<Counts> {
+    let mut link = Link::open(SIZE, Content::Pattern, Contract::Copy)?;
+    let mut command = this_program(SENDER, "owner")?;
+    command.args(["--mode", "gen", "--check", "none", "--wait", "poll"]);
+    command.args(["--size", &SIZE.to_string(), "--socket"]).arg(link.owner_socket());
+    let mut owner = Answering::spawn("owner", command, &link.path("owner.log"))?;
+    owner.process().wait_log("the owner's device is started", SOON)?;
+    thread::sleep(WARM_UP);
+    let allocations = [owner.allocations()?, link.peer_allocations()?];
+    let (searches, from) = (link.searches()?, link.received()?);
+    let pids = [owner.pid(), link.pids()[0]];
+    let mut straces = Vec::new();
+    for (at, pid) in pids.iter().enumerate() {
+        let mut command = Command::new("strace");
+        command.args(["-f", "-q", "-c", "-p", &pid.to_string(), "-o"]).arg(link.path(&format!("calls{at}")));
+        straces.push(Process::spawn("strace", command, &link.path(&format!("strace{at}.log")))?);
+    }
+    let [_, broker] = link.pids();
+    let all = [&pids[..], &[broker], &straces.iter().map(Process::pid).collect::<Vec<_>>()].concat();
+    thread::sleep(ATTACH);
+    let (begin, ticks) = (Instant::now(), Ticks::now(&all)?);
+    let mut to = from;
+    while to.packets - from.packets < PACKETS || begin.elapsed() < WINDOW {
+        ensure!(begin.elapsed() < LONGEST, "fewer than {PACKETS} packets in {LONGEST:?}\n{}", link.logs());
+        thread::sleep(Duration::from_millis(20));
+        to = link.received()?;
+    }
+    let others_percent = Ticks::now(&all)?.others_percent_since(ticks, begin.elapsed().as_secs_f64());
+    for strace in &mut straces {
+        strace.signal(Signal::SIGINT)?;
+        strace.wait(SOON)?;
+    }
+    let allocations = [owner.allocations()? - allocations[0], link.peer_allocations()? - allocations[1]];
+    let mut counts = Counts {
+        packets: to.packets - from.packets,
+        system_calls: [0; 2],
+        system_calls_by_name: Vec::new(),
+        allocations,
+        searches: link.searches()? - searches,
+        others_percent,
+    };
+    for (at, who) in ["owner", "peer"].into_iter().enumerate() {
+        let text = fs::read_to_string(link.path(&format!("calls{at}")));
+        let text = text.with_context(|| format!("strace says nothing: {}", straces[at].log()))?;
+        for (name, count) in calls(&text) {
+            counts.system_calls[at] += count;
+            counts.system_calls_by_name.push(format!("{who}: {count} {name}"));
+        }
+    }
+    Ok(counts)
+}
+
+/// Of strace's table: names and how often they were called.
+fn calls(table: &str) -> impl Iterator<Item = (&str, u64)> {
+    // % time, seconds, usecs/call, calls, errors (or nothing), syscall.
+    let rows = table.lines().filter_map(|line| {
+        let words: Vec<_> = line.split_whitespace().collect();
+        Some((*words.last()?, words.get(3)?.parse().ok()?))
+    });
+    rows.filter(|(name, _)| *name != "total")
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_rows_of_straces_table_are_found() {
+        let table = "\
+% time     seconds  usecs/call     calls    errors syscall
+------ ----------- ----------- --------- --------- ----------------
+ 60.00    0.000030          10         3         1 poll
+ 40.00    0.000020          20         1           sched_yield
+------ ----------- ----------- --------- --------- ----------------
+100.00    0.000050          12         4         1 total
+";
+        assert!(calls(table).eq([("poll", 3), ("sched_yield", 1)]));
+        assert_eq!(calls("").count(), 0);
+    }
+}
