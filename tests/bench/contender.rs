@@ -28,6 +28,26 @@ pub enum Kind {
     Floor,
 }
 
+impl Kind {
+    /// All that are compared, in the order in which they are drawn.
+    pub const ALL: [Self; 7] =
+        [Self::Ours, Self::InPlace, Self::Vhost, Self::Memif, Self::Mixed, Self::OurSwitch, Self::Switch];
+
+    /// For people.
+    pub const fn label(self) -> &'static str {
+        match self {
+            Self::Ours => "ours, copy",
+            Self::InPlace => "ours, in place",
+            Self::Vhost => "DPDK vhost",
+            Self::Memif => "DPDK memif",
+            Self::Mixed => "DPDK virtio-user into ours",
+            Self::Switch => "DPDK vhost switch",
+            Self::OurSwitch => "our forwarder",
+            Self::Floor => "bare ring",
+        }
+    }
+}
+
 /// A way to move packets from one processor to the other.
 pub trait Contender {
     /// Short, for tables and JSON.
@@ -39,6 +59,13 @@ pub trait Contender {
     /// The packet sizes that it is measured with.
     fn sizes(&self, asked: &[usize]) -> Vec<usize> {
         asked.to_vec()
+    }
+    /// Looks at every byte of some packets where the receiver does not do so while it runs.
+    ///
+    /// # Errors
+    /// If that cannot be done: why, with the logs of what failed.
+    fn check_content(&self, _size: usize) -> Result<Option<Verdict>> {
+        Ok(None)
     }
     /// Starts it with packets of so many bytes. It runs when this returns.
     ///

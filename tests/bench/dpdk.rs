@@ -1,10 +1,13 @@
 //! DPDK into DPDK, two processes: its vhost-user front-end into its back-end, and memif.
 
+use std::path::Path;
+
 use anyhow::Result;
 use nix::sys::signal::Signal;
 use tempfile::TempDir;
 
-use crate::contender::{Contender, Count, Kind, Running, directory, signal_all};
+use crate::contender::{Contender, Count, Kind, Running, Verdict, directory, signal_all};
+use crate::content;
 use crate::ours::{PACKED, SPLIT};
 use crate::testpmd::{Role, Testpmd};
 
@@ -57,6 +60,15 @@ pub const PAIRS: [Pair; 4] = [
     },
 ];
 
+impl Pair {
+    /// Of the receiver and of the sender.
+    fn devices(&self, dir: &Path) -> [String; 2] {
+        let socket = dir.join("pair.sock").display().to_string();
+        let [receiver, sender] = self.devices.map(|device| device.replace("SOCKET", &socket));
+        [receiver, sender + self.options]
+    }
+}
+
 impl Contender for Pair {
     fn name(&self) -> &'static str {
         self.name
@@ -70,12 +82,16 @@ impl Contender for Pair {
         self.kind
     }
 
+    fn check_content(&self, size: usize) -> Result<Option<Verdict>> {
+        let dir = directory()?;
+        content::check(dir.path(), self.devices(dir.path()), size).map(Some)
+    }
+
     fn start(&self, size: usize) -> Result<Box<dyn Running>> {
         let dir = directory()?;
-        let socket = dir.path().join("pair.sock").display().to_string();
-        let [receiver, sender] = self.devices.map(|device| device.replace("SOCKET", &socket));
+        let [receiver, sender] = self.devices(dir.path());
         let receiver = Testpmd::start(dir.path(), Role::Receiver, &[receiver])?;
-        let sender = Testpmd::start(dir.path(), Role::Sender(size), &[sender + self.options])?;
+        let sender = Testpmd::start(dir.path(), Role::Sender(size), &[sender])?;
         Ok(Box::new(PairRunning { sender, receiver, _dir: dir }))
     }
 }

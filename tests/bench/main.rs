@@ -10,6 +10,7 @@
 //! | `ours`, `dpdk`, `switch`, `floors` | what is |
 //! | `latency`, `counts` | round trips of packets; system calls, allocations, translations |
 //! | `broker`, `link`, `peer`, `board` | a broker, a link, our receiver's process, and its counters |
+//! | `content` | whether DPDK's pairs deliver what they were given |
 //! | `testpmd` | DPDK's program, as sender or receiver |
 //! | `sys` | a bare ring: the only `unsafe` |
 //! | `report`, `ratios`, `plot` | the table and the JSON object; the SVG |
@@ -18,6 +19,7 @@ mod allocations;
 mod board;
 mod broker;
 mod contender;
+mod content;
 mod counts;
 mod dpdk;
 mod floors;

@@ -8,7 +8,7 @@ use std::time::{Duration, Instant};
 use anyhow::{Context, Result, ensure};
 use guest_driver_model::programs::stop::Stop;
 
-use crate::contender::{Contender, Count, Kind, Running};
+use crate::contender::{Contender, Count, Kind, Running, Verdict};
 use crate::host::Ticks;
 use crate::latency::{self, Latency, MODES};
 use crate::probe::{self, Class};
@@ -90,6 +90,8 @@ pub struct Measured {
     pub negotiated: BTreeMap<usize, String>,
     /// By contender and size: bytes copied for each packet, of each start that counted them.
     pub copied: Vec<(usize, usize, f64)>,
+    /// By contender: why no packet of it was looked at.
+    pub unchecked: BTreeMap<usize, String>,
     /// Packets of which every byte was looked at.
     pub sampled: u64,
     /// Those that were wrong.
@@ -100,6 +102,7 @@ pub struct Measured {
 pub fn measure(contenders: &[Box<dyn Contender>], plan: &Plan, stop: &Stop) -> Measured {
     let mut measured = Measured::default();
     let begin = Instant::now();
+    check_content(contenders, plan, (&mut measured, stop));
     'rounds: for round in 0..plan.rounds {
         measured.rounds += 1;
         let mut turns: Vec<(usize, usize)> = Vec::new();
@@ -148,6 +151,33 @@ pub fn measure(contenders: &[Box<dyn Contender>], plan: &Plan, stop: &Stop) -> M
         }
     }
     measured
+}
+
+/// Looks at the packets of those who do not do so while they run. Who loses or changes one is left
+/// out.
+fn check_content(contenders: &[Box<dyn Contender>], plan: &Plan, (measured, stop): (&mut Measured, &Stop)) {
+    for (at, contender) in contenders.iter().enumerate() {
+        // The longest packets have the most that can go wrong.
+        for size in plan.sizes.iter().copied().max().into_iter().filter(|_| !stop.is_requested()) {
+            let name = contender.name();
+            match contender.check_content(size) {
+                Ok(None) => {}
+                Ok(Some(Verdict { sampled, corrupted })) => {
+                    eprintln!("compare: {name}: {sampled} packets of {size} B compared, {corrupted} wrong");
+                    measured.sampled += sampled;
+                    measured.corrupted += corrupted;
+                    if corrupted > 0 {
+                        let why = format!("{corrupted} of {sampled} packets were corrupted");
+                        measured.failures.extend(plan.sizes.iter().map(|size| ((at, *size), why.clone())));
+                    }
+                }
+                Err(error) => {
+                    eprintln!("compare: {name}: content not looked at: {error:#}");
+                    measured.unchecked.insert(at, format!("{error:#}"));
+                }
+            }
+        }
+    }
 }
 
 /// Measures round trips once, with a line on stderr.

@@ -1,6 +1,6 @@
-//! The figures as a picture: a panel a class, a group of bars a packet size, whiskers from the
-//! slowest window to the fastest, and what the hardware allows as lines. Plain SVG, on white, so
-//! that it can be read on a dark page, too.
+//! The figures as a picture: a panel a class, a group of bars a packet size, the best set-up of each
+//! kind of contender as a bar, whiskers from its slowest window to its fastest, and what the hardware
+//! allows as lines. Plain SVG, on white, so that it can be read on a dark page, too.
 
 use std::fmt::Write;
 
@@ -9,16 +9,16 @@ use crate::probe::Class;
 use crate::report::Row;
 
 /// In pixels, as all lengths here.
-const WIDTH: f64 = 1000.0;
-const LEFT: f64 = 64.0;
-const RIGHT: f64 = 24.0;
+const WIDTH: f64 = 800.0;
+const LEFT: f64 = 48.0;
+const RIGHT: f64 = 30.0;
 /// Height of the bars' field, and what is above and below it in a panel.
 const FIELD: f64 = 260.0;
 const ABOVE: f64 = 54.0;
 const BELOW: f64 = 50.0;
 /// Lines of the legend.
 const LEGEND_LINE: f64 = 22.0;
-const LEGEND_COLUMN: f64 = 230.0;
+const LEGEND_COLUMN: f64 = 188.0;
 const LEGEND_COLUMNS: usize = 4;
 /// Between groups, and the widest bar.
 const GAP: f64 = 34.0;
@@ -32,22 +32,23 @@ const RIM: &str = "stroke=\"#ffffff\" stroke-width=\"4\" stroke-linejoin=\"round
 /// The picture.
 pub fn svg(rows: &[Row]) -> String {
     let (floors, bars): (Vec<_>, Vec<_>) = rows.iter().partition(|row| row.kind == Kind::Floor);
-    let mut names: Vec<_> = Vec::new();
-    for row in &bars {
-        if !names.contains(&row.contender) {
-            names.push(row.contender);
-        }
-    }
-    // In the order of the list of contenders, however they came first.
-    names.sort_by_key(|name| bars.iter().find(|row| row.contender == *name).map(|row| row.order));
+    let kinds: Vec<_> =
+        Kind::ALL.into_iter().filter(|kind| bars.iter().any(|row| row.kind == *kind)).collect();
     let mut sizes: Vec<_> = bars.iter().map(|row| row.size).collect();
     sizes.sort_unstable();
     sizes.dedup();
-    let mut classes = vec![Class::Near, Class::Middle, Class::Far];
-    classes.retain(|class| bars.iter().any(|row| row.class == *class));
-    if classes.is_empty() {
-        classes.push(Class::Mixed);
-    }
+    let best = |class: Class| {
+        let of = |kind: Kind, size: usize| {
+            let rows = bars.iter().filter(|row| (row.kind, row.size, row.class) == (kind, size, class));
+            rows.copied().max_by(|one, other| one.median.total_cmp(&other.median))
+        };
+        kinds.iter().flat_map(|kind| sizes.iter().filter_map(|size| of(*kind, *size))).collect::<Vec<_>>()
+    };
+    // A class in which most were not measured compares nothing.
+    let mut classes = Class::ALL.map(|class| (class, best(class))).to_vec();
+    let most = classes.iter().map(|(_, bars)| bars.len()).max().unwrap_or(0);
+    classes.retain(|(_, bars)| 2 * bars.len() > most);
+    let names: Vec<_> = kinds.iter().map(|kind| kind.label()).collect();
     let legend = 20.0 + LEGEND_LINE * (names.len() + 1).div_ceil(LEGEND_COLUMNS) as f64;
     let height = legend + classes.len() as f64 * (ABOVE + FIELD + BELOW);
     let mut text = String::new();
@@ -59,14 +60,10 @@ pub fn svg(rows: &[Row]) -> String {
          fill=\"#111111\">\n<rect width=\"100%\" height=\"100%\" fill=\"#ffffff\"/>"
     );
     draw_legend(&names, &mut text);
-    for (nth, class) in classes.iter().enumerate() {
-        let panel = Panel {
-            top: legend + nth as f64 * (ABOVE + FIELD + BELOW) + ABOVE,
-            class: *class,
-            bars: bars.iter().copied().filter(|row| row.class == *class).collect(),
-            floors: floors.iter().copied().filter(|row| row.class == *class).collect(),
-        };
-        panel.draw(&names, &sizes, &mut text);
+    for (nth, (class, bars)) in classes.into_iter().enumerate() {
+        let top = legend + nth as f64 * (ABOVE + FIELD + BELOW) + ABOVE;
+        let floors = floors.iter().copied().filter(|row| row.class == class).collect();
+        Panel { top, class, bars, floors }.draw(&kinds, &sizes, &mut text);
     }
     text + "</svg>\n"
 }
@@ -90,7 +87,7 @@ fn draw_legend(names: &[&str], text: &mut String) {
     let _ = writeln!(
         text,
         "<line x1=\"{x}\" x2=\"{}\" y1=\"{}\" y2=\"{}\" stroke=\"{FLOOR_COLOUR}\" stroke-width=\"2\" \
-         stroke-dasharray=\"5 3\"/><text x=\"{}\" y=\"{}\">floor: what a bare ring does</text>",
+         stroke-dasharray=\"5 3\"/><text x=\"{}\" y=\"{}\">bare ring, with copies</text>",
         x + 14.0,
         y + 7.0,
         y + 7.0,
@@ -113,8 +110,9 @@ struct Panel<'a> {
 }
 
 impl Panel<'_> {
-    fn draw(&self, names: &[&str], sizes: &[usize], text: &mut String) {
-        let ring = |size: usize| self.floors.iter().find(|row| row.size == size && row.contender != "memcpy");
+    fn draw(&self, kinds: &[Kind], sizes: &[usize], text: &mut String) {
+        let ring =
+            |size: usize| self.floors.iter().find(|row| row.size == size && row.contender == "SPSC ring");
         let rings = sizes.iter().filter_map(|size| ring(*size)).map(|row| row.median);
         let highest = self.bars.iter().map(|row| row.max).chain(rings).fold(1.0, f64::max);
         let step = step(highest);
@@ -123,8 +121,8 @@ impl Panel<'_> {
         let right = WIDTH - RIGHT;
         let _ = writeln!(
             text,
-            "<text x=\"{LEFT}\" y=\"{}\" font-size=\"15\" font-weight=\"bold\">processors {} each other: million \
-             packets a second, one core each side</text>",
+            "<text x=\"{LEFT}\" y=\"{}\" font-size=\"14\" font-weight=\"bold\">million packets a second, one core each \
+             side; processors {} each other</text>",
             self.top - 30.0,
             match self.class {
                 Class::Near => "near",
@@ -145,17 +143,17 @@ impl Panel<'_> {
             );
         }
         let group = (right - LEFT) / sizes.len().max(1) as f64;
-        let bar = ((group - GAP) / names.len().max(1) as f64).min(BAR);
+        let bar = ((group - GAP) / kinds.len().max(1) as f64).min(BAR);
         for (nth, size) in sizes.iter().enumerate() {
             let middle = LEFT + group * (nth as f64 + 0.5);
-            let first = middle - bar * names.len() as f64 / 2.0;
+            let first = middle - bar * kinds.len() as f64 / 2.0;
             let _ = writeln!(
                 text,
                 "<text x=\"{middle:.1}\" y=\"{:.1}\" text-anchor=\"middle\" font-weight=\"bold\">{size} B</text>",
                 self.top + FIELD + 22.0
             );
             if let Some(row) = ring(*size) {
-                let (from, to) = (first - GAP / 3.0, first + bar * names.len() as f64 + GAP / 3.0);
+                let (from, to) = (first - GAP / 3.0, first + bar * kinds.len() as f64 + GAP / 3.0);
                 let _ = writeln!(
                     text,
                     "<line x1=\"{from:.1}\" x2=\"{to:.1}\" y1=\"{0:.1}\" y2=\"{0:.1}\" stroke=\"{FLOOR_COLOUR}\" \
@@ -167,8 +165,8 @@ impl Panel<'_> {
                     to - 2.0
                 );
             }
-            for (at, name) in names.iter().enumerate() {
-                let row = self.bars.iter().find(|row| row.size == *size && row.contender == *name);
+            for (at, kind) in kinds.iter().enumerate() {
+                let row = self.bars.iter().find(|row| (row.size, row.kind) == (*size, *kind));
                 if let Some(row) = row {
                     draw_bar(row, first + bar * at as f64, bar, colour(at), &y, text);
                 }

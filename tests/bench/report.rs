@@ -78,6 +78,9 @@ struct About {
     about: &'static str,
     #[serde(skip_serializing_if = "Option::is_none")]
     negotiated: Option<String>,
+    /// Why no packet of it was looked at, if somebody was to.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    unchecked: Option<String>,
     /// By size: why there is nothing.
     #[serde(skip_serializing_if = "BTreeMap::is_empty")]
     failures: BTreeMap<usize, String>,
@@ -139,6 +142,7 @@ impl Report {
             let about = About {
                 about: contender.about(),
                 negotiated: measured.negotiated.get(&at).cloned(),
+                unchecked: measured.unchecked.get(&at).map(|why| first_line(why)),
                 failures: failures.map(|((_, size), why)| (*size, first_line(why))).collect(),
             };
             (contender.name(), about)
@@ -204,10 +208,13 @@ impl Report {
             let _ = writeln!(text, "  {name:<42} {}", ratio.text());
         }
         let _ = writeln!(text);
-        for (name, About { about, negotiated, failures }) in &self.contenders {
+        for (name, About { about, negotiated, unchecked, failures }) in &self.contenders {
             let _ = writeln!(text, "{name}: {about}");
             if let Some(words) = negotiated {
                 let _ = writeln!(text, "  negotiated: {words}");
+            }
+            if let Some(why) = unchecked {
+                let _ = writeln!(text, "  content not looked at: {why}");
             }
             for (size, why) in failures {
                 let _ = writeln!(text, "  nothing at {size} B: {why}");

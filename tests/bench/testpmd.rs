@@ -109,6 +109,17 @@ impl Testpmd {
         self.ask(&format!("start tx_first {FILL}")).map(drop)
     }
 
+    /// Forwards from now on, if it did not from the start.
+    pub fn forward(&mut self) -> Result<()> {
+        self.ask("start").map(drop)
+    }
+
+    /// Has it end in order: what it writes is in its file then.
+    pub fn quit(&mut self) -> Result<()> {
+        writeln!(self.input, "quit").context("testpmd takes no commands")?;
+        self.process.wait(START).map(drop)
+    }
+
     /// What its ports have received, together.
     pub fn received(&mut self) -> Result<Count> {
         let text = self.ask("show port stats all")?;

@@ -4,7 +4,6 @@
 mod cpu;
 mod link;
 mod owner;
-mod pcap;
 mod testpmd;
 
 use std::process::ExitCode;

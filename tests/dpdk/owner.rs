@@ -7,9 +7,10 @@ use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, ensure};
 
+use vhost_pci_tests::pcap;
+
 use crate::Check;
 use crate::link::{Judge, Link, Received, SOON, Sink};
-use crate::pcap;
 use crate::testpmd::{RING, Source, Testpmd};
 
 pub const CHECKS: &[Check] = &[

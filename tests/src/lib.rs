@@ -21,6 +21,7 @@
 mod console;
 mod guest;
 mod newc;
+pub mod pcap;
 mod process;
 mod qmp;
 mod sandbox;
