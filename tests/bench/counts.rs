@@ -1,8 +1,9 @@
 //! What our owner and our peer do in the steady state besides moving packets: system calls, counted by
-//! strace, allocations, by a counting allocator, and buffers that are not in the mapping of the one
-//! before.
+//! perf or strace, allocations, by a counting allocator, and buffers that are not in the mapping of the
+//! one before.
 
 use std::fs;
+use std::path::Path;
 use std::process::Command;
 use std::thread;
 use std::time::{Duration, Instant};
@@ -27,7 +28,7 @@ const WARM_UP: Duration = Duration::from_millis(500);
 const PACKETS: u64 = 1_000_000;
 /// How long it may take for them to pass.
 const LONGEST: Duration = Duration::from_secs(10);
-/// For strace to look at a process.
+/// For a counter to look at a process.
 const ATTACH: Duration = Duration::from_millis(100);
 /// As long as they are counted for, at least.
 const WINDOW: Duration = Duration::from_secs(1);
@@ -39,7 +40,9 @@ pub struct Counts {
     pub packets: u64,
     /// By the owner and by the peer, all threads of each.
     pub system_calls: [u64; 2],
-    /// Which they were, by strace.
+    /// What counted them.
+    pub counted_by: &'static str,
+    /// Which they were, where that is known.
     pub system_calls_by_name: Vec<String>,
     /// By the owner and by the peer.
     pub allocations: [u64; 2],
@@ -56,22 +59,73 @@ const TRIES: usize = 3;
 /// Counts once, while nobody else uses the processors if that can be had.
 ///
 /// # Errors
-/// Without strace, or if the link does not work: with the logs of what failed.
+/// Without perf and strace, or if the link does not work: with the logs of what failed.
 pub fn take() -> Result<Counts> {
-    let version = Command::new("strace").arg("-V").output();
-    version.context("there is no strace, which counts system calls")?;
+    let counter = Counter::new().context("neither perf nor strace can count system calls here")?;
     for _ in 1..TRIES {
         wait_until_quiet();
-        let counts = take_once()?;
+        let counts = take_once(counter)?;
         if counts.others_percent <= MOST_OTHERS {
             return Ok(counts);
         }
     }
     wait_until_quiet();
-    take_once()
+    take_once(counter)
 }
 
-fn take_once() -> Result<Counts> {
+/// What counts system calls of a process that runs, until it is interrupted.
+#[derive(Clone, Copy, Debug)]
+enum Counter {
+    /// Does not stop who is counted.
+    Perf,
+    /// Stops who is counted at each call, so that the other side may have to wait, and yields its
+    /// processor by a call of its own.
+    Strace,
+}
+
+/// Perf's name for all of them.
+const CALLS: &str = "raw_syscalls:sys_enter";
+
+impl Counter {
+    /// The better one that works here.
+    fn new() -> Option<Self> {
+        let works = |program: &str, args: &[&str]| {
+            Command::new(program).args(args).output().is_ok_and(|output| output.status.success())
+        };
+        // It needs privileges, too.
+        if works("perf", &["stat", "-e", CALLS, "true"]) {
+            return Some(Self::Perf);
+        }
+        works("strace", &["-V"]).then_some(Self::Strace)
+    }
+
+    const fn name(self) -> &'static str {
+        match self {
+            Self::Perf => "perf",
+            Self::Strace => "strace",
+        }
+    }
+
+    fn command(self, pid: u32, file: &Path) -> Command {
+        let mut command = Command::new(self.name());
+        match self {
+            Self::Perf => command.args(["stat", "-x", ",", "-e", CALLS, "-p", &pid.to_string(), "-o"]),
+            Self::Strace => command.args(["-f", "-q", "-c", "-p", &pid.to_string(), "-o"]),
+        };
+        command.arg(file);
+        command
+    }
+
+    /// How often what was called.
+    fn calls(self, text: &str) -> Vec<(&str, u64)> {
+        match self {
+            Self::Perf => perf_calls(text).collect(),
+            Self::Strace => strace_calls(text).collect(),
+        }
+    }
+}
+
+fn take_once(counter: Counter) -> Result<Counts> {
     let mut link = Link::open(SIZE, Content::Pattern, Contract::Copy)?;
     let mut command = this_program(SENDER, "owner")?;
     command.args(["--mode", "gen", "--check", "none", "--wait", "poll"]);
@@ -82,14 +136,13 @@ fn take_once() -> Result<Counts> {
     let allocations = [owner.allocations()?, link.peer_allocations()?];
     let (searches, from) = (link.searches()?, link.received()?);
     let pids = [owner.pid(), link.pids()[0]];
-    let mut straces = Vec::new();
-    for (at, pid) in pids.iter().enumerate() {
-        let mut command = Command::new("strace");
-        command.args(["-f", "-q", "-c", "-p", &pid.to_string(), "-o"]).arg(link.path(&format!("calls{at}")));
-        straces.push(Process::spawn("strace", command, &link.path(&format!("strace{at}.log")))?);
+    let mut counters = Vec::new();
+    for (at, pid) in pids.into_iter().enumerate() {
+        let command = counter.command(pid, &link.path(&format!("calls{at}")));
+        counters.push(Process::spawn(counter.name(), command, &link.path(&format!("counter{at}.log")))?);
     }
     let [_, broker] = link.pids();
-    let all = [&pids[..], &[broker], &straces.iter().map(Process::pid).collect::<Vec<_>>()].concat();
+    let all = [&pids[..], &[broker], &counters.iter().map(Process::pid).collect::<Vec<_>>()].concat();
     thread::sleep(ATTACH);
     let (begin, ticks) = (Instant::now(), Ticks::now(&all)?);
     let mut to = from;
@@ -99,14 +152,15 @@ fn take_once() -> Result<Counts> {
         to = link.received()?;
     }
     let others_percent = Ticks::now(&all)?.others_percent_since(ticks, begin.elapsed().as_secs_f64());
-    for strace in &mut straces {
-        strace.signal(Signal::SIGINT)?;
-        strace.wait(SOON)?;
+    for counter in &mut counters {
+        counter.signal(Signal::SIGINT)?;
+        counter.wait(SOON)?;
     }
     let allocations = [owner.allocations()? - allocations[0], link.peer_allocations()? - allocations[1]];
     let mut counts = Counts {
         packets: to.packets - from.packets,
         system_calls: [0; 2],
+        counted_by: counter.name(),
         system_calls_by_name: Vec::new(),
         allocations,
         searches: link.searches()? - searches,
@@ -114,8 +168,11 @@ fn take_once() -> Result<Counts> {
     };
     for (at, who) in ["owner", "peer"].into_iter().enumerate() {
         let text = fs::read_to_string(link.path(&format!("calls{at}")));
-        let text = text.with_context(|| format!("strace says nothing: {}", straces[at].log()))?;
-        for (name, count) in calls(&text) {
+        let text = text.with_context(|| format!("no calls were counted: {}", counters[at].log()))?;
+        let calls = counter.calls(&text);
+        // Strace's table is empty if there were none; perf says so.
+        ensure!(!calls.is_empty() || matches!(counter, Counter::Strace), "perf counted nothing: {text}");
+        for (name, count) in calls {
             counts.system_calls[at] += count;
             counts.system_calls_by_name.push(format!("{who}: {count} {name}"));
         }
@@ -123,8 +180,16 @@ fn take_once() -> Result<Counts> {
     Ok(counts)
 }
 
+/// Of perf's lines of numbers: of all calls together.
+fn perf_calls(lines: &str) -> impl Iterator<Item = (&str, u64)> {
+    // How often, unit, event.
+    let rows = lines.lines().filter_map(|line| line.split_once(','));
+    rows.filter(|(_, rest)| rest.contains(CALLS))
+        .filter_map(|(count, _)| Some(("calls", count.parse().ok()?)))
+}
+
 /// Of strace's table: names and how often they were called.
-fn calls(table: &str) -> impl Iterator<Item = (&str, u64)> {
+fn strace_calls(table: &str) -> impl Iterator<Item = (&str, u64)> {
     // % time, seconds, usecs/call, calls, errors (or nothing), syscall.
     let rows = table.lines().filter_map(|line| {
         let words: Vec<_> = line.split_whitespace().collect();
@@ -147,7 +212,14 @@ mod tests {
 ------ ----------- ----------- --------- --------- ----------------
 100.00    0.000050          12         4         1 total
 ";
-        assert!(calls(table).eq([("poll", 3), ("sched_yield", 1)]));
-        assert_eq!(calls("").count(), 0);
+        assert!(strace_calls(table).eq([("poll", 3), ("sched_yield", 1)]));
+        assert_eq!(strace_calls("").count(), 0);
+    }
+
+    #[test]
+    fn perfs_number_is_found() {
+        let lines = "# started on Sat\n\n42,,raw_syscalls:sys_enter,1000,100.00,,\n";
+        assert!(perf_calls(lines).eq([("calls", 42)]));
+        assert_eq!(perf_calls("<not counted>,,raw_syscalls:sys_enter,0,0.00,,\n").count(), 0);
     }
 }

@@ -48,8 +48,11 @@ pub fn svg(rows: &[Row]) -> String {
     let mut classes = Class::ALL.map(|class| (class, best(class))).to_vec();
     let most = classes.iter().map(|(_, bars)| bars.len()).max().unwrap_or(0);
     classes.retain(|(_, bars)| 2 * bars.len() > most);
-    let names: Vec<_> = kinds.iter().map(|kind| kind.label()).collect();
-    let legend = 20.0 + LEGEND_LINE * (names.len() + 1).div_ceil(LEGEND_COLUMNS) as f64;
+    // Nor do windows during which the processors moved, if there are others.
+    if classes.len() > 1 {
+        classes.retain(|(class, _)| *class != Class::Mixed);
+    }
+    let legend = 20.0 + LEGEND_LINE * (kinds.len() + 1).div_ceil(LEGEND_COLUMNS) as f64;
     let height = legend + classes.len() as f64 * (ABOVE + FIELD + BELOW);
     let mut text = String::new();
     // Writing to a string does not fail.
@@ -59,7 +62,7 @@ pub fn svg(rows: &[Row]) -> String {
          viewBox=\"0 0 {WIDTH} {height}\" font-family=\"Helvetica, Arial, sans-serif\" font-size=\"13\" \
          fill=\"#111111\">\n<rect width=\"100%\" height=\"100%\" fill=\"#ffffff\"/>"
     );
-    draw_legend(&names, &mut text);
+    draw_legend(&kinds, &mut text);
     for (nth, (class, bars)) in classes.into_iter().enumerate() {
         let top = legend + nth as f64 * (ABOVE + FIELD + BELOW) + ABOVE;
         let floors = floors.iter().copied().filter(|row| row.class == class).collect();
@@ -68,22 +71,23 @@ pub fn svg(rows: &[Row]) -> String {
     text + "</svg>\n"
 }
 
-fn draw_legend(names: &[&str], text: &mut String) {
+fn draw_legend(kinds: &[Kind], text: &mut String) {
     let place = |at: usize| {
         let (column, line) = (at % LEGEND_COLUMNS, at / LEGEND_COLUMNS);
         (LEFT + column as f64 * LEGEND_COLUMN, 16.0 + line as f64 * LEGEND_LINE)
     };
-    for (at, name) in names.iter().enumerate() {
+    for (at, kind) in kinds.iter().enumerate() {
         let (x, y) = place(at);
         let _ = writeln!(
             text,
-            "<rect x=\"{x}\" y=\"{y}\" width=\"14\" height=\"14\" fill=\"{}\"/><text x=\"{}\" y=\"{}\">{name}</text>",
-            colour(at),
+            "<rect x=\"{x}\" y=\"{y}\" width=\"14\" height=\"14\" fill=\"{}\"/><text x=\"{}\" y=\"{}\">{}</text>",
+            colour(*kind),
             x + 20.0,
-            y + 12.0
+            y + 12.0,
+            kind.label()
         );
     }
-    let (x, y) = place(names.len());
+    let (x, y) = place(kinds.len());
     let _ = writeln!(
         text,
         "<line x1=\"{x}\" x2=\"{}\" y1=\"{}\" y2=\"{}\" stroke=\"{FLOOR_COLOUR}\" stroke-width=\"2\" \
@@ -96,8 +100,10 @@ fn draw_legend(names: &[&str], text: &mut String) {
     );
 }
 
-fn colour(at: usize) -> &'static str {
-    COLOURS.get(at % COLOURS.len()).copied().unwrap_or(FLOOR_COLOUR)
+/// The same in each picture.
+fn colour(kind: Kind) -> &'static str {
+    let at = Kind::ALL.iter().position(|other| *other == kind);
+    at.and_then(|at| COLOURS.get(at)).copied().unwrap_or(FLOOR_COLOUR)
 }
 
 /// One class.
@@ -168,7 +174,7 @@ impl Panel<'_> {
             for (at, kind) in kinds.iter().enumerate() {
                 let row = self.bars.iter().find(|row| (row.size, row.kind) == (*size, *kind));
                 if let Some(row) = row {
-                    draw_bar(row, first + bar * at as f64, bar, colour(at), &y, text);
+                    draw_bar(row, first + bar * at as f64, bar, colour(*kind), &y, text);
                 }
             }
         }

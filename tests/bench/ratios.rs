@@ -199,9 +199,11 @@ fn of_counts(counts: Result<&Counts, &str>) -> [(&'static str, Ratio); 3] {
         |counts| counts.system_calls.iter().sum::<u64>() as f64 / counts.packets as f64,
         Target::AtMost(NOTHING),
         |counts| {
-            let Counts { packets, system_calls_by_name, others_percent, .. } = counts;
+            let Counts { packets, counted_by, system_calls_by_name, others_percent, .. } = counts;
             let calls = system_calls_by_name.join(", ");
-            format!("in {packets} packets: {calls}; others used {others_percent:.0} % of a processor")
+            format!(
+                "in {packets} packets, by {counted_by}: {calls}; others used {others_percent:.0} % of a processor"
+            )
         },
     );
     let allocations = of(
