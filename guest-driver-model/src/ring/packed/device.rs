@@ -48,6 +48,16 @@ struct Used {
     open: bool,
 }
 
+/// What a burst of usual chains ended for.
+enum Ended {
+    /// It is as long as it may be.
+    Full,
+    /// The next slot has these flags, and is not available.
+    Empty(u16),
+    /// The next chain starts with this descriptor.
+    Unusual(Descriptor),
+}
+
 /// The device half of one packed vring.
 #[derive(Debug)]
 pub struct PackedDevice {
@@ -228,16 +238,28 @@ impl PackedDevice {
             return Err(fault);
         }
         self.lookup.misses.clear();
-        for popped in 0..budget {
-            let Some(flags) = self.next_flags() else { return Ok(popped) };
+        let usual = Usual::of(direction);
+        let mut popped = 0;
+        loop {
+            let (count, ended) = self.pop_usual(budget - popped, &usual, burst);
+            popped += count;
+            let first = match ended {
+                Ended::Full => return Ok(popped),
+                Ended::Unusual(first) => first,
+                Ended::Empty(flags) => match self.step_over(flags) {
+                    Some(flags) => self.load(self.next.slot(), flags),
+                    None => return Ok(popped),
+                },
+            };
             let mark = burst.mark();
             let (at, room) = (self.next, self.size - self.taken);
             let mut slots = 0;
-            match self.pop_chain((at, flags), room, direction, burst, mark, &mut slots) {
+            match self.pop_chain((at, first), room, direction, burst, mark, &mut slots) {
                 Ok(id) => {
                     self.popped.add(Popped { id, slots, read_only: direction == Direction::DeviceReads });
                     self.next = at.advanced(slots, self.size);
                     self.taken += slots;
+                    popped += 1;
                 }
                 Err(Stop::Broken(broken)) => {
                     burst.abandon(mark);
@@ -251,7 +273,39 @@ impl PackedDevice {
                 }
             }
         }
-        Ok(budget)
+    }
+
+    /// Pops chains as nearly all of a network card's are: one buffer, in the mapping of the one
+    /// before. Returns how many, and what they ended for.
+    #[inline]
+    fn pop_usual(&mut self, budget: usize, usual: &Usual, burst: &mut ChainBurst) -> (usize, Ended) {
+        let (mut next, mut taken) = (self.next, self.taken);
+        let mut popped = 0;
+        let ended = loop {
+            if popped == budget {
+                break Ended::Full;
+            }
+            if taken >= self.size {
+                break Ended::Empty(next.not_yet_flags());
+            }
+            let flags = observe(&self.slots.flags(next.slot()));
+            if !next.is_available(flags) {
+                break Ended::Empty(flags);
+            }
+            let first = self.load(next.slot(), flags);
+            let Descriptor { addr, len, next: id, .. } = first;
+            let segment = match usual.segment(addr, len, &self.lookup.translation) {
+                Some(segment) if first.is_usual(usual) && id < self.size => segment,
+                _ => break Ended::Unusual(first),
+            };
+            burst.push_one(id, segment);
+            self.popped.add(Popped { id, slots: 1, read_only: !segment.writable });
+            next = next.advanced(1, self.size);
+            taken += 1;
+            popped += 1;
+        };
+        (self.next, self.taken) = (next, taken);
+        (popped, ended)
     }
 
     /// Notes what the chains behind the next one, which takes `slots`, lack, so that it can be
@@ -270,7 +324,8 @@ impl PackedDevice {
                 break;
             }
             ahead.clear();
-            let result = self.pop_chain((at, flags), room, direction, &mut ahead, 0, &mut slots);
+            let first = self.load(at.slot(), flags);
+            let result = self.pop_chain((at, first), room, direction, &mut ahead, 0, &mut slots);
             if matches!(result, Err(Stop::Broken(_))) {
                 break;
             }
@@ -304,36 +359,29 @@ impl PackedDevice {
         self.completed = self.flushed;
     }
 
-    /// Appends the chain at a position (2.8.6, 2.8.7), whose first flags were fetched, in at
-    /// most `room` slots. Adds those that it takes to `slots`. Returns the chain's id.
+    /// The one fetch of a descriptor whose flags were fetched before.
     #[inline]
+    fn load(&self, slot: u16, flags: u16) -> Descriptor {
+        let (addr, len, id) = self.slots.load(slot);
+        Descriptor::new(addr, len, flags, id)
+    }
+
+    /// Appends the chain at a position (2.8.6, 2.8.7), whose first descriptor was fetched, in at
+    /// most `room` slots. Adds those that it takes to `slots`. Returns the chain's id.
     fn pop_chain(
         &mut self,
-        (at, mut flags): (Position, u16),
+        (at, first): (Position, Descriptor),
         room: u16,
         direction: Direction,
         burst: &mut ChainBurst,
         mark: usize,
         slots: &mut u16,
     ) -> Result<u16, Stop> {
-        let mut slot = at.slot();
-        // The one fetch of this descriptor, here and below.
-        let (mut addr, mut len, mut id) = self.slots.load(slot);
-        // Nearly all chains of a network card, as in a split ring.
-        let usual = Usual::of(direction);
-        if Descriptor::new(addr, len, flags, id).is_usual(&usual)
-            && id < self.size
-            && let Some(segment) = usual.segment(addr, len, &self.lookup.translation)
-        {
-            *slots += 1;
-            burst.push_one(id, segment);
-            return Ok(id);
-        }
         let mut walk = Walk::new(at.event(), direction, mark);
         let limit = self.chain_limit.min(room);
+        let (mut slot, mut descriptor) = (at.slot(), first);
         for walked in 0..limit {
             *slots += 1;
-            let descriptor = Descriptor::new(addr, len, flags, id);
             let is_last = if descriptor.is_indirect() {
                 self.pop_table(&descriptor, self.chain_limit - walked, &mut walk, burst)?;
                 true
@@ -342,17 +390,18 @@ impl PackedDevice {
                 descriptor.next().is_none()
             };
             if is_last {
+                // Not where the next one is, which is the next slot, but the chain's id.
+                let id = descriptor.next;
                 if id >= self.size {
                     return Err(Stop::Broken((FaultKind::DescriptorIndex, u64::from(id))));
                 }
                 walk.finish(id, burst)?;
                 return Ok(id);
             }
-            slot = if slot + 1 < self.size { slot + 1 } else { 0 };
             if walked + 1 < limit {
+                slot = if slot + 1 < self.size { slot + 1 } else { 0 };
                 // Those behind the first are the device's with it (2.8.6).
-                flags = observe(&self.slots.flags(slot));
-                (addr, len, id) = self.slots.load(slot);
+                descriptor = self.load(slot, observe(&self.slots.flags(slot)));
             }
         }
         Err(Stop::Broken((FaultKind::ChainTooLong, u64::from(limit))))

@@ -172,7 +172,16 @@ impl PackedDriver {
     /// [`Self::add`] of a buffer in one piece.
     #[inline]
     pub(crate) fn add_one(&mut self, piece: Buffer, token: u64) -> Result<(), AddError> {
-        self.add(&[piece], token)
+        if piece.len == 0 {
+            return Err(AddError::Invalid);
+        }
+        // There are as many ids as slots.
+        let Some(id) = self.free_ids.first().filter(|_| self.free > 0) else { return Err(AddError::Full) };
+        let first = self.next;
+        self.put(first, self.describe(&piece, false), id, true);
+        let writable_len = if piece.writable { piece.len } else { 0 };
+        self.offer(first, InFlight { token, writable_len, slots: 1 });
+        Ok(())
     }
 
     #[inline]
@@ -201,20 +210,26 @@ impl PackedDriver {
                 }
             }
         }
-        self.next = first.advanced(slots, self.size);
-        self.free -= slots;
+        self.offer(first, InFlight { token, writable_len, slots });
+        Ok(())
+    }
+
+    /// The slots from `first` on are filled, and have the first free id.
+    #[inline]
+    fn offer(&mut self, first: Position, buffer: InFlight) {
+        self.next = first.advanced(buffer.slots, self.size);
+        self.free -= buffer.slots;
         if let Some(unpublished) = &mut self.unpublished {
-            unpublished.slots += slots;
+            unpublished.slots += buffer.slots;
         }
-        self.free_ids.take();
+        let Some(id) = self.free_ids.take() else { return };
         if self.in_order {
             self.order.add(id);
         }
         if let Some(known) = self.in_flight.get_mut(usize::from(id)) {
-            *known = InFlight { token, writable_len, slots };
+            *known = buffer;
         }
         self.in_flight_count += 1;
-        Ok(())
     }
 
     /// Fills a slot. The device goes from slot to slot, so that only the first one since the

@@ -11,61 +11,68 @@ pub const AVAIL: u16 = 1 << 7;
 /// VIRTQ_DESC_F_USED.
 pub const USED: u16 = 1 << 15;
 
-/// A slot and the side's wrap counter when it is there.
+/// A slot and the side's wrap counter when it is there: as an event suppression area names a
+/// descriptor (2.8.14), bits 0 to 14 and bit 15. One word, so that it is loaded as it was
+/// stored.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct Position {
-    slot: u16,
-    wrap: bool,
-}
+pub struct Position(u16);
 
 impl Position {
     /// Where both sides of a fresh ring start.
-    pub const START: Self = Self { slot: 0, wrap: true };
+    pub const START: Self = Self(Self::WRAP);
 
     const WRAP: u16 = 1 << 15;
 
     /// The slot; below the ring's size.
     #[inline]
     pub fn slot(self) -> u16 {
-        self.slot
+        self.0 & !Self::WRAP
+    }
+
+    #[inline]
+    fn wrap(self) -> bool {
+        self.0 & Self::WRAP != 0
     }
 
     /// `count` slots on, in a ring of `size`, which is not smaller.
     #[inline]
     pub fn advanced(self, count: u16, size: u16) -> Self {
-        let slot = u32::from(self.slot) + u32::from(count);
+        let slot = u32::from(self.slot()) + u32::from(count);
+        let wrap = self.0 & Self::WRAP;
+        // The slots are below the size, which is at most 2^15.
         match slot.checked_sub(u32::from(size)) {
-            None => Self { slot: slot as u16, wrap: self.wrap },
-            Some(slot) => Self { slot: slot as u16, wrap: !self.wrap },
+            None => Self(slot as u16 | wrap),
+            Some(slot) => Self(slot as u16 | (wrap ^ Self::WRAP)),
         }
     }
 
     /// `count` slots back, in a ring of `size`, which is not smaller.
     #[inline]
     pub fn put_back(self, count: u16, size: u16) -> Self {
-        match self.slot.checked_sub(count) {
-            Some(slot) => Self { slot, wrap: self.wrap },
-            None => Self { slot: self.slot.wrapping_add(size).wrapping_sub(count), wrap: !self.wrap },
+        let wrap = self.0 & Self::WRAP;
+        match self.slot().checked_sub(count) {
+            Some(slot) => Self(slot | wrap),
+            None => Self(self.slot().wrapping_add(size).wrapping_sub(count) | (wrap ^ Self::WRAP)),
         }
     }
 
     /// The flags by which a driver makes the slot available.
     #[inline]
     pub fn avail_flags(self) -> u16 {
-        if self.wrap { AVAIL } else { USED }
+        if self.wrap() { AVAIL } else { USED }
     }
 
     /// Flags that make the slot nobody's news: those by which a device gave it back the lap
     /// before.
     #[inline]
     pub fn not_yet_flags(self) -> u16 {
-        if self.wrap { 0 } else { AVAIL | USED }
+        if self.wrap() { 0 } else { AVAIL | USED }
     }
 
     /// The flags by which a device gives it back.
     #[inline]
     pub fn used_flags(self) -> u16 {
-        if self.wrap { AVAIL | USED } else { 0 }
+        if self.wrap() { AVAIL | USED } else { 0 }
     }
 
     /// Whether these flags make it available.
@@ -80,17 +87,16 @@ impl Position {
         flags & (AVAIL | USED) == self.used_flags()
     }
 
-    /// As an event suppression area names a descriptor (2.8.14): bits 0 to 14 the slot, bit
-    /// 15 the wrap counter.
+    /// As an event suppression area names a descriptor.
     #[inline]
     pub fn event(self) -> u16 {
-        self.slot | if self.wrap { Self::WRAP } else { 0 }
+        self.0
     }
 
     /// From what an event suppression area names. The slot can be anything.
     #[inline]
     pub fn of_event(event: u16) -> Self {
-        Self { slot: event & !Self::WRAP, wrap: event & Self::WRAP != 0 }
+        Self(event)
     }
 
     /// As the device half leaves it for the next one (`docs/vhost-pci-device.md`, 8.2): an
@@ -103,15 +109,15 @@ impl Position {
 
     /// From what a device half left; `None` if it is no position in a ring of `size`.
     pub fn of_left(left: u16, size: u16) -> Option<Self> {
-        Some(Self::of_event(left ^ Self::WRAP)).filter(|position| position.slot < size)
+        Some(Self::of_event(left ^ Self::WRAP)).filter(|position| position.slot() < size)
     }
 
     /// How many slots `self`, in a ring of `size`, is ahead of another position that is at
     /// most a lap behind; not positive if it is not ahead.
     #[inline]
     pub fn ahead_of(self, other: Self, size: u16) -> i32 {
-        let lap = if self.wrap == other.wrap { 0 } else { i32::from(size) };
-        i32::from(self.slot) - i32::from(other.slot) + lap
+        let lap = if self.wrap() == other.wrap() { 0 } else { i32::from(size) };
+        i32::from(self.slot()) - i32::from(other.slot()) + lap
     }
 }
 
@@ -140,14 +146,14 @@ mod tests {
             for count in steps.into_iter().cycle().take(50) {
                 let count = count.min(size);
                 let next = position.advanced(count, size);
-                assert!(next.slot < size);
+                assert!(next.slot() < size);
                 assert_eq!(next.put_back(count, size), position);
                 assert_eq!(next.ahead_of(position, size), i32::from(count));
                 assert_eq!(Position::of_event(next.event()), next);
                 assert_eq!(Position::of_left(next.left(), size), Some(next));
                 position = next;
             }
-            assert_eq!(Position::of_left(size - 1, size).map(|left| left.wrap), Some(true));
+            assert_eq!(Position::of_left(size - 1, size).map(|left| left.wrap()), Some(true));
             assert!(size == 32_768 || Position::of_left(size, size).is_none());
         }
         assert_eq!(Position::START.left(), 0);
@@ -155,7 +161,7 @@ mod tests {
 
     #[test]
     fn flags_are_one_sides_in_one_lap_only() {
-        let [first, second] = [Position::START, Position { slot: 0, wrap: false }];
+        let [first, second] = [Position::START, Position(0)];
         assert_eq!([first.avail_flags(), first.used_flags()], [0x80, 0x8080]);
         assert_eq!([second.avail_flags(), second.used_flags()], [0x8000, 0]);
         for flags in [0, 0x80, 0x8000, 0x8080] {
