@@ -21,6 +21,10 @@ struct Both {
 fn both(config: OwnerConfig) -> Both {
     let views = TwoViews::new(16 << 20);
     let crossover = Crossover::new(&views.owner, config, IOVA).unwrap();
+    join_both(views, crossover, config)
+}
+
+fn join_both(views: TwoViews, crossover: Crossover, config: OwnerConfig) -> Both {
     let peers = [0, 1].map(|card| {
         let infos: Vec<VringInfo> =
             crossover.places(card).unwrap().iter().map(|places| places.info(IOVA)).collect();
@@ -107,6 +111,36 @@ fn a_header_is_not_passed_on_and_a_packet_that_is_none_is_dropped() {
         assert_eq!(crossover.pass(0, 8).unwrap().returned, 8);
     }
     assert_eq!(crossover.pass(2, 8), Ok(Crossed::default()));
+}
+
+#[test]
+fn injected_packets_go_round_for_as_long_as_they_are_sent_back() {
+    let views = TwoViews::new(16 << 20);
+    let config = OwnerConfig { ring_size: 16, buffer_len: 192, ..OwnerConfig::default() };
+    let frames: Vec<_> = (0..10).map(|n| frame(n, if n == 3 { 129 } else { 128 })).collect();
+    let slices: Vec<_> = frames.iter().map(Vec::as_slice).collect();
+    let crossover = Crossover::with_packets(&views.owner, config, IOVA, &slices).unwrap();
+    let Both { mut crossover, mut peers, .. } = join_both(views, crossover, config);
+    // Half a ring, but for the one that is too long.
+    let expected: Vec<_> = (0..8).filter(|n| *n != 3).map(|n| frames[n].clone()).collect();
+    let mut burst = PacketBurst::default();
+    let mut copy = Vec::new();
+    assert!(!crossover.last_packet(0, &mut copy));
+    for _ in 0..100 {
+        // Out by one card, in by the other: and out by the first again.
+        for card in [1, 0] {
+            let [from, to] = &mut peers;
+            burst.clear();
+            assert_eq!(from.rx_burst(0, &mut burst, 7), Ok(7));
+            assert!(burst.frames().eq(expected.iter().map(Vec::as_slice)));
+            assert_eq!(to.tx_burst(0, burst.frames()), Ok(7));
+            assert_eq!(crossover.pass(card, 64).unwrap().packets, 7);
+            assert!(crossover.last_packet(card, &mut copy) && copy == expected[6]);
+            assert_eq!(crossover.pass(1 - card, 64).unwrap().packets, 0);
+            assert_eq!(crossover.in_flight(), 14);
+            peers.swap(0, 1);
+        }
+    }
 }
 
 #[test]

@@ -38,6 +38,8 @@ struct Card {
     places: [RingPlaces; 2],
     receive: DriverRing,
     transmit: DriverRing,
+    /// Where the last packet is that it received and that was passed on, and its length.
+    last: Option<(u64, u32)>,
     /// Its first buffer, bytes from the start of the memory.
     buffers: u64,
     /// By buffer: the next one of the same packet, while it is being transmitted.
@@ -53,6 +55,12 @@ pub struct Crossover {
     cards: [Card; 2],
     completions: Vec<Completion>,
     pieces: Vec<Buffer>,
+}
+
+/// The buffers of a packet that is being transmitted, as its token: the first, and how many.
+#[inline]
+fn token(first: u16, count: usize) -> u64 {
+    u64::from(first) | (count as u64) << 32
 }
 
 /// Why there are no cards.
@@ -73,6 +81,21 @@ impl Crossover {
     /// # Errors
     /// If the memory is too small for two cards like this.
     pub fn new(memory: &SharedMemory, config: OwnerConfig, iova_base: u64) -> Result<Self, CrossoverError> {
+        Self::with_packets(memory, config, iova_base, &[])
+    }
+
+    /// As [`Self::new`], with some packets on their way already, by each card: they go round for as
+    /// long as whoever receives them sends them back. At most half as many as a ring has entries, and
+    /// only such as fit a buffer.
+    ///
+    /// # Errors
+    /// As there.
+    pub fn with_packets(
+        memory: &SharedMemory,
+        config: OwnerConfig,
+        iova_base: u64,
+        packets: &[&[u8]],
+    ) -> Result<Self, CrossoverError> {
         let config = OwnerConfig { pairs: 1, ..config };
         let first = OwnerLayout::new(config, 0, memory.len())?;
         let second = OwnerLayout::new(config, first.end(), memory.len())?;
@@ -87,6 +110,7 @@ impl Crossover {
                 places: [receive.places, transmit.places],
                 receive: ring(receive_vring(0), &receive.places)?,
                 transmit: ring(transmit_vring(0), &transmit.places)?,
+                last: None,
                 buffers: receive.buffers,
                 next: vec![0; usize::from(config.ring_size)].into(),
             })
@@ -100,11 +124,30 @@ impl Crossover {
             pieces: Vec::new(),
         };
         let buffer_len = crossover.buffer_len;
-        for card in &mut crossover.cards {
-            for buffer in 0..config.ring_size {
-                card.post(buffer_len, buffer);
+        let mut packets = packets.iter().take(usize::from(config.ring_size / 2)).fuse();
+        let mut on_their_way = Vec::new();
+        for buffer in 0..config.ring_size {
+            match packets.next().filter(|packet| packet.len() + 64 <= buffer_len as usize) {
+                Some(packet) => on_their_way.push((buffer, *packet)),
+                None => crossover.cards.iter_mut().for_each(|card| card.post(buffer_len, buffer)),
             }
+        }
+        for (buffer, packet) in on_their_way {
+            for _ in 0..2 {
+                let [card, other] = &mut crossover.cards;
+                let place = card.place(buffer_len, buffer);
+                memory.write(place, &HEADER)?;
+                memory.write(place + HEADER_LEN as u64, packet)?;
+                let piece = Buffer::readable(place, (HEADER_LEN + packet.len()) as u32);
+                let added = other.transmit.add(&[piece], token(buffer, 1));
+                debug_assert!(added.is_ok(), "there are as many descriptors as buffers");
+                // The same by the other card; and then they are in their places again.
+                crossover.cards.swap(0, 1);
+            }
+        }
+        for card in &mut crossover.cards {
             card.receive.publish();
+            card.transmit.publish();
         }
         Ok(crossover)
     }
@@ -144,8 +187,8 @@ impl Crossover {
         self.completions.clear();
         card.receive.reap(budget, &mut self.completions)?;
         let mut at = 0;
-        while let Some(Completion { token, len }) = self.completions.get(at).copied() {
-            let buffer = token as u16;
+        while let Some(Completion { token: buffer, len }) = self.completions.get(at).copied() {
+            let buffer = buffer as u16;
             let place = card.place(self.buffer_len, buffer);
             let whole = len as usize >= HEADER_LEN;
             // The one look at it: a device can change it at any moment.
@@ -170,7 +213,7 @@ impl Crossover {
                 packet.iter().for_each(|completion| card.post(self.buffer_len, completion.token as u16));
                 continue;
             }
-            let token = token & 0xffff | (taken as u64) << 32;
+            let token = token(buffer, taken);
             let added = match packet {
                 [_] => other.transmit.add(&[Buffer::readable(place, len)], token),
                 _ => {
@@ -183,6 +226,7 @@ impl Crossover {
                 }
             };
             debug_assert!(added.is_ok(), "there are as many descriptors as buffers");
+            card.last = Some((place + HEADER_LEN as u64, len - HEADER_LEN as u32));
             crossed.packets += 1;
             crossed.bytes += bytes - HEADER_LEN as u64;
         }
@@ -195,6 +239,14 @@ impl Crossover {
     fn ring(&mut self, card: usize, vring: u16) -> Option<&mut DriverRing> {
         let card = self.cards.get_mut(card)?;
         Some(if vring == receive_vring(0) { &mut card.receive } else { &mut card.transmit })
+    }
+
+    /// Makes `frame` a copy of the last packet, or its first buffer, that a card received and that was
+    /// passed on: for who looks at one now and then. Whether there is one.
+    pub fn last_packet(&self, card: usize, frame: &mut Vec<u8>) -> bool {
+        let Some((place, len)) = self.cards.get(card).and_then(|card| card.last) else { return false };
+        frame.resize(len as usize, 0);
+        self.memory.read(place, frame).is_ok()
     }
 
     /// Whether the device wants a kick for what was published on a vring of a card since this was

@@ -8,6 +8,8 @@ use std::time::{Duration, Instant};
 
 use super::ProgramError;
 use super::owner::address;
+use super::pattern::{Checker, Generator, SAMPLE};
+use super::sink::Check;
 use super::stop::Stop;
 use super::traffic::{ReportArgs, Reporter, Traffic};
 use super::unrest::{Unrest, UnrestArgs};
@@ -45,6 +47,16 @@ pub struct OwnerForwardArgs {
     /// Let the devices give buffers back in order only, several at once (VIRTIO_F_IN_ORDER)
     #[arg(long)]
     pub in_order: bool,
+    /// Start with so many packets on their way by each card, at most half a ring: they go round for as
+    /// long as the peer passes them on
+    #[arg(long, default_value_t = 0, value_name = "PACKETS")]
+    pub inject: u16,
+    /// Length of the injected packets, bytes
+    #[arg(long, default_value_t = 64, value_name = "BYTES")]
+    pub size: usize,
+    /// How to judge packets, one in 64 bursts
+    #[arg(long, value_enum, default_value_t = Check::None)]
+    pub check: Check,
     /// Length of the memory, MiB
     #[arg(long, default_value_t = 64)]
     pub memory_mib: u64,
@@ -132,6 +144,23 @@ struct Owner<'a> {
     vmms: Vec<OwnerVmm>,
     traffic: Traffic,
     sleeps: Sleeps,
+    /// Bursts since a packet was looked at, its copy, and who judges it.
+    bursts: u32,
+    frame: Vec<u8>,
+    checker: Checker,
+}
+
+/// Two cards, with the packets that are to be on their way.
+fn crossover(
+    args: &OwnerForwardArgs,
+    config: OwnerConfig,
+    memory: &OwnerMemory,
+) -> Result<Crossover, ProgramError> {
+    let mut generator = Generator::new(args.size, std::process::id(), true);
+    let mut bytes = Vec::new();
+    generator.fill(&mut bytes, args.inject.into());
+    let frames: Vec<_> = bytes.chunks_exact(generator.frame_len()).collect();
+    Ok(Crossover::with_packets(memory.shared(), config, memory.guest_start(), &frames)?)
 }
 
 impl<'a> Owner<'a> {
@@ -148,13 +177,24 @@ impl<'a> Owner<'a> {
         };
         let memory = OwnerMemory::new(args.memory_mib << 20, args.guest_start)
             .map_err(|source| ProgramError::System { what: "the owner's memory", source })?;
-        let crossover = Crossover::new(memory.shared(), config, memory.guest_start())?;
+        let crossover = crossover(args, config, &memory)?;
         let traffic = Traffic { copied_bytes: Some(0), ..Traffic::default() };
-        Ok(Self { args, memory, config, crossover, vmms: Vec::new(), traffic, sleeps: Sleeps::default() })
+        Ok(Self {
+            args,
+            memory,
+            config,
+            crossover,
+            vmms: Vec::new(),
+            traffic,
+            sleeps: Sleeps::default(),
+            bursts: 0,
+            frame: Vec::new(),
+            checker: Checker::new(),
+        })
     }
 
     fn traffic(&self) -> Traffic {
-        self.traffic.with_sleeps(self.sleeps)
+        Traffic { corrupted: self.checker.verdict().corrupted, ..self.traffic.with_sleeps(self.sleeps) }
     }
 
     fn connect(&mut self) -> Result<(), ProgramError> {
@@ -222,9 +262,11 @@ impl<'a> Owner<'a> {
             if (over || enough || stop.is_requested()) && ending.is_none() {
                 ending = Some(Instant::now());
             }
-            // Packets that are on their way arrive, or have had their time.
+            // Packets that are on their way arrive, or have had their time; those that go round never do.
             if let Some(since) = ending
-                && (self.crossover.in_flight() == 0 || since.elapsed() >= LAST_PACKETS)
+                && (self.args.inject > 0
+                    || self.crossover.in_flight() == 0
+                    || since.elapsed() >= LAST_PACKETS)
             {
                 self.stop_devices();
                 return Ok(());
@@ -252,6 +294,7 @@ impl<'a> Owner<'a> {
             self.traffic.tx_bytes += crossed.bytes;
             self.traffic.dropped += crossed.dropped as u64;
             if crossed.packets > 0 {
+                self.look(card);
                 self.kick(1 - card, transmit_vring(0));
             }
             if crossed.dropped + crossed.returned > 0 {
@@ -259,6 +302,18 @@ impl<'a> Owner<'a> {
             }
         }
         Ok(moved)
+    }
+
+    /// Looks at one packet in so many bursts.
+    #[inline]
+    fn look(&mut self, card: usize) {
+        self.bursts += 1;
+        if self.args.check != Check::None && self.bursts >= SAMPLE {
+            self.bursts = 0;
+            if self.crossover.last_packet(card, &mut self.frame) {
+                self.checker.check(&self.frame);
+            }
+        }
     }
 
     fn kick(&mut self, card: usize, vring: u16) {
@@ -293,7 +348,7 @@ impl<'a> Owner<'a> {
         for vmm in &mut self.vmms {
             vmm.stop()?;
         }
-        self.crossover = Crossover::new(self.memory.shared(), self.config, self.memory.guest_start())?;
+        self.crossover = crossover(self.args, self.config, &self.memory)?;
         self.start()
     }
 
