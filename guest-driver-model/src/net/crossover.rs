@@ -186,6 +186,10 @@ impl Crossover {
         }
         self.completions.clear();
         card.receive.reap(budget, &mut self.completions)?;
+        // All headers are on their way before the first is waited for.
+        for Completion { token: buffer, .. } in &self.completions {
+            self.memory.prefetch_write(card.place(self.buffer_len, *buffer as u16));
+        }
         let mut at = 0;
         while let Some(Completion { token: buffer, len }) = self.completions.get(at).copied() {
             let buffer = buffer as u16;
@@ -208,14 +212,14 @@ impl Crossover {
             at += taken;
             let bytes: u64 = packet.iter().map(|completion| u64::from(completion.len)).sum();
             let is_packet = count == taken && packet.iter().all(|completion| completion.len > 0);
-            if !is_packet || self.memory.write(place, &HEADER).is_err() {
+            if !is_packet || self.memory.write_array(place, &HEADER).is_err() {
                 crossed.dropped += 1;
                 packet.iter().for_each(|completion| card.post(self.buffer_len, completion.token as u16));
                 continue;
             }
             let token = token(buffer, taken);
             let added = match packet {
-                [_] => other.transmit.add(&[Buffer::readable(place, len)], token),
+                [_] => other.transmit.add_one(Buffer::readable(place, len), token),
                 _ => {
                     self.pieces.clear();
                     self.pieces.extend(packet.iter().map(|piece| {
@@ -294,7 +298,7 @@ impl Card {
         // A layout's buffers have more than 64 bytes, or none that fits behind the header.
         let room = buffer_len - HEADER_AT as u32;
         let added =
-            self.receive.add(&[Buffer::writable(self.place(buffer_len, buffer), room)], buffer.into());
+            self.receive.add_one(Buffer::writable(self.place(buffer_len, buffer), room), buffer.into());
         debug_assert!(added.is_ok(), "there are as many buffers as descriptors");
     }
 

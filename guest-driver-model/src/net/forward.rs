@@ -244,8 +244,10 @@ fn in_place(
         from.live.ring.put_back(popped);
         return Ok(None);
     }
-    // What is copied, and where to, is with the owners' processors.
+    // What is copied, and where to, is with the owners' processors: all lines are on their way before
+    // the first is waited for.
     chains.prefetch(from.reach.window);
+    to.prefetch(popped);
     let mut done = Forwarded::default();
     let (mut pushed, mut broken) = (0, None);
     for chain in chains.iter() {
@@ -364,6 +366,18 @@ impl Destination<'_> {
             }
         }
         Ok(self.transmitter.posted.len() - self.transmitter.cursor)
+    }
+
+    /// Asks the processor for the headers and the first lines of the next buffers.
+    #[inline]
+    fn prefetch(&self, count: usize) {
+        let Transmitter { posted, cursor, .. } = &*self.transmitter;
+        for chain in posted.iter().skip(*cursor).take(count) {
+            if let Some(Segment { place: Place::Window(offset), .. }) = chain.segments.first() {
+                self.reach.window.prefetch_write(*offset);
+                self.reach.window.prefetch_write(offset + HEADER_LEN as u64);
+            }
+        }
     }
 
     /// Whether the owner has posted buffers that are not popped.

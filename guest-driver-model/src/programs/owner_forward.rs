@@ -32,8 +32,8 @@ pub struct OwnerForwardArgs {
     /// Entries of each ring
     #[arg(long, default_value_t = 256)]
     pub ring_size: u16,
-    /// Length of each buffer, bytes
-    #[arg(long, default_value_t = 2048)]
+    /// Length of each buffer, bytes: a multiple of 64, of which the first 64 are for the header
+    #[arg(long, default_value_t = OwnerConfig::default().buffer_len)]
     pub buffer_len: u32,
     /// Do without VIRTIO_NET_F_MRG_RXBUF
     #[arg(long)]
