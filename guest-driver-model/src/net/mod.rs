@@ -9,6 +9,7 @@
 //! | [`forward`] | packets from one owner to another with one copy |
 //! | [`peer`] | the peer's port: the device half of all of the owner's queues |
 //! | [`owner`] | the owner's port: the driver half, with buffers in its own memory |
+//! | [`spread`] | which of several pairs a flow goes by |
 //! | [`crossover`] | two cards of an owner, of which each transmits what the other receives |
 //! | `receive` | what the peer's port receives |
 //! | `transmit`, `store` | what it transmits: into the window, and beyond it |
@@ -28,6 +29,7 @@ pub mod owner;
 pub mod peer;
 mod reach;
 mod receive;
+pub mod spread;
 mod store;
 mod transmit;
 

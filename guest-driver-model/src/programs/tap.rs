@@ -2,14 +2,15 @@
 
 use std::fs::File;
 use std::io::{self, Read, Write};
+use std::ops::Range;
 use std::os::fd::{AsFd, BorrowedFd};
 
 use super::ProgramError;
 use super::peer_loop::{self, PeerArgs, PeerProgram};
 use super::sys::tun;
 use super::traffic::Traffic;
-use super::wire::{BURST, Sent, Wire};
-use crate::net::PacketBurst;
+use super::wire::{BURST, Wire};
+use crate::net::{PacketBurst, spread};
 
 /// What `tap` can be told.
 #[derive(Clone, Debug, Default, clap::Args)]
@@ -35,12 +36,25 @@ pub struct Tap<D> {
     /// The interface is no more.
     deleted: bool,
     received: PacketBurst,
-    /// Frames read from the interface, one behind the other, and their lengths.
+    /// Frames read from the interface, one behind the other.
     frames: Vec<u8>,
-    lens: Vec<usize>,
+    /// Which of them go by which pair.
+    lanes: Vec<Lane>,
+    traffic: Traffic,
+}
+
+/// Frames that wait for a pair, as places among those read, in order.
+#[derive(Clone, Debug, Default)]
+struct Lane {
+    frames: Vec<Range<usize>>,
     /// How many of them are done with.
     sent: usize,
-    traffic: Traffic,
+}
+
+impl Lane {
+    fn waiting(&self) -> usize {
+        self.frames.len() - self.sent
+    }
 }
 
 /// Runs `tap`.
@@ -71,10 +85,16 @@ impl<D> Tap<D> {
             deleted: false,
             received: PacketBurst::with_capacity(BURST, 2048),
             frames: vec![0; MAX_FRAME],
-            lens: Vec::new(),
-            sent: 0,
+            lanes: Vec::new(),
             traffic: Traffic::default(),
         }
+    }
+}
+
+impl<D> Tap<D> {
+    /// Frames that were read and are not done with.
+    fn waiting(&self) -> usize {
+        self.lanes.iter().map(Lane::waiting).sum()
     }
 }
 
@@ -99,31 +119,28 @@ where
         moved
     }
 
-    /// Frames from the interface, to the owner's first pair.
+    /// Frames from the interface, each flow's to one of the owner's pairs.
     fn outward(&mut self, wire: &mut Wire<'_>) -> usize {
-        if self.sent == self.lens.len() {
-            self.read_burst();
+        if self.waiting() == 0 {
+            self.read_burst(wire.receiving_pairs());
         }
-        let mut rest = self.frames.as_slice();
-        let frames = self.lens.iter().map_while(|len| {
-            let frame;
-            (frame, rest) = rest.split_at_checked(*len)?;
-            Some(frame)
-        });
-        let sent = match self.sent < self.lens.len() {
-            true => wire.transmit(0, frames.skip(self.sent)),
-            false => Sent::default(),
-        };
-        self.traffic.count_sent(sent);
-        self.sent += sent.done;
-        sent.done
+        let mut done = 0;
+        for (pair, lane) in (0..).zip(&mut self.lanes).filter(|(_, lane)| lane.waiting() > 0) {
+            let frames = lane.frames.iter().skip(lane.sent);
+            let sent = wire.transmit(pair, frames.filter_map(|place| self.frames.get(place.clone())));
+            self.traffic.count_sent(sent);
+            lane.sent += sent.done;
+            done += sent.done;
+        }
+        done
     }
 
-    fn read_burst(&mut self) {
-        self.lens.clear();
-        self.sent = 0;
+    /// Reads frames for so many pairs.
+    fn read_burst(&mut self, pairs: u16) {
+        self.lanes.clear();
+        self.lanes.resize(usize::from(pairs.max(1)), Lane::default());
         let mut end = 0;
-        while self.lens.len() < BURST {
+        for _ in 0..BURST {
             if self.frames.len() < end + MAX_FRAME {
                 self.frames.resize(end + MAX_FRAME, 0);
             }
@@ -131,7 +148,10 @@ where
             match (&self.device).read(room) {
                 Ok(0) => return,
                 Ok(len) => {
-                    self.lens.push(len);
+                    let pair = spread::queue(room.get(..len).unwrap_or_default(), pairs);
+                    if let Some(lane) = self.lanes.get_mut(usize::from(pair)) {
+                        lane.frames.push(end..end + len);
+                    }
                     end += len;
                 }
                 Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
@@ -155,18 +175,17 @@ where
     }
 
     fn link_lost(&mut self) {
-        self.traffic.dropped += (self.lens.len() - self.sent) as u64;
-        self.lens.clear();
-        self.sent = 0;
+        self.traffic.dropped += self.waiting() as u64;
+        self.lanes.clear();
     }
 
     fn input(&self) -> Option<BorrowedFd<'_>> {
         // While frames wait for the owner's buffers, more of them are no news.
-        (self.sent == self.lens.len()).then(|| self.device.as_fd())
+        (self.waiting() == 0).then(|| self.device.as_fd())
     }
 
     fn waits_for_buffers(&self, pair: u16) -> bool {
-        pair == 0 && self.sent < self.lens.len()
+        self.lanes.get(usize::from(pair)).is_some_and(|lane| lane.waiting() > 0)
     }
 
     fn check(&self) -> Result<(), ProgramError> {
@@ -190,6 +209,7 @@ where
 mod tests {
     #![allow(clippy::unwrap_used)]
     use super::*;
+    use std::cell::RefCell;
 
     /// An interface whose reads end with an error, and that takes nothing.
     struct Fails(i32);
@@ -216,12 +236,56 @@ mod tests {
         }
     }
 
+    /// An interface with frames of flows that have these numbers.
+    struct Frames(RefCell<Vec<u8>>);
+
+    impl Read for &Frames {
+        fn read(&mut self, room: &mut [u8]) -> io::Result<usize> {
+            let Some(flow) = self.0.borrow_mut().pop() else { return Err(io::ErrorKind::WouldBlock.into()) };
+            room[..60].fill(flow);
+            Ok(60)
+        }
+    }
+
+    impl Write for &Frames {
+        fn write(&mut self, bytes: &[u8]) -> io::Result<usize> {
+            Ok(bytes.len())
+        }
+
+        fn flush(&mut self) -> io::Result<()> {
+            Ok(())
+        }
+    }
+
+    #[test]
+    fn each_flow_goes_by_one_pair_in_order_and_many_flows_by_all() {
+        let flows: Vec<u8> = (0..BURST as u8).map(|at| at % 16).collect();
+        let mut tap = Tap::new(Frames(RefCell::new(flows)), "vp7");
+        tap.read_burst(3);
+        assert_eq!((tap.waiting(), tap.lanes.len()), (BURST, 3));
+        let mut seen = [None; 16];
+        for (pair, lane) in tap.lanes.iter().enumerate() {
+            assert!(lane.waiting() > 0, "nothing goes by pair {pair}");
+            assert!(lane.frames.is_sorted_by_key(|place| place.start));
+            for place in &lane.frames {
+                let flow = usize::from(tap.frames[place.start]);
+                assert_eq!(*seen[flow].get_or_insert(pair), pair, "flow {flow}");
+            }
+        }
+        // All by the first, if the owner uses one only, or none yet.
+        for pairs in [0, 1] {
+            tap.device.0.borrow_mut().extend([1, 2, 3]);
+            tap.read_burst(pairs);
+            assert_eq!((tap.waiting(), tap.lanes.len(), tap.lanes[0].waiting()), (3, 1, 3));
+        }
+    }
+
     #[test]
     fn an_interface_that_was_deleted_ends_the_program_and_one_that_is_down_does_not() {
         let after_a_read = |errno| {
             let mut tap = Tap::new(Fails(errno), "vp7");
             tap.check().unwrap();
-            tap.read_burst();
+            tap.read_burst(1);
             tap.check()
         };
         // Nothing there; down.
