@@ -40,7 +40,7 @@ impl Kind {
             Self::InPlace => "ours, in place",
             Self::Vhost => "DPDK vhost",
             Self::Memif => "DPDK memif",
-            Self::Mixed => "DPDK virtio-user into ours",
+            Self::Mixed => "virtio-user into ours",
             Self::Switch => "DPDK vhost switch",
             Self::OurSwitch => "our forwarder",
             Self::Floor => "bare ring",

@@ -38,8 +38,11 @@ const WINDOW: Duration = Duration::from_secs(1);
 pub struct Counts {
     /// Packets that passed meanwhile.
     pub packets: u64,
-    /// By the owner and by the peer, all threads of each.
+    /// By the owner and by the peer, all threads of each, without those of the next line.
     pub system_calls: [u64; 2],
+    /// Times that they gave up their processor as nothing had come for a thousand looks: the other
+    /// side was not running, because of somebody else.
+    pub yields: [u64; 2],
     /// What counted them.
     pub counted_by: &'static str,
     /// Which they were, where that is known.
@@ -83,8 +86,11 @@ enum Counter {
     Strace,
 }
 
-/// Perf's name for all of them.
+/// Perf's names for all of them, and for one.
 const CALLS: &str = "raw_syscalls:sys_enter";
+const YIELDS: &str = "syscalls:sys_enter_sched_yield";
+/// The call's name.
+const YIELD: &str = "sched_yield";
 
 impl Counter {
     /// The better one that works here.
@@ -93,7 +99,7 @@ impl Counter {
             Command::new(program).args(args).output().is_ok_and(|output| output.status.success())
         };
         // It needs privileges, too.
-        if works("perf", &["stat", "-e", CALLS, "true"]) {
+        if works("perf", &["stat", "-e", CALLS, "-e", YIELDS, "true"]) {
             return Some(Self::Perf);
         }
         works("strace", &["-V"]).then_some(Self::Strace)
@@ -109,7 +115,9 @@ impl Counter {
     fn command(self, pid: u32, file: &Path) -> Command {
         let mut command = Command::new(self.name());
         match self {
-            Self::Perf => command.args(["stat", "-x", ",", "-e", CALLS, "-p", &pid.to_string(), "-o"]),
+            Self::Perf => {
+                command.args(["stat", "-x", ",", "-e", CALLS, "-e", YIELDS, "-p", &pid.to_string(), "-o"])
+            }
             Self::Strace => command.args(["-f", "-q", "-c", "-p", &pid.to_string(), "-o"]),
         };
         command.arg(file);
@@ -119,7 +127,7 @@ impl Counter {
     /// How often what was called.
     fn calls(self, text: &str) -> Vec<(&str, u64)> {
         match self {
-            Self::Perf => perf_calls(text).collect(),
+            Self::Perf => perf_calls(text),
             Self::Strace => strace_calls(text).collect(),
         }
     }
@@ -160,6 +168,7 @@ fn take_once(counter: Counter) -> Result<Counts> {
     let mut counts = Counts {
         packets: to.packets - from.packets,
         system_calls: [0; 2],
+        yields: [0; 2],
         counted_by: counter.name(),
         system_calls_by_name: Vec::new(),
         allocations,
@@ -173,19 +182,25 @@ fn take_once(counter: Counter) -> Result<Counts> {
         // Strace's table is empty if there were none; perf says so.
         ensure!(!calls.is_empty() || matches!(counter, Counter::Strace), "perf counted nothing: {text}");
         for (name, count) in calls {
-            counts.system_calls[at] += count;
+            let sum = if name == YIELD { &mut counts.yields } else { &mut counts.system_calls };
+            sum[at] += count;
             counts.system_calls_by_name.push(format!("{who}: {count} {name}"));
         }
     }
     Ok(counts)
 }
 
-/// Of perf's lines of numbers: of all calls together.
-fn perf_calls(lines: &str) -> impl Iterator<Item = (&str, u64)> {
-    // How often, unit, event.
-    let rows = lines.lines().filter_map(|line| line.split_once(','));
-    rows.filter(|(_, rest)| rest.contains(CALLS))
-        .filter_map(|(count, _)| Some(("calls", count.parse().ok()?)))
+/// Of perf's lines of numbers: yields, and all other calls together. Nothing if it has not counted.
+fn perf_calls(lines: &str) -> Vec<(&'static str, u64)> {
+    let count = |event: &str| {
+        // How often, unit, event.
+        let row = lines.lines().find(|line| line.contains(event))?;
+        row.split_once(',')?.0.parse::<u64>().ok()
+    };
+    match (count(CALLS), count(YIELDS)) {
+        (Some(calls), Some(yields)) => vec![(YIELD, yields), ("others", calls.saturating_sub(yields))],
+        _ => Vec::new(),
+    }
 }
 
 /// Of strace's table: names and how often they were called.
@@ -217,9 +232,10 @@ mod tests {
     }
 
     #[test]
-    fn perfs_number_is_found() {
-        let lines = "# started on Sat\n\n42,,raw_syscalls:sys_enter,1000,100.00,,\n";
-        assert!(perf_calls(lines).eq([("calls", 42)]));
-        assert_eq!(perf_calls("<not counted>,,raw_syscalls:sys_enter,0,0.00,,\n").count(), 0);
+    fn perfs_numbers_are_found() {
+        let lines = "# started on Sat\n\n42,,raw_syscalls:sys_enter,1000,100.00,,\n\
+                     40,,syscalls:sys_enter_sched_yield,1000,100.00,,\n";
+        assert_eq!(perf_calls(lines), [(YIELD, 40), ("others", 2)]);
+        assert_eq!(perf_calls(&lines.replace("42,", "<not counted>,")), []);
     }
 }
