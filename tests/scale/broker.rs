@@ -89,6 +89,23 @@ impl Broker {
         count.and_then(Value::as_u64).context("status counts no notifications")
     }
 
+    /// Waits until the broker has seen that a link's two sides have left.
+    pub fn wait_until_left(&self, link: u32) -> Result<()> {
+        let start = Instant::now();
+        loop {
+            let status = self.status()?;
+            let left = |side: &str| {
+                let state = status.pointer(&format!("/links/{link}/{side}/state"));
+                state.is_some_and(|state| state == "absent")
+            };
+            if left("owner") && left("peer") {
+                return Ok(());
+            }
+            ensure!(start.elapsed() < SOON, "link {link} still has a side that has left");
+            thread::sleep(Duration::from_millis(20));
+        }
+    }
+
     fn status(&self) -> Result<Value> {
         let mut command = Command::new(program("vhost-pci-switch")?);
         command.args(["status", "--json", "--control-socket"]).arg(self.folder.join("control.sock"));

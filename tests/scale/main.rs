@@ -31,10 +31,10 @@ use crate::traffic::Way;
 /// For whatever should take a moment.
 const SOON: Duration = Duration::from_secs(60);
 /// Between what the broker was asked to do and the moment from which it has nothing to do: the
-/// clock of a link looks once more when a change's time is over, 2 s after it.
-const SETTLE: Duration = Duration::from_secs(3);
+/// clock of a link looks once more when a change's time is over, 2 s after it, and lingers 0.3 s.
+const SETTLE: Duration = Duration::from_millis(2500);
 /// How long one link is busy.
-const BUSY: Duration = Duration::from_secs(3);
+const BUSY: Duration = Duration::from_secs(2);
 
 /// Brings up many links in one broker and measures what they take. Needs no VM and no privileges.
 #[derive(Debug, Parser)]

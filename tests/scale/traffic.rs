@@ -80,6 +80,8 @@ pub fn measure(broker: &mut Broker, link: u32, way: Way, time: Duration) -> Resu
 
     ensure!(owner.terminate(SOON)?.success(), "the owner:\n{}", owner.log());
     ensure!(peer.terminate(SOON)?.success(), "the peer:\n{}", peer.log());
+    // Who comes before that is turned away.
+    broker.wait_until_left(link)?;
     let (sent, got) = (last_object(&owner)?, last_object(&peer)?);
     let number = |object: &Value, name: &str| object.get(name).and_then(Value::as_f64).unwrap_or(0.0);
     let (packets, took) = (number(&sent, "tx_packets"), number(&sent, "seconds"));
