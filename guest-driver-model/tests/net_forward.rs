@@ -10,7 +10,7 @@ use guest_driver_model::control::{Outcome, Request};
 use guest_driver_model::link::Access;
 use guest_driver_model::net::forward::{End, forward_burst, forward_burst_by};
 use guest_driver_model::net::{
-    ForwardFault, Forwarded, Lane, LentBurst, OwnerConfig, OwnerPort, PacketBurst, PeerPort,
+    ForwardFault, Forwarded, Lane, LentBurst, OwnerConfig, OwnerPort, PacketBurst, PeerPort, PeerQueue,
 };
 use net_support::device::{Apart, Mode, PAGE, apart, willing};
 use net_support::{Done, HandRing, IOVA, Joined, LinkWriter, WRITE, frame, join, link_page, pass};
@@ -24,6 +24,10 @@ fn frames(count: u64, len: usize) -> Vec<Vec<u8>> {
 
 fn slices(frames: &[Vec<u8>]) -> impl Iterator<Item = &[u8]> {
     frames.iter().map(Vec::as_slice)
+}
+
+fn first(port: &mut PeerPort) -> &mut PeerQueue {
+    port.queue(0).unwrap()
 }
 
 fn take(owner: &mut OwnerPort) -> Vec<Vec<u8>> {
@@ -62,7 +66,7 @@ proptest! {
             &bursts,
             |frames| owner.tx_burst(0, frames.iter().copied()).unwrap(),
             |burst, back| {
-                let done = forward_burst(&mut from, 0, &mut to, 0, &mut lane, budget).unwrap();
+                let done = forward_burst(first(&mut from), first(&mut to), &mut lane, budget).unwrap();
                 assert_eq!((done.taken, done.copied_bytes, lane.held()), (done.packets, done.bytes, 0));
                 sum.packets += done.packets;
                 sum.copied_bytes += done.copied_bytes;
@@ -119,8 +123,8 @@ proptest! {
             &bursts,
             |frames| a.owner.tx_burst(0, frames.iter().copied()).unwrap(),
             |burst, back| {
-                let from = End { port: &mut a.peer, exchange: &mut a.device, pair: 0 };
-                let to = End { port: &mut b.peer, exchange: &mut b.device, pair: 0 };
+                let from = End { queue: first(&mut a.peer), exchange: &mut a.device };
+                let to = End { queue: first(&mut b.peer), exchange: &mut b.device };
                 let done = forward_burst_by(&mut lane, from, to, 32).unwrap();
                 copied += done.copied_bytes;
                 let received = b.owner.rx_burst(0, burst, back).unwrap();
@@ -143,7 +147,8 @@ fn what_the_other_owner_has_no_room_for_stays_where_it_is() {
     let sent = frames(20, 64);
     assert_eq!(owner.tx_burst(0, slices(&sent)), Ok(20));
     let mut lane = Lane::default();
-    let mut burst = |from: &mut PeerPort, to: &mut PeerPort| forward_burst(from, 0, to, 0, &mut lane, 64);
+    let mut burst =
+        |from: &mut PeerPort, to: &mut PeerPort| forward_burst(first(from), first(to), &mut lane, 64);
     assert_eq!(burst(&mut from, &mut to).unwrap().packets, 8);
     assert_eq!(burst(&mut from, &mut to), Ok(Forwarded::default()));
     assert_eq!(owner.reap_transmitted(0), Ok(12));
@@ -171,7 +176,7 @@ fn what_the_other_owner_can_never_take_is_dropped_and_counted() {
     let Joined { owner: mut sink, peer: mut to, .. } = join(config);
     let sent = [frame(1, 60), frame(2, 300), frame(3, 60)];
     assert_eq!(owner.tx_burst(0, slices(&sent)), Ok(3));
-    let done = forward_burst(&mut from, 0, &mut to, 0, &mut lane, 64).unwrap();
+    let done = forward_burst(first(&mut from), first(&mut to), &mut lane, 64).unwrap();
     assert_eq!(
         done,
         Forwarded { taken: 3, taken_bytes: 420, packets: 2, bytes: 120, dropped: 1, copied_bytes: 120 }
@@ -183,7 +188,7 @@ fn what_the_other_owner_can_never_take_is_dropped_and_counted() {
     let Joined { owner: mut sink, peer: mut to, .. } = join(config);
     let sent = [frame(1, 2000), frame(2, 200)];
     assert_eq!(owner.tx_burst(0, slices(&sent)), Ok(2));
-    let done = forward_burst(&mut from, 0, &mut to, 0, &mut lane, 64).unwrap();
+    let done = forward_burst(first(&mut from), first(&mut to), &mut lane, 64).unwrap();
     assert_eq!((done.dropped, done.packets, done.copied_bytes), (1, 1, 200));
     assert_eq!(take(&mut sink), [sent[1].clone()]);
 }
@@ -197,16 +202,15 @@ fn a_link_that_has_changed_gives_and_takes_nothing() {
     (link.generation, link.table_generation) = (4, 4);
     link.write(&views.window);
     let mut lane = Lane::default();
-    assert_eq!(forward_burst(&mut from, 0, &mut to, 0, &mut lane, 64), Ok(Forwarded::default()));
+    assert_eq!(forward_burst(first(&mut from), first(&mut to), &mut lane, 64), Ok(Forwarded::default()));
     assert!(take(&mut sink).is_empty());
     assert_eq!(owner.reap_transmitted(0), Ok(5));
     // By its next port everything goes on.
     let page = link_page(&views.window);
     let mut to = PeerPort::new(&views.window, &page, &page.snapshot().unwrap()).unwrap();
-    assert_eq!(forward_burst(&mut from, 0, &mut to, 0, &mut lane, 64).unwrap().packets, 5);
+    assert_eq!(forward_burst(first(&mut from), first(&mut to), &mut lane, 64).unwrap().packets, 5);
     assert_eq!(take(&mut sink), frames(5, 60));
-    assert_eq!(forward_burst(&mut from, 7, &mut to, 0, &mut lane, 64), Ok(Forwarded::default()));
-    assert_eq!(forward_burst(&mut from, 0, &mut to, 7, &mut lane, 64), Ok(Forwarded::default()));
+    assert!(from.queue(7).is_none());
 }
 
 /// A's mappings, or its link, change at the worst moment: when the burst has begun. (It is B's device
@@ -229,8 +233,8 @@ fn a_burst_during_which_mappings_change_is_rolled_back() {
         assert_eq!(a.owner.tx_burst(0, slices(&sent)), Ok(40));
         let mut lane = Lane::default();
         let mut burst = |a: &mut Apart, b: &mut Apart| {
-            let from = End { port: &mut a.peer, exchange: &mut a.device, pair: 0 };
-            let to = End { port: &mut b.peer, exchange: &mut b.device, pair: 0 };
+            let from = End { queue: first(&mut a.peer), exchange: &mut a.device };
+            let to = End { queue: first(&mut b.peer), exchange: &mut b.device };
             forward_burst_by(&mut lane, from, to, 8).unwrap()
         };
         let first = burst(&mut a, &mut b);
@@ -279,7 +283,7 @@ fn a_packet_may_be_in_pieces_on_either_side() {
                 ring.offer(0);
             }
             let (mut from, mut to) = (hand_port(&a), hand_port(&b));
-            let done = forward_burst(&mut from, 0, &mut to, 0, &mut Lane::default(), 8).unwrap();
+            let done = forward_burst(first(&mut from), first(&mut to), &mut Lane::default(), 8).unwrap();
             assert_eq!((done.packets, done.copied_bytes), (1, 50));
             let mut seen = [0; 62];
             b.views.owner.read(0x1_0000, &mut seen[..other as usize]).unwrap();
@@ -305,8 +309,8 @@ fn either_owners_broken_ring_is_told_from_the_others() {
     }
     let (mut from, mut to) = (hand_port(&a), hand_port(&b));
     let mut lane = Lane::default();
-    assert_eq!(forward_burst(&mut from, 0, &mut to, 0, &mut lane, 8).unwrap().packets, 1);
-    let fault = forward_burst(&mut from, 0, &mut to, 0, &mut lane, 8).unwrap_err();
+    assert_eq!(forward_burst(first(&mut from), first(&mut to), &mut lane, 8).unwrap().packets, 1);
+    let fault = forward_burst(first(&mut from), first(&mut to), &mut lane, 8).unwrap_err();
     assert!(
         matches!(fault, ForwardFault::From(fault) if fault.kind == FaultKind::Length && fault.value == 11)
     );
@@ -322,7 +326,7 @@ fn either_owners_broken_ring_is_told_from_the_others() {
         b.offer(0);
         let mut to = hand_port(&b);
         for _ in 0..2 {
-            let fault = forward_burst(&mut from, 0, &mut to, 0, &mut lane, 8).unwrap_err();
+            let fault = forward_burst(first(&mut from), first(&mut to), &mut lane, 8).unwrap_err();
             assert!(matches!(fault, ForwardFault::To(fault) if fault.kind == kind));
         }
         // A's stay with A, for whom else takes them.
@@ -371,7 +375,7 @@ fn an_owner_that_rewrites_everything_harms_itself_only() {
             let (mut forwarded, mut received) = (0, 0);
             let mut burst = PacketBurst::default();
             for _ in 0..20_000 {
-                match forward_burst(&mut from, 0, &mut to, 0, &mut lane, 32) {
+                match forward_burst(first(&mut from), first(&mut to), &mut lane, 32) {
                     Ok(done) => forwarded += done.packets,
                     Err(fault) => {
                         assert!(matches!(fault, ForwardFault::From(_)), "{fault}");
@@ -407,7 +411,7 @@ fn both_owners_are_called_and_pairs_are_apart() {
     sink.set_calls(0, true).unwrap();
     owner.tx_burst(1, [frame(1, 60).as_slice()]).unwrap();
     let mut lane = Lane::default();
-    assert_eq!(forward_burst(&mut from, 1, &mut to, 0, &mut lane, 8).unwrap().packets, 1);
+    assert_eq!(forward_burst(from.queue(1).unwrap(), first(&mut to), &mut lane, 8).unwrap().packets, 1);
     assert_eq!([1, 3].map(|vring| from.needs_call(vring)), [false, true]);
     assert_eq!([0, 2].map(|vring| to.needs_call(vring)), [true, false]);
     assert_eq!(take(&mut sink), [frame(1, 60)]);

@@ -17,7 +17,7 @@ use vhost_pci_device::abi::FaultKind;
 use super::Counters;
 use super::burst::PacketBurst;
 use super::header::{HEADER_LEN, NetHeader};
-use super::peer::{MAX_BURST, PeerPort};
+use super::peer::{MAX_BURST, PeerQueue};
 use super::reach::{LiveVring, Reach};
 use super::receive::packet_len;
 use super::transmit::Transmitter;
@@ -106,14 +106,12 @@ impl Lane {
     }
 }
 
-/// A pair of a port, with whom it asks for what the window does not show.
+/// A queue, with whom it asks for what the window does not show.
 pub struct End<'a> {
-    /// The port.
-    pub port: &'a mut PeerPort,
+    /// The queue.
+    pub queue: &'a mut PeerQueue,
     /// Its device.
     pub exchange: &'a mut dyn Exchange,
-    /// The pair.
-    pub pair: u16,
 }
 
 /// What a burst takes from: the owner's transmit queue.
@@ -137,24 +135,22 @@ pub(super) struct Destination<'a> {
 /// As there.
 #[inline]
 pub fn forward_burst(
-    from: &mut PeerPort,
-    from_pair: u16,
-    to: &mut PeerPort,
-    to_pair: u16,
+    from: &mut PeerQueue,
+    to: &mut PeerQueue,
     lane: &mut Lane,
     budget: usize,
 ) -> Result<Forwarded, ForwardFault> {
     let (mut nobody, mut no_other) = (Nobody, Nobody);
-    let from = End { port: from, exchange: &mut nobody, pair: from_pair };
-    let to = End { port: to, exchange: &mut no_other, pair: to_pair };
+    let from = End { queue: from, exchange: &mut nobody };
+    let to = End { queue: to, exchange: &mut no_other };
     forward_burst_by(lane, from, to, budget)
 }
 
 /// Forwards up to `budget` (and [`MAX_BURST`]) packets that one owner transmitted to another owner.
-/// Nothing where either pair is not enabled, or its link has changed. `lane` belongs to this
-/// direction of these two.
+/// Nothing where either vring is not enabled, or its link has changed. `lane` belongs to this
+/// direction of these two queues.
 ///
-/// Both owners may want a call afterwards: see [`PeerPort::needs_call`].
+/// Both owners may want a call afterwards: see [`PeerQueue::needs_call`].
 ///
 /// # Errors
 /// Whose vring is broken; the packets stay where they are.
@@ -166,8 +162,8 @@ pub fn forward_burst_by(
     budget: usize,
 ) -> Result<Forwarded, ForwardFault> {
     if lane.held() == 0 {
-        let source = from.port.source(from.exchange, from.pair).map_err(ForwardFault::From)?;
-        let target = to.port.target(to.exchange, to.pair).map_err(ForwardFault::To)?;
+        let source = from.queue.source(from.exchange).map_err(ForwardFault::From)?;
+        let target = to.queue.target(to.exchange).map_err(ForwardFault::To)?;
         let (Some(source), Some(target)) = (source, target) else { return Ok(Forwarded::default()) };
         if let Some(forwarded) = in_place(lane, source, target, budget.min(MAX_BURST))? {
             return Ok(forwarded);
@@ -187,21 +183,21 @@ fn in_private(
     let mut forwarded = Forwarded::default();
     if lane.held() == 0 {
         lane.clear();
-        let received = from.port.rx_burst_by(from.exchange, from.pair, &mut lane.held, budget);
+        let received = from.queue.rx_burst_by(from.exchange, &mut lane.held, budget);
         forwarded.taken = received.map_err(ForwardFault::From)?;
         forwarded.taken_bytes = lane.held.frames().map(|frame| frame.len() as u64).sum();
         forwarded.copied_bytes = forwarded.taken_bytes;
     }
     if lane.held() > 0 {
-        let before = to.port.counters();
-        let done = to.port.tx_burst_by(to.exchange, to.pair, lane.held.frames().skip(lane.sent));
+        let before = to.queue.counters();
+        let done = to.queue.tx_burst_by(to.exchange, lane.held.frames().skip(lane.sent));
         match done {
             Ok(done) => lane.sent += done,
             // What was taken is told of first; the fault shows again with the next burst.
             Err(_) if forwarded.taken > 0 => {}
             Err(fault) => return Err(ForwardFault::To(fault)),
         }
-        let after = to.port.counters();
+        let after = to.queue.counters();
         forwarded.packets = (after.tx_packets - before.tx_packets) as usize;
         forwarded.bytes = after.tx_bytes - before.tx_bytes;
         forwarded.dropped = (after.tx_drops - before.tx_drops) as usize;

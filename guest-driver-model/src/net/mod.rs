@@ -7,8 +7,8 @@
 //! | [`burst`] | private storage of a burst of received packets |
 //! | [`lent`] | a burst of packets that stay in the owner's buffers |
 //! | [`forward`] | packets from one owner to another with one copy |
-//! | [`peer`] | the peer's port: the device half of all of the owner's queues |
-//! | [`owner`] | the owner's port: the driver half, with buffers in its own memory |
+//! | [`peer`] | the peer's port: the device half of the owner's queues, each by itself |
+//! | [`owner`] | the owner's port: the driver half, with buffers in its own memory, each by itself |
 //! | [`spread`] | which of several pairs a flow goes by |
 //! | [`crossover`] | two cards of an owner, of which each transmits what the other receives |
 //! | `receive` | what the peer's port receives |
@@ -18,6 +18,8 @@
 //!
 //! Vring `2 * pair` is the owner's receive queue, `2 * pair + 1` its transmit queue
 //! (5.1.2). What the owner transmits the peer receives.
+
+use std::ops::Add;
 
 pub mod burst;
 pub mod crossover;
@@ -38,8 +40,8 @@ pub use forward::{ForwardFault, Forwarded, Lane, forward_burst, forward_burst_by
 pub use header::{HEADER_LEN, MAX_FRAME, NetHeader};
 pub use layout::{LayoutError, OwnerConfig, OwnerLayout};
 pub use lent::{LentBurst, LentPacket};
-pub use owner::OwnerPort;
-pub use peer::{PeerPort, PortError};
+pub use owner::{OwnerPort, OwnerQueue};
+pub use peer::{PeerPort, PeerQueue, PortError};
 pub use reach::Demand;
 
 /// The owner's receive queue of a pair.
@@ -68,6 +70,21 @@ pub struct Counters {
     pub tx_bytes: u64,
     /// Packets to transmit that no buffer of the other side can take, dropped.
     pub tx_drops: u64,
+}
+
+impl Add for Counters {
+    type Output = Self;
+
+    fn add(self, other: Self) -> Self {
+        Self {
+            rx_packets: self.rx_packets + other.rx_packets,
+            rx_bytes: self.rx_bytes + other.rx_bytes,
+            rx_drops: self.rx_drops + other.rx_drops,
+            tx_packets: self.tx_packets + other.tx_packets,
+            tx_bytes: self.tx_bytes + other.tx_bytes,
+            tx_drops: self.tx_drops + other.tx_drops,
+        }
+    }
 }
 
 #[cfg(test)]

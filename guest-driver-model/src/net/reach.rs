@@ -2,7 +2,7 @@
 //! device, which is asked for what the table does not show
 //! (`docs/vhost-pci-device.md`, 7.2 and 9.4).
 //!
-//! Owns: the state of the table that all rings of a port go by, and when to ask again for
+//! Owns: the state of the table that both rings of a queue go by, and when to ask again for
 //! what was not to be had. Never copies a packet.
 
 use std::ops::{Add, AddAssign};
@@ -62,7 +62,7 @@ impl AddAssign for Demand {
     }
 }
 
-/// The mapping table that a port goes by.
+/// The mapping table that a queue goes by.
 #[derive(Debug)]
 pub(super) struct Tables {
     page: LinkPage,
@@ -181,8 +181,9 @@ impl Backoff {
     }
 }
 
-/// A vring in use, or dead from a fault of its own.
+/// A vring in use, or dead from a fault of its own. On cache lines of its own, as its queue is.
 #[derive(Debug)]
+#[repr(align(128))]
 pub(super) struct LiveVring {
     pub(super) ring: DeviceRing,
     /// Of the table by which its chains are popped.

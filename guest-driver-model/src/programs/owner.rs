@@ -401,17 +401,18 @@ impl<'a, A: Addressing> Owner<'a, A> {
         }
         if send && self.args.work != Work::Sink {
             for (pair, source) in (0..self.args.pairs).zip(&mut self.sources) {
+                let Some(queue) = self.port.queue(pair) else { break };
                 let mut result = Ok(0);
-                let before = self.port.counters();
+                let before = queue.counters();
                 let done = source.offer(|frames| {
-                    result = self.port.tx_burst(pair, frames);
+                    result = queue.tx_burst(frames);
                     result.unwrap_or(0)
                 });
                 result?;
-                if done > 0 && self.port.needs_kick(transmit_vring(pair)) {
+                if done > 0 && queue.needs_kick(transmit_vring(pair)) {
                     vmm.kick(transmit_vring(pair));
                 }
-                self.traffic.count_sent(Sent::between(before, self.port.counters(), done));
+                self.traffic.count_sent(Sent::between(before, queue.counters(), done));
                 moved += done;
             }
         }

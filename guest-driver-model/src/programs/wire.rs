@@ -25,7 +25,7 @@ pub struct Sent {
 }
 
 impl Sent {
-    /// What has passed between two looks at a port's counters.
+    /// What has passed between two looks at a queue's counters.
     pub(super) fn between(before: Counters, after: Counters, done: usize) -> Self {
         Self {
             done,
@@ -106,12 +106,14 @@ impl<'a> Wire<'a> {
 
     /// Sends frames to a pair. Says how many are done with; none of a broken vring.
     pub fn transmit<'frame>(&mut self, pair: u16, frames: impl IntoIterator<Item = &'frame [u8]>) -> Sent {
-        let before = self.port.counters();
-        match self.port.tx_burst_by(&mut self.exchange, pair, frames) {
+        let Some(queue) = self.port.queue(pair) else { return Sent::default() };
+        let before = queue.counters();
+        match queue.tx_burst_by(&mut self.exchange, frames) {
             Ok(0) => Sent::default(),
             Ok(done) => {
+                let sent = Sent::between(before, queue.counters(), done);
                 self.call(receive_vring(pair));
-                Sent::between(before, self.port.counters(), done)
+                sent
             }
             Err(_) => {
                 self.faulted = true;
@@ -134,8 +136,11 @@ impl<'a> Wire<'a> {
         other_pair: u16,
         lane: &mut Lane,
     ) -> Forwarded {
-        let from = End { port: self.port, exchange: &mut self.exchange, pair };
-        let to = End { port: other.port, exchange: &mut other.exchange, pair: other_pair };
+        let (Some(from), Some(to)) = (self.port.queue(pair), other.port.queue(other_pair)) else {
+            return Forwarded::default();
+        };
+        let from = End { queue: from, exchange: &mut self.exchange };
+        let to = End { queue: to, exchange: &mut other.exchange };
         match forward_burst_by(lane, from, to, BURST) {
             Ok(forwarded) => {
                 if forwarded.taken > 0 {
