@@ -150,13 +150,21 @@ mod tests {
             (FROM, TO, 0x323e_8fc2, 0x51cc_c178),
             (("199.92.111.2", 14230), ("65.69.140.83", 4739), 0xd718_262a, 0xc626_b0ea),
             (("24.19.198.95", 12898), ("12.22.207.184", 38024), 0xd2d0_a5de, 0x5c2b_394a),
+            (("38.27.205.30", 48228), ("209.142.163.6", 2217), 0x8298_9176, 0xafc7_327f),
+            (("153.39.163.191", 44251), ("202.188.127.2", 1303), 0x5d18_09c5, 0x10e8_28a2),
         ] {
             assert_eq!(hash(&ethernet(0, IPV4, &of_ipv4(6, from, to, 0))), all);
             assert_eq!(hash(&ethernet(0, IPV4, &of_ipv4(1, from, to, 0))), addresses);
         }
-        let (from, to) = (("3ffe:2501:200:1fff::7", 2794), ("3ffe:2501:200:3::1", 1766));
-        assert_eq!(hash(&ethernet(0, IPV6, &of_ipv6(17, from, to))), 0x4020_7d3d);
-        assert_eq!(hash(&ethernet(0, IPV6, &of_ipv6(58, from, to))), 0x2cc1_8cd5);
+        let long = ("3ffe:1900:4545:3:200:f8ff:fe21:67cf", 44251);
+        for (from, to, addresses, all) in [
+            (("3ffe:2501:200:1fff::7", 2794), ("3ffe:2501:200:3::1", 1766), 0x2cc1_8cd5, 0x4020_7d3d),
+            (("3ffe:501:8::260:97ff:fe40:efab", 14230), ("ff02::1", 4739), 0x0f0c_461c, 0xdde5_1bbf),
+            (long, ("fe80::200:f8ff:fe21:67cf", 38024), 0x4b61_e985, 0x02d1_feef),
+        ] {
+            assert_eq!(hash(&ethernet(0, IPV6, &of_ipv6(17, from, to))), all);
+            assert_eq!(hash(&ethernet(0, IPV6, &of_ipv6(58, from, to))), addresses);
+        }
     }
 
     #[test]
@@ -221,5 +229,34 @@ mod tests {
         same[30] ^= 1;
         assert_ne!(hash(&arp), hash(&other));
         assert_eq!(hash(&arp), hash(&same));
+    }
+
+    #[test]
+    fn a_thousand_random_flows_fill_four_queues_and_none_leaves_its_own() {
+        let mut state = 0x9e37_79b9_7f4a_7c15_u64;
+        let mut random = || {
+            state ^= state << 13;
+            state ^= state >> 7;
+            state ^= state << 17;
+            (state >> 16) as u32
+        };
+        let mut counts = [0_u32; 4];
+        for flow in 0..1000 {
+            let [from, to] = [(); 2].map(|()| (Ipv4Addr::from(random()).to_string(), random() as u16));
+            let protocol = WITH_PORTS[flow % 2];
+            let mut packet = of_ipv4(protocol, (&from.0, from.1), (&to.0, to.1), 0);
+            let its = queue(&ethernet(0, IPV4, &packet), 4);
+            counts[usize::from(its)] += 1;
+            // The rest of the header, and what comes behind the ports, are each packet's own.
+            for len in [0, 1, 40, 1400] {
+                packet.resize(24 + len, 0);
+                for at in (1..6).chain([8, 10, 11]).chain(24..24 + len) {
+                    packet[at] = random() as u8;
+                }
+                assert_eq!(queue(&ethernet(0, IPV4, &packet), 4), its, "flow {flow}, {len} bytes");
+            }
+        }
+        // Five standard deviations of an even choice around 250.
+        assert!(counts.iter().all(|count| (182..=318).contains(count)), "{counts:?}");
     }
 }
