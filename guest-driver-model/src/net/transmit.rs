@@ -14,6 +14,9 @@ use crate::shm::{SharedMemory, ShmError};
 /// How many chains are popped ahead at once.
 pub(super) const POP: usize = 64;
 
+/// So many packets before it is written, a buffer's cache lines are asked for: the owner has them.
+const AHEAD: usize = 8;
+
 /// What became of a frame.
 enum Placed {
     /// It is in the owner's buffers.
@@ -78,6 +81,7 @@ impl Transmitter {
     #[inline]
     fn place(&mut self, ring: &mut DeviceRing, window: &SharedMemory, frame: &[u8]) -> Result<Placed, Fault> {
         let len = HEADER_LEN + frame.len();
+        self.posted.prefetch_write(self.cursor + AHEAD, window);
         // Nearly all frames: into the next chain, which is one buffer.
         if let Some(Chain { head, segments: [Segment { place: Place::Window(at), len: room, .. }], .. }) =
             self.posted.chain(self.cursor)

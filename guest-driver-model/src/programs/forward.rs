@@ -204,6 +204,8 @@ impl<'a> Forwarder<'a> {
             moved = forward(one, other, out, &mut self.moved) + forward(other, one, back, &mut self.moved);
             faulted = [one.is_faulted(), other.is_faulted()];
         }
+        // Both owners are called.
+        drop(wires);
         for (session, faulted) in both.iter_mut().zip(faulted) {
             if faulted {
                 session.report_faults();

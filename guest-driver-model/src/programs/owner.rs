@@ -76,7 +76,7 @@ pub struct OwnerArgs {
     #[arg(long, default_value_t = 1)]
     pub pairs: u16,
     /// Entries of each ring
-    #[arg(long, default_value_t = 256)]
+    #[arg(long, default_value_t = 512)]
     pub ring_size: u16,
     /// Length of each buffer, bytes: a multiple of 64, of which the first 64 are for the header
     #[arg(long, default_value_t = OwnerConfig::default().buffer_len)]

@@ -113,7 +113,9 @@ impl<'a> Session<'a> {
     pub fn round(&mut self, program: &mut dyn PeerProgram) -> Result<usize, ProgramError> {
         let Some(mut wire) = self.wire(|| program.link_lost())? else { return Ok(0) };
         let moved = program.poll(&mut wire);
-        if wire.is_faulted() {
+        let faulted = wire.is_faulted();
+        drop(wire);
+        if faulted {
             self.report_faults();
         }
         Ok(moved)

@@ -35,12 +35,26 @@ impl Sent {
     }
 }
 
-/// A port and the doorbells that belong to it.
+/// A port and the doorbells that belong to it, for one round. The owner is called when it is
+/// dropped: to know whether it wants to be takes a full memory barrier, which would keep an answer
+/// waiting for the stores before it.
 pub struct Wire<'a> {
     port: &'a mut PeerPort,
     transport: &'a dyn Transport,
     exchange: Option<ControlExchange<'a>>,
     faulted: bool,
+    /// The vrings on which something was completed in this round, a bit each.
+    completed: u128,
+}
+
+impl Drop for Wire<'_> {
+    fn drop(&mut self) {
+        while self.completed != 0 {
+            let vring = self.completed.trailing_zeros() as u16;
+            self.completed &= self.completed - 1;
+            self.call(vring);
+        }
+    }
 }
 
 impl<'a> Wire<'a> {
@@ -50,7 +64,7 @@ impl<'a> Wire<'a> {
         transport: &'a dyn Transport,
         exchange: Option<ControlExchange<'a>>,
     ) -> Self {
-        Self { port, transport, exchange, faulted: false }
+        Self { port, transport, exchange, faulted: false, completed: 0 }
     }
 
     /// Queue pairs.
@@ -75,7 +89,7 @@ impl<'a> Wire<'a> {
         match self.port.rx_burst_by(&mut self.exchange, pair, burst, BURST) {
             Ok(0) => 0,
             Ok(received) => {
-                self.call(transmit_vring(pair));
+                self.has_completed(transmit_vring(pair));
                 received
             }
             Err(_) => {
@@ -99,7 +113,7 @@ impl<'a> Wire<'a> {
         let returned = self.port.rx_return(burst);
         self.faulted |= returned.is_err();
         if matches!(returned, Ok(1..)) {
-            self.call(transmit_vring(pair));
+            self.has_completed(transmit_vring(pair));
         }
         returned.unwrap_or(0)
     }
@@ -112,7 +126,7 @@ impl<'a> Wire<'a> {
             Ok(0) => Sent::default(),
             Ok(done) => {
                 let sent = Sent::between(before, queue.counters(), done);
-                self.call(receive_vring(pair));
+                self.has_completed(receive_vring(pair));
                 sent
             }
             Err(_) => {
@@ -144,10 +158,10 @@ impl<'a> Wire<'a> {
         match forward_burst_by(lane, from, to, BURST) {
             Ok(forwarded) => {
                 if forwarded.taken > 0 {
-                    self.call(transmit_vring(pair));
+                    self.has_completed(transmit_vring(pair));
                 }
                 if forwarded.packets > 0 {
-                    other.call(receive_vring(other_pair));
+                    other.has_completed(receive_vring(other_pair));
                 }
                 forwarded
             }
@@ -159,6 +173,14 @@ impl<'a> Wire<'a> {
                 *broken = true;
                 Forwarded::default()
             }
+        }
+    }
+
+    #[inline]
+    fn has_completed(&mut self, vring: u16) {
+        match 1_u128.checked_shl(vring.into()) {
+            Some(bit) => self.completed |= bit,
+            None => self.call(vring),
         }
     }
 

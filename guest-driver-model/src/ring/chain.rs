@@ -205,6 +205,18 @@ impl ChainBurst {
         }
     }
 
+    /// Asks the processor for the lines of the chain at a position in which a network packet's
+    /// header and the start of its frame are to be written.
+    #[inline]
+    pub(crate) fn prefetch_write(&self, at: usize, window: &SharedMemory) {
+        if let Some(Segment { place: Place::Window(offset), .. }) =
+            self.chain(at).and_then(|chain| chain.segments.first())
+        {
+            window.prefetch_write(*offset);
+            window.prefetch_write(offset + HEADER_LEN as u64);
+        }
+    }
+
     /// Where the segments of the next chain will start.
     #[inline]
     pub(crate) fn mark(&self) -> usize {
