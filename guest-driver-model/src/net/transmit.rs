@@ -16,6 +16,9 @@ pub(super) const POP: usize = 64;
 
 /// So many packets before it is written, a buffer's cache lines are asked for: the owner has them.
 const AHEAD: usize = 8;
+/// The same for frames that are longer than `SHORT`, bytes: not too many lines at once.
+const LONG_AHEAD: usize = 2;
+const SHORT: usize = 256;
 
 /// What became of a frame.
 enum Placed {
@@ -81,7 +84,8 @@ impl Transmitter {
     #[inline]
     fn place(&mut self, ring: &mut DeviceRing, window: &SharedMemory, frame: &[u8]) -> Result<Placed, Fault> {
         let len = HEADER_LEN + frame.len();
-        self.posted.prefetch_write(self.cursor + AHEAD, window);
+        let ahead = if frame.len() <= SHORT { AHEAD } else { LONG_AHEAD };
+        self.posted.prefetch_write(self.cursor + ahead, frame.len(), window);
         // Nearly all frames: into the next chain, which is one buffer.
         if let Some(Chain { head, segments: [Segment { place: Place::Window(at), len: room, .. }], .. }) =
             self.posted.chain(self.cursor)

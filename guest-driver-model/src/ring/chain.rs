@@ -114,6 +114,9 @@ struct Entry {
     len: u64,
 }
 
+/// Length of a cache line, bytes.
+const LINE: usize = 64;
+
 /// A burst of chains. Meant to be cleared and filled again: it stops allocating once
 /// it has seen the largest burst.
 #[derive(Clone, Debug, Default)]
@@ -205,15 +208,18 @@ impl ChainBurst {
         }
     }
 
-    /// Asks the processor for the lines of the chain at a position in which a network packet's
-    /// header and the start of its frame are to be written.
+    /// Asks the processor for the cache lines of the chain at a position in which a network
+    /// packet's header and the first `len` bytes of its frame are to be written.
     #[inline]
-    pub(crate) fn prefetch_write(&self, at: usize, window: &SharedMemory) {
-        if let Some(Segment { place: Place::Window(offset), .. }) =
+    pub(crate) fn prefetch_write(&self, at: usize, len: usize, window: &SharedMemory) {
+        if let Some(&Segment { place: Place::Window(offset), len: room, .. }) =
             self.chain(at).and_then(|chain| chain.segments.first())
         {
-            window.prefetch_write(*offset);
-            window.prefetch_write(offset + HEADER_LEN as u64);
+            window.prefetch_write(offset);
+            let frame = offset + HEADER_LEN as u64;
+            for line in 0..len.min(room as usize).div_ceil(LINE) {
+                window.prefetch_write(frame + (line * LINE) as u64);
+            }
         }
     }
 

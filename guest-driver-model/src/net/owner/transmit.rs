@@ -12,6 +12,9 @@ use crate::shm::{SharedMemory, ShmError};
 /// So many packets before it is written, a buffer's cache line is asked for: the peer has it.
 /// (In steady state buffers come in the order of their numbers.)
 const AHEAD: u16 = 16;
+/// The same for frames that are longer than `SHORT`, bytes.
+const LONG_AHEAD: u16 = 2;
+const SHORT: usize = 256;
 
 /// The transmit queue and its free buffers, first in first out.
 #[derive(Debug)]
@@ -130,10 +133,7 @@ impl<M: BufferMapping> Transmitter<M> {
             return Err(AddError::Full);
         }
         let buffer = self.first;
-        if self.free > AHEAD {
-            let ahead = buffer.wrapping_add(AHEAD) & self.mask;
-            self.memory.prefetch_write(self.place(ahead) + HEADROOM as u64);
-        }
+        self.prefetch(buffer, frame.len());
         let start = self.place(buffer);
         self.put_header(buffer, start, [0; HEADER_LEN])?;
         self.memory.write(start + HEADROOM as u64, frame).map_err(outside)?;
@@ -142,6 +142,20 @@ impl<M: BufferMapping> Transmitter<M> {
         self.first = self.after(buffer);
         self.free -= 1;
         Ok(())
+    }
+
+    /// Asks for the cache lines that are written a few packets from now, which the peer has: of
+    /// short frames early, of long ones late, so that they are not too many at once.
+    #[inline]
+    fn prefetch(&self, buffer: u16, len: usize) {
+        let ahead = if len <= SHORT { AHEAD } else { LONG_AHEAD };
+        if self.free <= ahead {
+            return;
+        }
+        let frame = self.place(buffer.wrapping_add(ahead) & self.mask) + HEADROOM as u64;
+        for line in 0..len.min(self.room).div_ceil(64) as u64 {
+            self.memory.prefetch_write(frame + 64 * line);
+        }
     }
 
     /// Writes the header of the packet that starts in a buffer, unless it is there: a store
