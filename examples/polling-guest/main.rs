@@ -48,7 +48,7 @@ fn main() -> anyhow::Result<()> {
                 if port.rx_burst(pair, &mut burst, BURST).unwrap_or(0) == 0 {
                     continue;
                 }
-                let _ = port.tx_burst(pair, burst.frames());
+                let _ = port.tx_burst(pair, burst.iter());
                 for vring in [transmit_vring(pair), receive_vring(pair)] {
                     if port.needs_call(vring) {
                         device.doorbell(queue_of_vring(vring));

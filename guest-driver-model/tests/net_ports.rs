@@ -192,14 +192,16 @@ fn links_that_are_no_network_card_in_use_give_no_port() {
     assert_eq!(port(&block).unwrap_err(), PortError::NotNetwork { device: 2 });
     let legacy = LinkWriter { features: 1 << 15, ..good.clone() };
     assert_eq!(port(&legacy).unwrap_err(), PortError::Legacy { features: 1 << 15 });
-    // VIRTIO_F_NOTIFICATION_DATA, VIRTIO_F_RING_RESET, VIRTIO_NET_F_GUEST_CSUM.
-    for bit in [38, 40, 1] {
+    // VIRTIO_F_NOTIFICATION_DATA, VIRTIO_F_RING_RESET; VIRTIO_NET_F_GUEST_UFO, HOST_UFO, GUEST_USO4,
+    // GUEST_USO6, HOST_USO.
+    for bit in [38, 40, 10, 14, 54, 55, 56] {
         let unknown = LinkWriter { features: good.features | 1 << bit, ..good.clone() };
         assert_eq!(port(&unknown).unwrap_err(), PortError::Unknown { features: 1 << bit });
     }
     // VIRTIO_RING_F_INDIRECT_DESC, VIRTIO_RING_F_EVENT_IDX, VIRTIO_F_ACCESS_PLATFORM,
-    // VIRTIO_F_RING_PACKED, VIRTIO_F_IN_ORDER.
-    for bit in [28, 29, 33, 34, 35] {
+    // VIRTIO_F_RING_PACKED, VIRTIO_F_IN_ORDER; VIRTIO_NET_F_CSUM, GUEST_CSUM, GUEST_TSO4, GUEST_TSO6,
+    // GUEST_ECN, HOST_TSO4, HOST_TSO6, HOST_ECN.
+    for bit in [28, 29, 33, 34, 35, 0, 1, 7, 8, 9, 11, 12, 13] {
         let known = LinkWriter { features: 1 << 32 | 1 << bit, ..good.clone() };
         assert!(port(&known).is_ok());
     }

@@ -26,6 +26,7 @@ const DEFAULT: OwnerConfig = OwnerConfig {
     event_idx: true,
     packed: false,
     in_order: false,
+    offloads: false,
 };
 
 fn frames(count: u64, len: usize) -> Vec<Vec<u8>> {

@@ -18,13 +18,23 @@ const HEADER_AT: usize = LINE - HEADER_LEN;
 #[repr(C, align(64))]
 struct Line([u8; LINE]);
 
-/// A received packet.
+/// A packet: received, or to be transmitted.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Packet<'burst> {
-    /// The header that came with it; all zero where none of its fields was negotiated.
+    /// The header that came with it; all zero where none of its fields was negotiated. The other side
+    /// wrote it: `tx_burst` judges it, and who does anything else by it has to
+    /// ([`NetHeader::checked`]).
     pub header: NetHeader,
     /// The Ethernet frame.
     pub frame: &'burst [u8],
+}
+
+/// A frame that leaves nothing to its receiver.
+impl<'a> From<&'a [u8]> for Packet<'a> {
+    #[inline]
+    fn from(frame: &'a [u8]) -> Self {
+        Self { header: NetHeader::default(), frame }
+    }
 }
 
 #[derive(Clone, Copy, Debug)]
@@ -96,13 +106,13 @@ impl PacketBurst {
         Packet { header: entry.header, frame }
     }
 
-    /// All packets, in the order of arrival.
+    /// All packets, in the order of arrival: what `tx_burst` takes.
     #[inline]
     pub fn iter(&self) -> impl ExactSizeIterator<Item = Packet<'_>> {
         self.entries.iter().map(|entry| self.packet_of(entry))
     }
 
-    /// All frames, in the order of arrival: what `tx_burst` takes.
+    /// All frames, in the order of arrival, without their headers: `tx_burst` takes them, too.
     #[inline]
     pub fn frames(&self) -> impl Iterator<Item = &[u8]> {
         self.iter().map(|packet| packet.frame)
@@ -156,12 +166,12 @@ impl PacketBurst {
         start.and_then(|start| self.storage.as_mut_bytes().get_mut(start..start + len)).unwrap_or_default()
     }
 
-    /// The header of a packet was not known when it was ended.
-    pub(crate) fn reread_header(&mut self, at: usize) {
+    /// The header of a packet, which a driver wrote, was not known when it was ended.
+    pub(crate) fn read_header(&mut self, at: usize) {
         if let Some(entry) = self.entries.get_mut(at) {
             let from = self.storage.as_bytes().get(entry.start - HEADER_LEN..);
             let header = from.and_then(|bytes| bytes.first_chunk::<HEADER_LEN>());
-            entry.header = header.map(NetHeader::from_bytes).unwrap_or_default();
+            entry.header = header.map(NetHeader::from_bytes).unwrap_or_default().of_driver();
         }
     }
 

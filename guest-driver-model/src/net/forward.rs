@@ -9,17 +9,21 @@
 //! packets are copied, the burst is received into private memory and transmitted from there: two
 //! copies, and counted as two.
 //!
-//! The header before a packet is made anew: no feature is served in which it says anything
-//! but the number of B's buffers. A's bytes are moved, and never looked at.
+//! The header before a packet is made anew. What A's left to its receiver is left to B, if both
+//! owners' drivers accepted that. If B's did not, the burst is received into private memory, too,
+//! and there the checksum is completed, or the packet cut. The bytes of frames are moved, and not
+//! looked at otherwise.
 
 use vhost_pci_device::abi::FaultKind;
 
 use super::Counters;
 use super::burst::PacketBurst;
 use super::header::{HEADER_LEN, NetHeader};
+use super::offload::Judged;
 use super::peer::{MAX_BURST, PeerQueue};
 use super::reach::{LiveVring, Reach};
 use super::receive::packet_len;
+use super::segment::cut_all;
 use super::transmit::Transmitter;
 use crate::control::{Exchange, Nobody};
 use crate::ring::{Chain, ChainBurst, Direction, Fault, OnMiss, Place, Segment};
@@ -36,7 +40,7 @@ pub struct Forwarded {
     pub packets: usize,
     /// Their bytes, without headers.
     pub bytes: u64,
-    /// Packets that no buffer of B could ever take.
+    /// Packets that no buffer of B could ever take, or whose header cannot be their own.
     pub dropped: usize,
     /// Bytes of frames that were copied, each time that they were.
     pub copied_bytes: u64,
@@ -187,10 +191,14 @@ fn in_private(
         forwarded.taken = received.map_err(ForwardFault::From)?;
         forwarded.taken_bytes = lane.held.frames().map(|frame| frame.len() as u64).sum();
         forwarded.copied_bytes = forwarded.taken_bytes;
+        if let Some(pieces) = cut_all(&lane.held, to.queue.offloads()) {
+            forwarded.copied_bytes += pieces.frames().map(|frame| frame.len() as u64).sum::<u64>();
+            lane.held = pieces;
+        }
     }
     if lane.held() > 0 {
         let before = to.queue.counters();
-        let done = to.queue.tx_burst_by(to.exchange, lane.held.frames().skip(lane.sent));
+        let done = to.queue.tx_burst_by(to.exchange, lane.held.iter().skip(lane.sent));
         match done {
             Ok(done) => lane.sent += done,
             // What was taken is told of first; the fault shows again with the next burst.
@@ -245,13 +253,33 @@ fn in_place(
     chains.prefetch(from.reach.window);
     to.prefetch(popped);
     let mut done = Forwarded::default();
-    let (mut pushed, mut broken) = (0, None);
+    let (mut pushed, mut broken, mut is_other) = (0, None, false);
     for chain in chains.iter() {
         let Some(len) = packet_len(&chain) else {
             broken = Some(Side::From);
             break;
         };
-        match to.place(from.reach.window, &chain, len) {
+        let mut header = NetHeader::default();
+        if from.live.headers {
+            match from.header(&chain).map(|header| to.judge(header, len)) {
+                Some(Judged::Pass(judged)) => header = judged,
+                Some(Judged::Complete(_) | Judged::Cut) => {
+                    is_other = true;
+                    break;
+                }
+                Some(Judged::Invalid) => {
+                    done.dropped += 1;
+                    done.taken += 1;
+                    continue;
+                }
+                // All is in the window, or the chain would not have been popped.
+                None => {
+                    broken = Some(Side::From);
+                    break;
+                }
+            }
+        }
+        match to.place(from.reach.window, &chain, len, header) {
             Ok(Placed::In(buffers)) => {
                 pushed += buffers;
                 done.packets += 1;
@@ -288,6 +316,8 @@ fn in_place(
             Err(ForwardFault::From(from.live.ring.fail(FaultKind::Length, len)))
         }
         Some(Side::To) => to.live.ring.fault().map_or(nothing, |fault| Err(ForwardFault::To(fault))),
+        // It is to be another packet for B.
+        None if is_other => Ok(None),
         // More of B's buffers are needed than are in the window, or than are popped at once.
         None if lane.blocked && to.has_more() => Ok(None),
         None => nothing,
@@ -306,6 +336,23 @@ impl Origin<'_> {
             true => self.live.ring.pop_burst(budget, Direction::DeviceReads, chains),
             false => self.reach.pop(self.live, 1, budget, Direction::DeviceReads, chains),
         }
+    }
+
+    /// The header that the owner wrote before a packet. One look: the owner can change it.
+    #[inline]
+    fn header(&self, chain: &Chain<'_>) -> Option<NetHeader> {
+        let mut bytes = [0; HEADER_LEN];
+        let mut room = bytes.as_mut_slice();
+        for segment in chain.segments {
+            let (now, later) = room.split_at_mut(room.len().min(segment.len as usize));
+            let Place::Window(from) = segment.place else { return None };
+            self.reach.window.read(from, now).ok()?;
+            room = later;
+            if room.is_empty() {
+                break;
+            }
+        }
+        Some(NetHeader::from_bytes(&bytes).of_driver())
     }
 
     /// Gives the first `taken` of the popped chains back to the owner, as done with. Returns the bytes
@@ -338,8 +385,12 @@ enum Placed {
 
 /// The header before a packet that takes so many buffers (5.1.6.4.1).
 #[inline]
-fn header(buffers: u16) -> [u8; HEADER_LEN] {
-    NetHeader { num_buffers: buffers, ..NetHeader::default() }.to_bytes()
+fn header_of(header: NetHeader, buffers: u16) -> [u8; HEADER_LEN] {
+    // The first is known when this is compiled.
+    match header.is_plain() {
+        true => NetHeader { num_buffers: buffers, ..NetHeader::default() }.to_bytes(),
+        false => NetHeader { num_buffers: buffers, ..header }.to_bytes(),
+    }
 }
 
 impl Destination<'_> {
@@ -381,9 +432,21 @@ impl Destination<'_> {
         !self.is_static() && self.live.ring.poll_avail().is_ok_and(|more| more > 0)
     }
 
-    /// Copies a packet of A, `len` bytes with its header, into the next buffers, and pushes them.
+    /// What is to become of a packet, `len` bytes with its header, which is this.
+    fn judge(&self, header: NetHeader, len: usize) -> Judged {
+        self.transmitter.offloads.judge(header, len - HEADER_LEN)
+    }
+
+    /// Copies a packet of A, `len` bytes with its header, into the next buffers, and pushes them. Its
+    /// header is to be this, but for the number of buffers.
     #[inline]
-    fn place(&mut self, window: &SharedMemory, packet: &Chain<'_>, len: usize) -> Result<Placed, Fault> {
+    fn place(
+        &mut self,
+        window: &SharedMemory,
+        packet: &Chain<'_>,
+        len: usize,
+        header: NetHeader,
+    ) -> Result<Placed, Fault> {
         let Self { live, transmitter, reach, .. } = self;
         let buffer = transmitter.posted.chain(transmitter.cursor);
         if let [Segment { place: Place::Window(from), .. }] = packet.segments
@@ -395,14 +458,14 @@ impl Destination<'_> {
             let (skip, frame) = (HEADER_LEN as u64, (len - HEADER_LEN) as u64);
             let copied = reach
                 .window
-                .write_array(*to, &header(1))
+                .write_array(*to, &header_of(header, 1))
                 .and_then(|()| window.copy_to(from + skip, reach.window, to + skip, frame));
             copied.map_err(|_| live.ring.fail(FaultKind::Unmapped, *to))?;
             live.ring.push_used(head, len as u32);
             transmitter.cursor += 1;
             return Ok(Placed::In(1));
         }
-        self.place_in_pieces(window, packet, len)
+        self.place_in_pieces(window, packet, len, header)
     }
 
     fn place_in_pieces(
@@ -410,6 +473,7 @@ impl Destination<'_> {
         window: &SharedMemory,
         packet: &Chain<'_>,
         len: usize,
+        header: NetHeader,
     ) -> Result<Placed, Fault> {
         let is_static = self.is_static();
         let Self { live, transmitter, reach, .. } = self;
@@ -434,7 +498,7 @@ impl Destination<'_> {
             return Ok(Placed::Never);
         }
         // `taken` is at most the ring's size.
-        let header = header(taken as u16);
+        let header = header_of(header, taken as u16);
         let mut source =
             Source { header: &header, window, segments: packet.segments, skip: HEADER_LEN as u64 };
         for _ in 0..taken {

@@ -18,6 +18,7 @@ use virtio_bindings::virtio_config::VIRTIO_F_VERSION_1;
 use virtio_bindings::virtio_net::VIRTIO_NET_F_MRG_RXBUF;
 
 use super::header::{HEADER_LEN, MAX_FRAME};
+use super::offload;
 use crate::link::VringInfo;
 use crate::ring::layout::is_valid_size;
 use crate::ring::{IndirectTables, RingFeatures, RingPlaces};
@@ -53,6 +54,9 @@ pub struct OwnerConfig {
     pub packed: bool,
     /// Buffers come back in order (VIRTIO_F_IN_ORDER).
     pub in_order: bool,
+    /// Checksums and segments may be left to the receiver, both ways (VIRTIO_NET_F_CSUM and the
+    /// others of [`offload::FEATURES`]).
+    pub offloads: bool,
 }
 
 impl Default for OwnerConfig {
@@ -66,6 +70,7 @@ impl Default for OwnerConfig {
             event_idx: true,
             packed: false,
             in_order: false,
+            offloads: false,
         }
     }
 }
@@ -75,7 +80,8 @@ impl OwnerConfig {
     /// this crate's data path cares.
     pub fn features(&self) -> u64 {
         let ring = self.ring_features().bits();
-        1 << VIRTIO_F_VERSION_1 | u64::from(self.mergeable) << VIRTIO_NET_F_MRG_RXBUF | ring
+        let offloads = if self.offloads { offload::FEATURES } else { 0 };
+        1 << VIRTIO_F_VERSION_1 | u64::from(self.mergeable) << VIRTIO_NET_F_MRG_RXBUF | ring | offloads
     }
 
     /// Those that are about its rings.

@@ -185,7 +185,8 @@ impl LentPacket<'_> {
         self.len == 0
     }
 
-    /// A private copy of the header that comes with the packet.
+    /// A private copy of the header that comes with the packet, as the owner wrote it: what it says is
+    /// to be [checked](NetHeader::checked), and where no offload was accepted it says nothing.
     pub fn header(&self) -> NetHeader {
         let mut bytes = [0; HEADER_LEN];
         self.copy_out(0, &mut bytes);

@@ -4,6 +4,7 @@
 //! | module | what it holds |
 //! |---|---|
 //! | [`header`] | the header before each packet |
+//! | [`offload`] | what it may leave to the receiver: checksums and segments |
 //! | [`burst`] | private storage of a burst of received packets |
 //! | [`lent`] | a burst of packets that stay in the owner's buffers |
 //! | [`forward`] | packets from one owner to another with one copy |
@@ -12,6 +13,7 @@
 //! | [`spread`] | which of several pairs a flow goes by |
 //! | [`crossover`] | two cards of an owner, of which each transmits what the other receives |
 //! | `receive` | what the peer's port receives |
+//! | `segment` | cuts a TCP segment that its receiver does not take in one piece |
 //! | `transmit`, `store` | what it transmits: into the window, and beyond it |
 //! | `reach` | what it needs besides the window: the mapping table of now, and the device |
 //! | [`layout`] | where an owner's port keeps its rings and buffers |
@@ -27,10 +29,12 @@ pub mod forward;
 pub mod header;
 pub mod layout;
 pub mod lent;
+pub mod offload;
 pub mod owner;
 pub mod peer;
 mod reach;
 mod receive;
+mod segment;
 pub mod spread;
 mod store;
 mod transmit;
@@ -40,6 +44,7 @@ pub use forward::{ForwardFault, Forwarded, Lane, forward_burst, forward_burst_by
 pub use header::{HEADER_LEN, MAX_FRAME, NetHeader};
 pub use layout::{LayoutError, OwnerConfig, OwnerLayout};
 pub use lent::{LentBurst, LentPacket};
+pub use offload::Offloads;
 pub use owner::{OwnerPort, OwnerQueue};
 pub use peer::{PeerPort, PeerQueue, PortError};
 pub use reach::Demand;
@@ -68,7 +73,8 @@ pub struct Counters {
     pub tx_packets: u64,
     /// Bytes transmitted.
     pub tx_bytes: u64,
-    /// Packets to transmit that no buffer of the other side can take, dropped.
+    /// Packets to transmit that no buffer of the other side can take, or whose header asks for what
+    /// it does not accept, dropped.
     pub tx_drops: u64,
 }
 

@@ -7,7 +7,7 @@
 use std::ops::Add;
 
 use super::Counters;
-use super::burst::PacketBurst;
+use super::burst::{Packet, PacketBurst};
 use super::layout::OwnerLayout;
 use crate::ring::{Buffer, DriverFault};
 use crate::shm::{SharedMemory, ShmError};
@@ -110,9 +110,9 @@ impl<M: BufferMapping> OwnerPort<M> {
     pub fn tx_burst<'a>(
         &mut self,
         pair: u16,
-        frames: impl IntoIterator<Item = &'a [u8]>,
+        packets: impl IntoIterator<Item: Into<Packet<'a>>>,
     ) -> Result<usize, DriverFault> {
-        self.queue(pair).map_or(Ok(0), |queue| queue.tx_burst(frames))
+        self.queue(pair).map_or(Ok(0), |queue| queue.tx_burst(packets))
     }
 
     /// [`OwnerQueue::rx_burst`]; 0 for a pair that there is not.

@@ -10,14 +10,12 @@ use std::time::Duration;
 
 use virtio_bindings::virtio_config::{VIRTIO_F_ACCESS_PLATFORM, VIRTIO_F_VERSION_1};
 use virtio_bindings::virtio_ids::VIRTIO_ID_NET;
-use virtio_bindings::virtio_net::{
-    VIRTIO_NET_F_CSUM, VIRTIO_NET_F_HOST_ECN, VIRTIO_NET_F_HOST_TSO4, VIRTIO_NET_F_HOST_TSO6,
-    VIRTIO_NET_F_HOST_UFO, VIRTIO_NET_F_HOST_USO, VIRTIO_NET_F_MRG_RXBUF,
-};
+use virtio_bindings::virtio_net::VIRTIO_NET_F_MRG_RXBUF;
 
 use super::Counters;
-use super::burst::PacketBurst;
+use super::burst::{Packet, PacketBurst};
 use super::lent::LentBurst;
+use super::offload::{self, Offloads};
 use super::reach::Demand;
 use crate::control::Exchange;
 use crate::link::{LinkPage, LinkSnapshot};
@@ -35,16 +33,8 @@ pub const MAX_BURST: usize = 256;
 const SERVED: u64 = 1 << VIRTIO_F_VERSION_1
     | 1 << VIRTIO_F_ACCESS_PLATFORM
     | RingFeatures::BITS
-    | 1 << VIRTIO_NET_F_MRG_RXBUF;
-
-/// The features with which the headers of what the owner transmits have something to say
-/// (5.1.6.2). None of them is served yet.
-const OFFLOADS: u64 = 1 << VIRTIO_NET_F_CSUM
-    | 1 << VIRTIO_NET_F_HOST_TSO4
-    | 1 << VIRTIO_NET_F_HOST_TSO6
-    | 1 << VIRTIO_NET_F_HOST_ECN
-    | 1 << VIRTIO_NET_F_HOST_UFO
-    | 1 << VIRTIO_NET_F_HOST_USO;
+    | 1 << VIRTIO_NET_F_MRG_RXBUF
+    | offload::FEATURES;
 
 /// Why a link gives no port.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
@@ -88,7 +78,7 @@ pub enum PortError {
 ///             while is_current() {
 ///                 burst.clear();
 ///                 if queue.rx_burst(&mut burst, 64) != Ok(0) {
-///                     let _ = queue.tx_burst(burst.frames());
+///                     let _ = queue.tx_burst(burst.iter());
 ///                     for vring in [transmit_vring(queue.pair()), receive_vring(queue.pair())] {
 ///                         if queue.needs_call(vring) {
 ///                             call(vring);
@@ -107,6 +97,7 @@ pub enum PortError {
 #[derive(Debug)]
 pub struct PeerPort {
     generation: u64,
+    offloads: Offloads,
     queues: Vec<PeerQueue>,
 }
 
@@ -131,12 +122,21 @@ impl PeerPort {
         }
         let (pairs, _) = snapshot.vrings.as_chunks();
         let queue = |(pair, both)| PeerQueue::new(pair, both, (window, page, snapshot));
-        Ok(Self { generation: snapshot.generation, queues: (0..).zip(pairs).map(queue).collect() })
+        Ok(Self {
+            generation: snapshot.generation,
+            offloads: Offloads::to_owner(snapshot.features),
+            queues: (0..).zip(pairs).map(queue).collect(),
+        })
     }
 
     /// The link generation that the port belongs to.
     pub fn generation(&self) -> u64 {
         self.generation
+    }
+
+    /// What the owner's driver accepts in the headers of what it receives.
+    pub fn offloads(&self) -> Offloads {
+        self.offloads
     }
 
     /// Queue pairs; some may not be enabled.
@@ -249,9 +249,9 @@ impl PeerPort {
     pub fn tx_burst<'a>(
         &mut self,
         pair: u16,
-        frames: impl IntoIterator<Item = &'a [u8]>,
+        packets: impl IntoIterator<Item: Into<Packet<'a>>>,
     ) -> Result<usize, Fault> {
-        self.queue(pair).map_or(Ok(0), |queue| queue.tx_burst(frames))
+        self.queue(pair).map_or(Ok(0), |queue| queue.tx_burst(packets))
     }
 
     /// [`PeerQueue::tx_burst_by`]; 0 for a pair that there is not.
@@ -260,9 +260,9 @@ impl PeerPort {
         &mut self,
         exchange: &mut dyn Exchange,
         pair: u16,
-        frames: impl IntoIterator<Item = &'a [u8]>,
+        packets: impl IntoIterator<Item: Into<Packet<'a>>>,
     ) -> Result<usize, Fault> {
-        self.queue(pair).map_or(Ok(0), |queue| queue.tx_burst_by(exchange, frames))
+        self.queue(pair).map_or(Ok(0), |queue| queue.tx_burst_by(exchange, packets))
     }
 
     /// [`PeerQueue::needs_call`].

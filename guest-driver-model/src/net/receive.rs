@@ -77,14 +77,17 @@ fn copy_packet(
     let outside = |_| (FaultKind::Unmapped, chain.len);
     if let [Segment { place: Place::Window(offset), .. }] = *chain.segments {
         let header = match headers {
-            true => NetHeader::from_bytes(&window.read_array(offset).map_err(outside)?),
+            true => NetHeader::from_bytes(&window.read_array(offset).map_err(outside)?).of_driver(),
             false => NetHeader::default(),
         };
         let frame = len - HEADER_LEN;
         burst.push(header, frame, |room| window.read(offset + HEADER_LEN as u64, room)).map_err(outside)?;
     } else {
         copy_out(window, chain, burst).map_err(outside)?;
-        burst.finish(len, headers);
+        burst.finish(len, false);
+        if headers {
+            burst.read_header(burst.len() - 1);
+        }
     }
     Ok((len - HEADER_LEN) as u64)
 }
@@ -137,7 +140,7 @@ fn receive_reaching(
         // What was fetched may be the header.
         let outside = |chain: &Chain<'_>| chain.segments.iter().any(|segment| segment.place == Place::Owner);
         for (at, _) in chains.iter().take(whole).enumerate().filter(|(_, chain)| outside(chain)) {
-            burst.reread_header(first + at);
+            burst.read_header(first + at);
         }
     }
     let ring = &mut live.ring;

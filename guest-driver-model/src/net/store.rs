@@ -8,6 +8,7 @@
 use vhost_pci_device::abi::FaultKind;
 
 use super::Counters;
+use super::burst::Packet;
 use super::header::{HEADER_LEN, MAX_FRAME, NetHeader};
 use super::reach::{LiveVring, Reach};
 use super::transmit::{POP, Source, Transmitter};
@@ -73,7 +74,7 @@ impl Transmitter {
         &mut self,
         live: &mut LiveVring,
         reach: &mut Reach<'_>,
-        frames: impl IntoIterator<Item = &'a [u8]>,
+        packets: impl IntoIterator<Item: Into<Packet<'a>>>,
         counters: &mut Counters,
     ) -> Result<usize, Fault> {
         if let Some(fault) = live.ring.fault() {
@@ -82,7 +83,7 @@ impl Transmitter {
         let before = counters.tx_packets + counters.tx_drops;
         let mut lap = Lap::default();
         reach.exchange.clear();
-        let result = self.send_all(live, reach, frames, counters, &mut lap);
+        let result = self.send_all(live, reach, packets, counters, &mut lap);
         live.ring.flush_used();
         match (counters.tx_packets + counters.tx_drops - before) as usize {
             0 => result.map(|()| 0),
@@ -95,15 +96,16 @@ impl Transmitter {
         &mut self,
         live: &mut LiveVring,
         reach: &mut Reach<'_>,
-        frames: impl IntoIterator<Item = &'a [u8]>,
+        packets: impl IntoIterator<Item: Into<Packet<'a>>>,
         counters: &mut Counters,
         lap: &mut Lap,
     ) -> Result<(), Fault> {
-        for frame in frames {
-            let mut placed = self.place_reaching(live, reach, frame, lap);
+        for packet in packets {
+            let packet = packet.into();
+            let mut placed = self.place_reaching(live, reach, packet, lap);
             if matches!(placed, Ok(Placed::AfterOthers)) {
                 match self.settle(live, reach, counters, lap)? {
-                    Settled::All => placed = self.place_reaching(live, reach, frame, lap),
+                    Settled::All => placed = self.place_reaching(live, reach, packet, lap),
                     Settled::Some => return Ok(()),
                 }
             }
@@ -127,10 +129,31 @@ impl Transmitter {
         &mut self,
         live: &mut LiveVring,
         reach: &mut Reach<'_>,
-        frame: &[u8],
+        packet: Packet<'_>,
+        lap: &mut Lap,
+    ) -> Result<Placed, Fault> {
+        if packet.header.is_plain() {
+            return self.place_as_reaching(live, reach, packet, lap);
+        }
+        self.judged(packet, |transmitter, packet| match packet {
+            Some(packet) => transmitter.place_as_reaching(live, reach, packet, lap),
+            None => {
+                lap.frames.push(Frame { chains: 0, len: 0, jobs: lap.jobs.len() });
+                Ok(Placed::Taken)
+            }
+        })
+    }
+
+    /// Places a packet with its header, but for the number of buffers.
+    fn place_as_reaching(
+        &mut self,
+        live: &mut LiveVring,
+        reach: &mut Reach<'_>,
+        packet: Packet<'_>,
         lap: &mut Lap,
     ) -> Result<Placed, Fault> {
         let never = Frame { chains: 0, len: 0, jobs: lap.jobs.len() };
+        let frame = packet.frame;
         if frame.len() > MAX_FRAME {
             lap.frames.push(never);
             return Ok(Placed::Taken);
@@ -165,7 +188,7 @@ impl Transmitter {
             lap.frames.push(never);
             return Ok(Placed::Taken);
         }
-        self.fill_reaching(live, reach, frame, taken, lap)
+        self.fill_reaching(live, reach, packet, taken, lap)
     }
 
     /// Pops at least one chain more than the `posted` ones that are left. Whether there is
@@ -188,12 +211,12 @@ impl Transmitter {
         &self,
         live: &mut LiveVring,
         reach: &mut Reach<'_>,
-        frame: &[u8],
+        Packet { header, frame }: Packet<'_>,
         taken: usize,
         lap: &mut Lap,
     ) -> Result<Placed, Fault> {
         // 5.1.6.4.1, as in `place`.
-        let header = NetHeader { num_buffers: taken as u16, ..NetHeader::default() }.to_bytes();
+        let header = NetHeader { num_buffers: taken as u16, ..header }.to_bytes();
         let mut source = Source { header: &header, frame };
         let (chains, jobs) = (lap.chains(), lap.jobs.len());
         let first = self.cursor + chains;

@@ -7,7 +7,9 @@
 use vhost_pci_device::abi::FaultKind;
 
 use super::Counters;
+use super::burst::Packet;
 use super::header::{HEADER_LEN, MAX_FRAME, NetHeader};
+use super::offload::{Judged, Offloads, complete};
 use crate::ring::{Chain, ChainBurst, DeviceRing, Direction, Fault, Place, Segment};
 use crate::shm::{SharedMemory, ShmError};
 
@@ -34,14 +36,19 @@ enum Placed {
 #[derive(Debug)]
 pub(super) struct Transmitter {
     pub(super) mergeable: bool,
+    /// What the owner's driver accepts.
+    pub(super) offloads: Offloads,
     pub(super) posted: ChainBurst,
     /// The first of `posted` that is not completed.
     pub(super) cursor: usize,
+    /// For frames that need another checksum, one at a time.
+    whole: Vec<u8>,
 }
 
 impl Transmitter {
-    pub(super) fn new(mergeable: bool) -> Self {
-        Self { mergeable, posted: ChainBurst::with_capacity(POP), cursor: 0 }
+    pub(super) fn new(mergeable: bool, offloads: Offloads) -> Self {
+        let posted = ChainBurst::with_capacity(POP);
+        Self { mergeable, offloads, posted, cursor: 0, whole: Vec::new() }
     }
 
     /// Puts the chains that were popped ahead back into the ring.
@@ -51,13 +58,13 @@ impl Transmitter {
         self.cursor = 0;
     }
 
-    /// Sends frames until one has to wait. Returns how many are done with.
+    /// Sends packets until one has to wait. Returns how many are done with.
     #[inline]
     pub(super) fn send<'a>(
         &mut self,
         ring: &mut DeviceRing,
         window: &SharedMemory,
-        frames: impl IntoIterator<Item = &'a [u8]>,
+        packets: impl IntoIterator<Item: Into<Packet<'a>>>,
         counters: &mut Counters,
     ) -> Result<usize, Fault> {
         // A dead ring takes nothing more, even where good chains were popped ahead.
@@ -65,11 +72,12 @@ impl Transmitter {
             return Err(fault);
         }
         let mut done = 0;
-        for frame in frames {
-            match self.place(ring, window, frame) {
+        for packet in packets {
+            let packet = packet.into();
+            match self.place(ring, window, packet) {
                 Ok(Placed::Sent) => {
                     counters.tx_packets += 1;
-                    counters.tx_bytes += frame.len() as u64;
+                    counters.tx_bytes += packet.frame.len() as u64;
                 }
                 Ok(Placed::Never) => counters.tx_drops += 1,
                 Ok(Placed::NotYet) => break,
@@ -82,7 +90,61 @@ impl Transmitter {
     }
 
     #[inline]
-    fn place(&mut self, ring: &mut DeviceRing, window: &SharedMemory, frame: &[u8]) -> Result<Placed, Fault> {
+    fn place(
+        &mut self,
+        ring: &mut DeviceRing,
+        window: &SharedMemory,
+        packet: Packet<'_>,
+    ) -> Result<Placed, Fault> {
+        match packet.header.is_plain() {
+            true => self.place_as(ring, window, NetHeader::default(), packet.frame),
+            false => self.place_judged(ring, window, packet),
+        }
+    }
+
+    /// The same for a packet whose header has something to say.
+    #[inline(never)]
+    fn place_judged(
+        &mut self,
+        ring: &mut DeviceRing,
+        window: &SharedMemory,
+        packet: Packet<'_>,
+    ) -> Result<Placed, Fault> {
+        self.judged(packet, |transmitter, packet| match packet {
+            Some(Packet { header, frame }) => transmitter.place_as(ring, window, header, frame),
+            None => Ok(Placed::Never),
+        })
+    }
+
+    /// Has `place` place a packet as the owner's driver accepts it; `None` if it accepts it in no way.
+    pub(super) fn judged<R>(
+        &mut self,
+        packet: Packet<'_>,
+        place: impl FnOnce(&mut Self, Option<Packet<'_>>) -> R,
+    ) -> R {
+        match self.offloads.judge(packet.header, packet.frame.len()) {
+            Judged::Pass(header) => place(self, Some(Packet { header, ..packet })),
+            Judged::Complete(header) => {
+                let mut whole = std::mem::take(&mut self.whole);
+                complete(&header, packet.frame, &mut whole);
+                let placed = place(self, Some(whole.as_slice().into()));
+                self.whole = whole;
+                placed
+            }
+            Judged::Cut | Judged::Invalid => place(self, None),
+        }
+    }
+
+    /// Places a frame with this header, but for the number of buffers. Inlined where the header is
+    /// known when this is compiled.
+    #[inline(always)]
+    fn place_as(
+        &mut self,
+        ring: &mut DeviceRing,
+        window: &SharedMemory,
+        header: NetHeader,
+        frame: &[u8],
+    ) -> Result<Placed, Fault> {
         let len = HEADER_LEN + frame.len();
         let ahead = if frame.len() <= SHORT { AHEAD } else { LONG_AHEAD };
         self.posted.prefetch_write(self.cursor + ahead, frame.len(), window);
@@ -92,7 +154,7 @@ impl Transmitter {
             && *room as usize >= len
             && frame.len() <= MAX_FRAME
         {
-            let header = NetHeader { num_buffers: 1, ..NetHeader::default() }.to_bytes();
+            let header = NetHeader { num_buffers: 1, ..header }.to_bytes();
             window
                 .write_array(*at, &header)
                 .and_then(|()| window.write(at + HEADER_LEN as u64, frame))
@@ -101,13 +163,14 @@ impl Transmitter {
             self.cursor += 1;
             return Ok(Placed::Sent);
         }
-        self.place_in_pieces(ring, window, frame)
+        self.place_in_pieces(ring, window, header, frame)
     }
 
     fn place_in_pieces(
         &mut self,
         ring: &mut DeviceRing,
         window: &SharedMemory,
+        header: NetHeader,
         frame: &[u8],
     ) -> Result<Placed, Fault> {
         if frame.len() > MAX_FRAME {
@@ -132,7 +195,7 @@ impl Transmitter {
             return Ok(Placed::Never);
         }
         // 5.1.6.4.1: 1 without VIRTIO_NET_F_MRG_RXBUF. `taken` is at most the ring's size.
-        let header = NetHeader { num_buffers: taken as u16, ..NetHeader::default() };
+        let header = NetHeader { num_buffers: taken as u16, ..header };
         self.fill(ring, window, &header.to_bytes(), frame, taken)
             .map_err(|_| ring.fail(FaultKind::Unmapped, len as u64))?;
         self.cursor += taken;

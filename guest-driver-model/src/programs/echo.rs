@@ -6,7 +6,7 @@ use super::ProgramError;
 use super::peer_loop::{self, PeerArgs, PeerProgram};
 use super::traffic::Traffic;
 use super::wire::{BURST, Wire};
-use crate::net::PacketBurst;
+use crate::net::{Packet, PacketBurst};
 
 /// What `echo` can be told.
 #[derive(Clone, Debug, Default, clap::Args)]
@@ -89,8 +89,11 @@ impl PeerProgram for Echo {
             }
             let (from, to) = (held.sent, held.burst.len());
             let sent = match self.swap_macs {
-                true => wire.transmit(pair, held.swapped.iter().take(to).skip(from).map(Vec::as_slice)),
-                false => wire.transmit(pair, held.burst.frames().skip(from)),
+                true => {
+                    let swapped = held.burst.iter().zip(&held.swapped).take(to).skip(from);
+                    wire.transmit(pair, swapped.map(|(packet, frame)| Packet { frame, ..packet }))
+                }
+                false => wire.transmit(pair, held.burst.iter().skip(from)),
             };
             self.traffic.count_sent(sent);
             held.sent += sent.done;

@@ -223,6 +223,7 @@ impl<'a, A: Addressing> Owner<'a, A> {
             event_idx: !args.no_event_idx,
             packed: args.packed,
             in_order: args.in_order,
+            offloads: false,
         };
         let memory = OwnerMemory::new(args.memory_mib << 20, args.guest_start)
             .map_err(|source| ProgramError::System { what: "the owner's memory", source })?;

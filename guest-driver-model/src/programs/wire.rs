@@ -6,7 +6,8 @@ use vhost_pci_device::abi::queue_of_vring;
 use crate::control::ControlExchange;
 use crate::net::forward::{End, ForwardFault, forward_burst_by};
 use crate::net::{
-    Counters, Forwarded, Lane, LentBurst, PacketBurst, PeerPort, receive_vring, transmit_vring,
+    Counters, Forwarded, Lane, LentBurst, Offloads, Packet, PacketBurst, PeerPort, receive_vring,
+    transmit_vring,
 };
 use crate::transport::Transport;
 
@@ -18,7 +19,8 @@ pub const BURST: usize = 64;
 pub struct Sent {
     /// The first so many are done with: sent or dropped.
     pub done: usize,
-    /// So many of them were dropped: no buffer of the owner could ever take them.
+    /// So many of them were dropped: no buffer of the owner could ever take them, or its driver does not
+    /// accept what their headers ask.
     pub dropped: usize,
     /// Bytes of those that were sent.
     pub bytes: u64,
@@ -118,11 +120,20 @@ impl<'a> Wire<'a> {
         returned.unwrap_or(0)
     }
 
-    /// Sends frames to a pair. Says how many are done with; none of a broken vring.
-    pub fn transmit<'frame>(&mut self, pair: u16, frames: impl IntoIterator<Item = &'frame [u8]>) -> Sent {
+    /// What the owner's driver accepts in the headers of what it receives.
+    pub fn offloads(&self) -> Offloads {
+        self.port.offloads()
+    }
+
+    /// Sends packets, or frames alone, to a pair. Says how many are done with; none of a broken vring.
+    pub fn transmit<'frame>(
+        &mut self,
+        pair: u16,
+        packets: impl IntoIterator<Item: Into<Packet<'frame>>>,
+    ) -> Sent {
         let Some(queue) = self.port.queue(pair) else { return Sent::default() };
         let before = queue.counters();
-        match queue.tx_burst_by(&mut self.exchange, frames) {
+        match queue.tx_burst_by(&mut self.exchange, packets) {
             Ok(0) => Sent::default(),
             Ok(done) => {
                 let sent = Sent::between(before, queue.counters(), done);

@@ -6,7 +6,7 @@
 use super::BufferMapping;
 use super::receive::Receiver;
 use super::transmit::Transmitter;
-use crate::net::burst::PacketBurst;
+use crate::net::burst::{Packet, PacketBurst};
 use crate::net::layout::{OwnerLayout, VringLayout};
 use crate::net::{Counters, receive_vring, transmit_vring};
 use crate::ring::{DriverFault, DriverRing};
@@ -67,13 +67,16 @@ impl<M: BufferMapping> OwnerQueue<M> {
         self.counters
     }
 
-    /// Transmits frames. Returns how many of them are done with: queued, or dropped
-    /// for being too long. The others are the caller's to offer again.
+    /// Transmits packets, or frames alone. Returns how many of them are done with: queued, or dropped
+    /// for being too long, or for a header that asks for what was not negotiated. The others are the caller's to offer again.
     ///
     /// The device may want a kick afterwards: see [`Self::needs_kick`].
     #[inline]
-    pub fn tx_burst<'a>(&mut self, frames: impl IntoIterator<Item = &'a [u8]>) -> Result<usize, DriverFault> {
-        self.transmitter.send(frames, &mut self.counters)
+    pub fn tx_burst<'a>(
+        &mut self,
+        packets: impl IntoIterator<Item: Into<Packet<'a>>>,
+    ) -> Result<usize, DriverFault> {
+        self.transmitter.send(packets, &mut self.counters)
     }
 
     /// Receives up to `budget` packets, appends them to `burst` and posts their

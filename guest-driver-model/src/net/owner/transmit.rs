@@ -4,8 +4,10 @@
 
 use super::BufferMapping;
 use crate::net::Counters;
-use crate::net::header::HEADER_LEN;
+use crate::net::burst::Packet;
+use crate::net::header::{HEADER_LEN, NetHeader};
 use crate::net::layout::{HEADER_AT, HEADROOM, OwnerConfig};
+use crate::net::offload::{Judged, Offloads, complete};
 use crate::ring::{AddError, Buffer, Completion, DriverFault, DriverRing};
 use crate::shm::{SharedMemory, ShmError};
 
@@ -15,6 +17,9 @@ const AHEAD: u16 = 16;
 /// The same for frames that are longer than `SHORT`, bytes.
 const LONG_AHEAD: u16 = 2;
 const SHORT: usize = 256;
+
+/// The header of a packet that leaves nothing to the device (5.1.6.2).
+const PLAIN: [u8; HEADER_LEN] = [0; HEADER_LEN];
 
 /// The transmit queue and its free buffers, first in first out.
 #[derive(Debug)]
@@ -29,6 +34,10 @@ pub(super) struct Transmitter<M> {
     /// The ring's size less 1.
     mask: u16,
     config: OwnerConfig,
+    /// What the device accepts.
+    offloads: Offloads,
+    /// For frames that need another checksum, one at a time.
+    whole: Vec<u8>,
     /// By buffer: the header that is in it.
     headers: Box<[[u8; HEADER_LEN]]>,
     /// The free list; the buffers of a packet in flight stay linked in it.
@@ -69,6 +78,8 @@ impl<M: BufferMapping> Transmitter<M> {
             room: config.room(),
             mask: size - 1,
             config: *config,
+            offloads: Offloads::from_owner(config.features()),
+            whole: Vec::new(),
             // No packet has this header, so each buffer's first one is written.
             headers: vec![[u8::MAX; HEADER_LEN]; usize::from(size)].into(),
             next: (1..=size).collect(),
@@ -83,7 +94,7 @@ impl<M: BufferMapping> Transmitter<M> {
     #[inline]
     pub(super) fn send<'a>(
         &mut self,
-        frames: impl IntoIterator<Item = &'a [u8]>,
+        packets: impl IntoIterator<Item: Into<Packet<'a>>>,
         counters: &mut Counters,
     ) -> Result<usize, DriverFault> {
         // Early enough to never wait for the device, late enough to look at its cache
@@ -92,42 +103,78 @@ impl<M: BufferMapping> Transmitter<M> {
             self.reap()?;
         }
         let mut done = 0;
-        for frame in frames {
-            if frame.len() > self.max_frame {
-                counters.tx_drops += 1;
-                done += 1;
-                continue;
-            }
-            let queued = match self.queue(frame) {
-                // A long frame may not fit although more than half is free.
-                Err(AddError::Full) => {
-                    self.reap()?;
-                    self.queue(frame)
-                }
-                queued => queued,
+        for packet in packets {
+            let Packet { header, frame } = packet.into();
+            let queued = match header.is_plain() {
+                _ if frame.len() > self.max_frame => None,
+                true => Some(self.offer(PLAIN, frame)?),
+                false => self.offer_judged(header, frame)?,
             };
             match queued {
-                Ok(()) => {}
-                Err(AddError::Full) => break,
+                Some(Ok(())) => {
+                    counters.tx_packets += 1;
+                    counters.tx_bytes += frame.len() as u64;
+                }
+                None => counters.tx_drops += 1,
+                Some(Err(AddError::Full)) => break,
                 // A piece is never empty: a layout has no such buffers.
-                Err(AddError::Invalid) => {
+                Some(Err(AddError::Invalid)) => {
                     debug_assert!(false, "a frame of {} bytes has no description", frame.len());
                     break;
                 }
             }
-            counters.tx_packets += 1;
-            counters.tx_bytes += frame.len() as u64;
             done += 1;
         }
         self.ring.publish();
         Ok(done)
     }
 
+    /// Queues a frame; whether there was room for it. Inlined, as `queue` is, where the header is
+    /// known when this is compiled.
+    #[inline(always)]
+    fn offer(&mut self, header: [u8; HEADER_LEN], frame: &[u8]) -> Result<Result<(), AddError>, DriverFault> {
+        match self.queue(header, frame) {
+            Err(AddError::Full) => self.offer_again(header, frame),
+            queued => Ok(queued),
+        }
+    }
+
+    /// A long frame may not fit although more than half is free.
+    #[inline(never)]
+    fn offer_again(
+        &mut self,
+        header: [u8; HEADER_LEN],
+        frame: &[u8],
+    ) -> Result<Result<(), AddError>, DriverFault> {
+        self.reap()?;
+        Ok(self.queue(header, frame))
+    }
+
+    /// The same with a header that has something to say; `None` if the device accepts it in no way.
+    #[inline(never)]
+    fn offer_judged(
+        &mut self,
+        header: NetHeader,
+        frame: &[u8],
+    ) -> Result<Option<Result<(), AddError>>, DriverFault> {
+        match self.offloads.judge(header, frame.len()) {
+            Judged::Pass(header) => self.offer(header.to_bytes(), frame).map(Some),
+            Judged::Complete(header) => {
+                let mut whole = std::mem::take(&mut self.whole);
+                complete(&header, frame, &mut whole);
+                let queued = self.offer(PLAIN, &whole).map(Some);
+                self.whole = whole;
+                queued
+            }
+            Judged::Cut | Judged::Invalid => Ok(None),
+        }
+    }
+
     /// Copies one frame into free buffers and adds them to the ring.
-    #[inline]
-    fn queue(&mut self, frame: &[u8]) -> Result<(), AddError> {
+    #[inline(always)]
+    fn queue(&mut self, header: [u8; HEADER_LEN], frame: &[u8]) -> Result<(), AddError> {
         if M::ACTIVE || frame.len() > self.room {
-            return self.queue_pieces(frame);
+            return self.queue_pieces(header, frame);
         }
         if self.free == 0 {
             return Err(AddError::Full);
@@ -135,7 +182,7 @@ impl<M: BufferMapping> Transmitter<M> {
         let buffer = self.first;
         self.prefetch(buffer, frame.len());
         let start = self.place(buffer);
-        self.put_header(buffer, start, [0; HEADER_LEN])?;
+        self.put_header(buffer, start, header)?;
         self.memory.write(start + HEADROOM as u64, frame).map_err(outside)?;
         let piece = Buffer::readable(start + HEADER_AT as u64, (HEADER_LEN + frame.len()) as u32);
         self.ring.add_one(piece, token(buffer, buffer, 1))?;
@@ -172,14 +219,14 @@ impl<M: BufferMapping> Transmitter<M> {
     }
 
     /// The same for a frame that takes several buffers, or buffers that have to be mapped.
-    fn queue_pieces(&mut self, frame: &[u8]) -> Result<(), AddError> {
+    fn queue_pieces(&mut self, header: [u8; HEADER_LEN], frame: &[u8]) -> Result<(), AddError> {
         let count = self.config.pieces(frame.len());
         if count > usize::from(self.free) {
             return Err(AddError::Full);
         }
         let mut last = self.first;
         let start = self.place(last);
-        self.put_header(last, start, [0; HEADER_LEN])?;
+        self.put_header(last, start, header)?;
         let (now, mut later) = frame.split_at(frame.len().min(self.room));
         self.memory.write(start + HEADROOM as u64, now).map_err(outside)?;
         self.pieces.clear();

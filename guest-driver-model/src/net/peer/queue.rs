@@ -8,12 +8,13 @@ use std::time::Duration;
 
 use virtio_bindings::virtio_net::VIRTIO_NET_F_MRG_RXBUF;
 
-use super::{MAX_BURST, OFFLOADS};
+use super::MAX_BURST;
 use crate::control::{Exchange, Nobody};
 use crate::link::{LinkPage, LinkSnapshot, VringInfo};
-use crate::net::burst::PacketBurst;
+use crate::net::burst::{Packet, PacketBurst};
 use crate::net::forward::{Destination, Origin};
 use crate::net::lent::{LentBurst, lend, take_back};
+use crate::net::offload::{self, Offloads};
 use crate::net::reach::{Demand, LiveVring, Reach, Tables, on_miss};
 use crate::net::receive::receive;
 use crate::net::transmit::Transmitter;
@@ -51,7 +52,7 @@ impl PortVring {
             });
         match ring {
             Ok(ring) => {
-                let headers = snapshot.features & OFFLOADS != 0;
+                let headers = snapshot.features & offload::TRANSMITTED != 0;
                 Self::Live(Box::new(LiveVring::new(ring.on_miss(on_miss(snapshot)), tables, headers)))
             }
             Err(fault) => Self::Broken(fault),
@@ -106,7 +107,10 @@ impl PeerQueue {
             demand: Demand::default(),
             target: vring(receive_vring(pair), target),
             source: vring(transmit_vring(pair), source),
-            transmitter: Transmitter::new(snapshot.has_feature(VIRTIO_NET_F_MRG_RXBUF)),
+            transmitter: Transmitter::new(
+                snapshot.has_feature(VIRTIO_NET_F_MRG_RXBUF),
+                Offloads::to_owner(snapshot.features),
+            ),
             chains: ChainBurst::with_capacity(MAX_BURST),
             counters: Counters::default(),
             tables,
@@ -121,6 +125,11 @@ impl PeerQueue {
     /// The link generation that the queue belongs to.
     pub fn generation(&self) -> u64 {
         self.tables.generation()
+    }
+
+    /// What the owner's driver accepts in the headers of what it receives.
+    pub fn offloads(&self) -> Offloads {
+        self.transmitter.offloads
     }
 
     /// Whether the owner's front-end has enabled the vring, which is one of this pair's.
@@ -286,13 +295,20 @@ impl PeerQueue {
     /// As [`Self::tx_burst_by`], where no device can be asked: enough for an owner without
     /// an IOMMU.
     #[inline]
-    pub fn tx_burst<'a>(&mut self, frames: impl IntoIterator<Item = &'a [u8]>) -> Result<usize, Fault> {
-        self.tx_burst_by(&mut Nobody, frames)
+    pub fn tx_burst<'a>(
+        &mut self,
+        packets: impl IntoIterator<Item: Into<Packet<'a>>>,
+    ) -> Result<usize, Fault> {
+        self.tx_burst_by(&mut Nobody, packets)
     }
 
-    /// Transmits frames into the owner's receive buffers. Returns how many of them
+    /// Transmits packets, or frames alone, into the owner's receive buffers. Returns how many of them
     /// are done with: sent, or dropped because no buffer of the owner could ever take
     /// them. The others are the caller's to offer again. None where the link has changed.
+    ///
+    /// What a packet's header leaves to the receiver is judged by what its driver accepted: a checksum
+    /// that it wants whole is completed; a packet that it wants cut, or whose header cannot be its own,
+    /// is dropped.
     ///
     /// What the mapping table does not show is reached by `exchange`. The owner may want a
     /// call afterwards: see [`Self::needs_call`].
@@ -300,7 +316,7 @@ impl PeerQueue {
     pub fn tx_burst_by<'a>(
         &mut self,
         exchange: &mut dyn Exchange,
-        frames: impl IntoIterator<Item = &'a [u8]>,
+        packets: impl IntoIterator<Item: Into<Packet<'a>>>,
     ) -> Result<usize, Fault> {
         let Some(live) = self.target.live()? else {
             return Ok(0);
@@ -313,12 +329,12 @@ impl PeerQueue {
         }
         let Self { window, tables, demand, transmitter, counters, .. } = self;
         if live.ring.miss_policy() == OnMiss::Fault {
-            let result = transmitter.send(&mut live.ring, window, frames, counters);
+            let result = transmitter.send(&mut live.ring, window, packets, counters);
             live.ring.flush_used();
             return result;
         }
         let mut reach = Reach { window, tables, exchange, demand };
-        transmitter.send_reaching(live, &mut reach, frames, counters)
+        transmitter.send_reaching(live, &mut reach, packets, counters)
     }
 
     /// For one burst that takes what the owner transmitted.
