@@ -67,6 +67,9 @@ pub struct Args {
 #[derive(Clone, Debug, clap::Subcommand)]
 pub enum Program {
     /// Give Linux a network interface to the owner
+    ///
+    /// On a link with `offloads = true` in the broker's configuration the kernel and the owner leave
+    /// checksums and segments to each other, as far as the owner's driver accepts that.
     Tap(tap::TapArgs),
     /// Send each packet back to its owner
     Echo(echo::EchoArgs),

@@ -1,7 +1,10 @@
 //! `tap`: gives the peer's Linux an ordinary network interface to the owner.
+//!
+//! Owns: the interface, and what it may leave to the owner: what the owner's driver accepts. Headers
+//! that the owner wrote are checked before the kernel sees them.
 
 use std::fs::File;
-use std::io::{self, Read, Write};
+use std::io::{self, IoSlice, Read, Write};
 use std::ops::Range;
 use std::os::fd::{AsFd, BorrowedFd};
 
@@ -10,7 +13,7 @@ use super::peer_loop::{self, PeerArgs, PeerProgram};
 use super::sys::tun;
 use super::traffic::Traffic;
 use super::wire::{BURST, Wire};
-use crate::net::{PacketBurst, spread};
+use crate::net::{HEADER_LEN, MAX_FRAME, NetHeader, Offloads, Packet, PacketBurst, spread};
 
 /// What `tap` can be told.
 #[derive(Clone, Debug, Default, clap::Args)]
@@ -26,8 +29,27 @@ pub struct TapArgs {
     pub mtu: Option<u16>,
 }
 
-/// Longest frame that Linux sends over a tap interface.
-const MAX_FRAME: usize = 65_536;
+/// The most that one read gives.
+const MAX_READ: usize = HEADER_LEN + MAX_FRAME;
+
+/// What the program needs of an interface: a header and a frame a read, and a write; and it never
+/// blocks.
+pub trait Interface: AsFd
+where
+    for<'a> &'a Self: Read + Write,
+{
+    /// From now on frames that are read may leave this to their reader.
+    ///
+    /// # Errors
+    /// If the kernel does not do so.
+    fn set_offloads(&self, offloads: Offloads) -> io::Result<()>;
+}
+
+impl Interface for File {
+    fn set_offloads(&self, offloads: Offloads) -> io::Result<()> {
+        tun::set_offloads(self, offloads.tun_bits())
+    }
+}
 
 /// The program.
 pub struct Tap<D> {
@@ -35,8 +57,10 @@ pub struct Tap<D> {
     name: String,
     /// The interface is no more.
     deleted: bool,
+    /// What it may leave to the owner.
+    offloads: Offloads,
     received: PacketBurst,
-    /// Frames read from the interface, one behind the other.
+    /// Frames read from the interface, each behind its header, one behind the other.
     frames: Vec<u8>,
     /// Which of them go by which pair.
     lanes: Vec<Lane>,
@@ -77,14 +101,15 @@ pub fn run(args: &TapArgs) -> Result<(), ProgramError> {
 }
 
 impl<D> Tap<D> {
-    /// Over a device that gives a frame a read and takes one a write, and never blocks.
+    /// Over a device that leaves nothing to its reader yet.
     pub fn new(device: D, name: &str) -> Self {
         Self {
             device,
             name: name.to_owned(),
             deleted: false,
+            offloads: Offloads::default(),
             received: PacketBurst::with_capacity(BURST, 2048),
-            frames: vec![0; MAX_FRAME],
+            frames: vec![0; MAX_READ],
             lanes: Vec::new(),
             traffic: Traffic::default(),
         }
@@ -100,20 +125,28 @@ impl<D> Tap<D> {
 
 impl<D> Tap<D>
 where
+    D: Interface,
     for<'a> &'a D: Read + Write,
 {
+    /// Has the interface leave to the owner what its driver accepts, and no more.
+    fn follow(&mut self, accepted: Offloads) {
+        if self.offloads == accepted {
+            return;
+        }
+        self.offloads = accepted;
+        // Without them all goes on: what is in the way by then the port completes, or drops.
+        if let Err(error) = self.device.set_offloads(accepted) {
+            tracing::warn!(interface = self.name, "the interface takes no offloads: {error}");
+        }
+    }
+
     /// Frames from the owner, to the interface.
     fn inward(&mut self, wire: &mut Wire<'_>) -> usize {
         let mut moved = 0;
         for pair in 0..wire.pairs() {
             moved += wire.receive(pair, &mut self.received);
-            for frame in self.received.frames() {
-                self.traffic.rx_packets += 1;
-                self.traffic.rx_bytes += frame.len() as u64;
-                // An interface that is down or full drops, as networks do.
-                if (&self.device).write(frame).is_err() {
-                    self.traffic.dropped += 1;
-                }
+            for packet in self.received.iter() {
+                write(&self.device, packet, &mut self.traffic);
             }
         }
         moved
@@ -127,8 +160,11 @@ where
         let mut done = 0;
         for (pair, lane) in (0..).zip(&mut self.lanes).filter(|(_, lane)| lane.waiting() > 0) {
             let frames = lane.frames.iter().skip(lane.sent);
-            let sent = wire.transmit(pair, frames.filter_map(|place| self.frames.get(place.clone())));
+            let packets = frames.filter_map(|place| packet(self.frames.get(place.clone())?));
+            let sent = wire.transmit(pair, packets.clone());
             self.traffic.count_sent(sent);
+            let long = packets.take(sent.done).filter(|packet| packet.header.is_long()).count();
+            self.traffic.tx_long += long as u64;
             lane.sent += sent.done;
             done += sent.done;
         }
@@ -141,14 +177,14 @@ where
         self.lanes.resize(usize::from(pairs.max(1)), Lane::default());
         let mut end = 0;
         for _ in 0..BURST {
-            if self.frames.len() < end + MAX_FRAME {
-                self.frames.resize(end + MAX_FRAME, 0);
+            if self.frames.len() < end + MAX_READ {
+                self.frames.resize(end + MAX_READ, 0);
             }
             let Some(room) = self.frames.get_mut(end..) else { return };
             match (&self.device).read(room) {
-                Ok(0) => return,
                 Ok(len) => {
-                    let pair = spread::queue(room.get(..len).unwrap_or_default(), pairs);
+                    let Some(frame) = room.get(HEADER_LEN..len) else { return };
+                    let pair = spread::queue(frame, pairs);
                     if let Some(lane) = self.lanes.get_mut(usize::from(pair)) {
                         lane.frames.push(end..end + len);
                     }
@@ -166,11 +202,40 @@ where
     }
 }
 
-impl<D: AsFd> PeerProgram for Tap<D>
+/// Gives the interface a packet of the owner's.
+fn write<D>(device: &D, Packet { header, frame }: Packet<'_>, traffic: &mut Traffic)
+where
+    for<'a> &'a D: Write,
+{
+    traffic.rx_packets += 1;
+    traffic.rx_bytes += frame.len() as u64;
+    // The owner wrote it: what it names is inside the frame, or the kernel does not see it.
+    let Some(header) = header.checked(frame.len()) else {
+        traffic.bad_headers += 1;
+        traffic.dropped += 1;
+        return;
+    };
+    traffic.rx_long += u64::from(header.is_long());
+    let header = header.to_bytes();
+    let mut device = device;
+    // An interface that is down or full drops, as networks do.
+    if device.write_vectored(&[IoSlice::new(&header), IoSlice::new(frame)]).is_err() {
+        traffic.dropped += 1;
+    }
+}
+
+/// What was read: a header and its frame.
+fn packet(bytes: &[u8]) -> Option<Packet<'_>> {
+    let (header, frame) = bytes.split_first_chunk()?;
+    Some(Packet { header: NetHeader::from_bytes(header), frame })
+}
+
+impl<D: Interface> PeerProgram for Tap<D>
 where
     for<'a> &'a D: Read + Write,
 {
     fn poll(&mut self, wire: &mut Wire<'_>) -> usize {
+        self.follow(wire.offloads());
         self.inward(wire) + self.outward(wire)
     }
 
@@ -206,92 +271,5 @@ where
 }
 
 #[cfg(test)]
-mod tests {
-    #![allow(clippy::unwrap_used)]
-    use super::*;
-    use std::cell::RefCell;
-
-    /// An interface whose reads end with an error, and that takes nothing.
-    struct Fails(i32);
-
-    impl Read for &Fails {
-        fn read(&mut self, _: &mut [u8]) -> io::Result<usize> {
-            Err(io::Error::from_raw_os_error(self.0))
-        }
-    }
-
-    impl Write for &Fails {
-        fn write(&mut self, _: &[u8]) -> io::Result<usize> {
-            Err(io::Error::from_raw_os_error(self.0))
-        }
-
-        fn flush(&mut self) -> io::Result<()> {
-            Ok(())
-        }
-    }
-
-    impl AsFd for Fails {
-        fn as_fd(&self) -> BorrowedFd<'_> {
-            unreachable!("nothing sleeps here")
-        }
-    }
-
-    /// An interface with frames of flows that have these numbers.
-    struct Frames(RefCell<Vec<u8>>);
-
-    impl Read for &Frames {
-        fn read(&mut self, room: &mut [u8]) -> io::Result<usize> {
-            let Some(flow) = self.0.borrow_mut().pop() else { return Err(io::ErrorKind::WouldBlock.into()) };
-            room[..60].fill(flow);
-            Ok(60)
-        }
-    }
-
-    impl Write for &Frames {
-        fn write(&mut self, bytes: &[u8]) -> io::Result<usize> {
-            Ok(bytes.len())
-        }
-
-        fn flush(&mut self) -> io::Result<()> {
-            Ok(())
-        }
-    }
-
-    #[test]
-    fn each_flow_goes_by_one_pair_in_order_and_many_flows_by_all() {
-        let flows: Vec<u8> = (0..BURST as u8).map(|at| at % 16).collect();
-        let mut tap = Tap::new(Frames(RefCell::new(flows)), "vp7");
-        tap.read_burst(3);
-        assert_eq!((tap.waiting(), tap.lanes.len()), (BURST, 3));
-        let mut seen = [None; 16];
-        for (pair, lane) in tap.lanes.iter().enumerate() {
-            assert!(lane.waiting() > 0, "nothing goes by pair {pair}");
-            assert!(lane.frames.is_sorted_by_key(|place| place.start));
-            for place in &lane.frames {
-                let flow = usize::from(tap.frames[place.start]);
-                assert_eq!(*seen[flow].get_or_insert(pair), pair, "flow {flow}");
-            }
-        }
-        // All by the first, if the owner uses one only, or none yet.
-        for pairs in [0, 1] {
-            tap.device.0.borrow_mut().extend([1, 2, 3]);
-            tap.read_burst(pairs);
-            assert_eq!((tap.waiting(), tap.lanes.len(), tap.lanes[0].waiting()), (3, 1, 3));
-        }
-    }
-
-    #[test]
-    fn an_interface_that_was_deleted_ends_the_program_and_one_that_is_down_does_not() {
-        let after_a_read = |errno| {
-            let mut tap = Tap::new(Fails(errno), "vp7");
-            tap.check().unwrap();
-            tap.read_burst(1);
-            tap.check()
-        };
-        // Nothing there; down.
-        after_a_read(libc::EAGAIN).unwrap();
-        after_a_read(libc::EIO).unwrap();
-        let error = after_a_read(libc::EBADFD).unwrap_err().to_string();
-        assert!(error.contains("vp7") && error.contains("deleted"), "{error}");
-    }
-}
+#[path = "tap_tests.rs"]
+mod tests;

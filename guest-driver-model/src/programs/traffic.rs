@@ -31,6 +31,13 @@ pub struct Traffic {
     /// Packets dropped here: the other end of the program, or no buffer of the other
     /// VM, could take them.
     pub dropped: u64,
+    /// Packets sent, or dropped when they were to be, that are to be cut: segments longer than one on
+    /// a wire.
+    pub tx_long: u64,
+    /// The same of those received.
+    pub rx_long: u64,
+    /// Of those dropped: packets received with a header that cannot be theirs.
+    pub bad_headers: u64,
     /// Bytes of frames that were copied, each time that they were, by who counts them.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub copied_bytes: Option<u64>,

@@ -8,6 +8,8 @@ use std::os::unix::fs::OpenOptionsExt;
 
 use nix::sys::socket::{AddressFamily, SockFlag, SockType, socket};
 
+use crate::net::HEADER_LEN;
+
 /// The request structure for an interface of this name.
 fn request(name: &str) -> io::Result<libc::ifreq> {
     // SAFETY: `ifreq` is plain data, for which all zeros is a value.
@@ -34,14 +36,32 @@ fn control(fd: RawFd, number: libc::c_ulong, request: &mut libc::ifreq) -> io::R
     if result < 0 { Err(io::Error::last_os_error()) } else { Ok(()) }
 }
 
-/// Opens (and creates, if need be) a tap interface: frames as they are, no extra
-/// header, non-blocking.
+/// An ioctl of a tap interface with a number.
+fn set(tun: &File, number: libc::c_ulong, value: &mut libc::c_int) -> io::Result<()> {
+    // SAFETY: `value` is a live `int`, which is what the two ioctl numbers that are given here,
+    // TUNSETVNETHDRSZ and TUNSETVNETLE, read, and no more than it.
+    let result = unsafe { libc::ioctl(tun.as_raw_fd(), number as _, std::ptr::from_mut(value)) };
+    if result < 0 { Err(io::Error::last_os_error()) } else { Ok(()) }
+}
+
+/// Says what whoever reads from the interface accepts: bits TUN_F_*.
+pub fn set_offloads(tun: &File, bits: u8) -> io::Result<()> {
+    // SAFETY: this ioctl takes a number, and no pointer.
+    let result = unsafe { libc::ioctl(tun.as_raw_fd(), libc::TUNSETOFFLOAD as _, libc::c_ulong::from(bits)) };
+    if result < 0 { Err(io::Error::last_os_error()) } else { Ok(()) }
+}
+
+/// Opens (and creates, if need be) a tap interface: frames with the header of virtio before them,
+/// which leaves nothing to the reader until [`set_offloads`]; non-blocking.
 pub fn open_tap(name: &str) -> io::Result<File> {
     let tun =
         OpenOptions::new().read(true).write(true).custom_flags(libc::O_NONBLOCK).open("/dev/net/tun")?;
     let mut request = request(name)?;
-    request.ifr_ifru.ifru_flags = (libc::IFF_TAP | libc::IFF_NO_PI) as c_short;
+    request.ifr_ifru.ifru_flags = (libc::IFF_TAP | libc::IFF_NO_PI | libc::IFF_VNET_HDR) as c_short;
     control(tun.as_raw_fd(), libc::TUNSETIFF as _, &mut request)?;
+    set(&tun, libc::TUNSETVNETHDRSZ as _, &mut (HEADER_LEN as libc::c_int))?;
+    set(&tun, libc::TUNSETVNETLE as _, &mut 1)?;
+    set_offloads(&tun, 0)?;
     Ok(tun)
 }
 
