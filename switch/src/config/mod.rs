@@ -61,6 +61,8 @@ pub struct LinkConfig {
     pub one_way: OneWay,
     /// Ranges that the window shows at once of an owner with an IOMMU.
     pub max_mappings: usize,
+    /// Whether the owner may leave checksums and segments to the peer's driver, and takes such from it.
+    pub offloads: bool,
     /// How notifications go.
     pub wiring: WiringPolicy,
     /// Where the peer's VMM connects its `ivshmem-doorbell`, if it has one.
@@ -209,6 +211,8 @@ window = "2G"
         assert_eq!(link.window_len, 2 << 30);
         assert_eq!(link.profile, Profile::Net);
         assert_eq!(link.max_vrings(), 2);
+        assert!(!link.offloads);
+        assert!(parse(&format!("{GOOD}offloads = true\n")).unwrap().links[0].offloads);
         assert_eq!(config.confirm_timeout, DEFAULT_CONFIRM_TIMEOUT);
     }
 
@@ -241,6 +245,7 @@ doorbell_socket = "/run/d3.sock"
 name = "e"
 owner_socket = "/run/e.sock"
 peer_socket = "/run/e2.sock"
+offloads = "yes"
 wiring = "fast"
 doorbell_socket = "e"
 "#;
@@ -261,8 +266,9 @@ doorbell_socket = "e"
         has("line 10:", "queue_pairs");
         has("line 15:", "used already");
         has("line 22:", "no doorbell function");
-        has("line 28:", "\"direct\", \"relay\"");
-        has("line 29:", "absolute");
+        has("line 28:", "offloads must be true or false");
+        has("line 29:", "\"direct\", \"relay\"");
+        has("line 30:", "absolute");
         has("line 1:", "control_socket");
         assert!(found.windows(2).all(|w| line(&w[0]) <= line(&w[1])));
     }

@@ -148,6 +148,7 @@ impl<'t> Reader<'t> {
             }
             None => Some(DEFAULT_MAX_MAPPINGS),
         };
+        let offloads = self.flag(&mut table, "offloads");
         let wiring = self.wiring(&mut table);
         let doorbell_line = table.entries.get("doorbell_socket").map(|(line, _)| *line);
         let doorbell_socket = match table.entries.contains_key("doorbell_socket") {
@@ -172,6 +173,7 @@ impl<'t> Reader<'t> {
                 "queue_pairs",
                 "one_way",
                 "max_mappings",
+                "offloads",
                 "wiring",
                 "doorbell_socket",
             ],
@@ -185,6 +187,7 @@ impl<'t> Reader<'t> {
             queue_pairs: queue_pairs?,
             one_way: one_way?,
             max_mappings: max_mappings?,
+            offloads: offloads?,
             wiring: wiring?,
             doorbell_socket: doorbell_socket?,
         })
@@ -306,6 +309,16 @@ impl<'t> Reader<'t> {
             self.mistake(line, format!("{key} must be a whole number, not negative"));
         }
         number.map(|number| (line, number))
+    }
+
+    /// `false` unless the file says otherwise.
+    fn flag(&mut self, table: &mut Table<'t>, key: &str) -> Option<bool> {
+        let Some((line, value)) = table.entries.remove(key) else { return Some(false) };
+        let flag = value.get_ref().as_bool();
+        if flag.is_none() {
+            self.mistake(line, format!("{key} must be true or false, without quotes"));
+        }
+        flag
     }
 
     fn unknown(&mut self, table: Table<'t>, known: &[&str]) {

@@ -26,6 +26,17 @@ pub const PROTOCOL_SHMEM_STRICT: u64 = bit(61);
 /// tells each change of its guest's IOMMU by itself.
 pub const PROTOCOL_IOMMU_PUSH: u64 = bit(62);
 
+/// Checksum and TCP segmentation offload, of what the owner sends and of what it receives (virtio
+/// 1.3, 5.1.3).
+const OFFLOADS: u64 = bit(virtio_net::VIRTIO_NET_F_CSUM)
+    | bit(virtio_net::VIRTIO_NET_F_GUEST_CSUM)
+    | bit(virtio_net::VIRTIO_NET_F_GUEST_TSO4)
+    | bit(virtio_net::VIRTIO_NET_F_GUEST_TSO6)
+    | bit(virtio_net::VIRTIO_NET_F_GUEST_ECN)
+    | bit(virtio_net::VIRTIO_NET_F_HOST_TSO4)
+    | bit(virtio_net::VIRTIO_NET_F_HOST_TSO6)
+    | bit(virtio_net::VIRTIO_NET_F_HOST_ECN);
+
 const fn bit(number: u32) -> u64 {
     1 << number
 }
@@ -36,7 +47,10 @@ const fn bit(number: u32) -> u64 {
 /// offers its guest the features that its own configuration has and the back-end has, too.
 /// QEMU has `packed=off` and, where it knows that at all, `in_order=off` unless told
 /// otherwise; DPDK's virtio-user has `packed_vq=0`.
-pub fn offered_to_owner(profile: Profile) -> u64 {
+///
+/// `offloads` are not like that: VMMs take them unless told otherwise, and packets then have headers
+/// that ask something of their receiver. The configuration says that the peer's driver knows that.
+pub fn offered_to_owner(profile: Profile, offloads: bool) -> u64 {
     let transport = bit(virtio_config::VIRTIO_F_VERSION_1)
         | bit(virtio_config::VIRTIO_F_ACCESS_PLATFORM)
         | bit(virtio_ring::VIRTIO_RING_F_INDIRECT_DESC)
@@ -45,6 +59,7 @@ pub fn offered_to_owner(profile: Profile) -> u64 {
         | bit(virtio_config::VIRTIO_F_IN_ORDER)
         | PROTOCOL_FEATURES;
     match profile {
+        Profile::Net if offloads => transport | bit(virtio_net::VIRTIO_NET_F_MRG_RXBUF) | OFFLOADS,
         Profile::Net => transport | bit(virtio_net::VIRTIO_NET_F_MRG_RXBUF),
     }
 }
@@ -110,6 +125,12 @@ const NAMES: &[(u32, &str)] = &[
     (virtio_net::VIRTIO_NET_F_GUEST_CSUM, "VIRTIO_NET_F_GUEST_CSUM"),
     (virtio_net::VIRTIO_NET_F_MTU, "VIRTIO_NET_F_MTU"),
     (virtio_net::VIRTIO_NET_F_MAC, "VIRTIO_NET_F_MAC"),
+    (virtio_net::VIRTIO_NET_F_GUEST_TSO4, "VIRTIO_NET_F_GUEST_TSO4"),
+    (virtio_net::VIRTIO_NET_F_GUEST_TSO6, "VIRTIO_NET_F_GUEST_TSO6"),
+    (virtio_net::VIRTIO_NET_F_GUEST_ECN, "VIRTIO_NET_F_GUEST_ECN"),
+    (virtio_net::VIRTIO_NET_F_HOST_TSO4, "VIRTIO_NET_F_HOST_TSO4"),
+    (virtio_net::VIRTIO_NET_F_HOST_TSO6, "VIRTIO_NET_F_HOST_TSO6"),
+    (virtio_net::VIRTIO_NET_F_HOST_ECN, "VIRTIO_NET_F_HOST_ECN"),
     (virtio_net::VIRTIO_NET_F_MRG_RXBUF, "VIRTIO_NET_F_MRG_RXBUF"),
     (virtio_net::VIRTIO_NET_F_STATUS, "VIRTIO_NET_F_STATUS"),
     (virtio_net::VIRTIO_NET_F_CTRL_VQ, "VIRTIO_NET_F_CTRL_VQ"),
@@ -128,7 +149,8 @@ mod tests {
 
     #[test]
     fn an_owner_is_offered_what_the_peers_driver_serves_and_nothing_else() {
-        let offered = names(offered_to_owner(Profile::Net) & !PROTOCOL_FEATURES, Profile::Net);
+        let offered =
+            |offloads| names(offered_to_owner(Profile::Net, offloads) & !PROTOCOL_FEATURES, Profile::Net);
         let served = [
             "VIRTIO_NET_F_MRG_RXBUF",
             "VIRTIO_F_INDIRECT_DESC",
@@ -138,6 +160,17 @@ mod tests {
             "VIRTIO_F_RING_PACKED",
             "VIRTIO_F_IN_ORDER",
         ];
-        assert_eq!(offered, served);
+        assert_eq!(offered(false), served);
+        let offloads = [
+            "VIRTIO_NET_F_CSUM",
+            "VIRTIO_NET_F_GUEST_CSUM",
+            "VIRTIO_NET_F_GUEST_TSO4",
+            "VIRTIO_NET_F_GUEST_TSO6",
+            "VIRTIO_NET_F_GUEST_ECN",
+            "VIRTIO_NET_F_HOST_TSO4",
+            "VIRTIO_NET_F_HOST_TSO6",
+            "VIRTIO_NET_F_HOST_ECN",
+        ];
+        assert_eq!(offered(true), [&offloads[..], &served].concat());
     }
 }

@@ -44,7 +44,7 @@ impl OwnerSession {
     /// A session in which nothing was said yet.
     pub fn new(config: &LinkConfig) -> Self {
         Self {
-            offered: features::offered_to_owner(config.profile),
+            offered: features::offered_to_owner(config.profile, config.offloads),
             features: 0,
             protocol: 0,
             queue_pairs: config.queue_pairs,

@@ -72,6 +72,7 @@ pub fn config() -> LinkConfig {
         queue_pairs: 1,
         one_way: OneWay::Refuse,
         max_mappings: 16,
+        offloads: false,
         wiring: WiringPolicy::Direct,
         doorbell_socket: None,
     }
