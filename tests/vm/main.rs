@@ -8,6 +8,7 @@ mod driver;
 mod figures;
 mod iommu;
 mod iommu_static;
+mod offload;
 mod packed;
 mod ping;
 mod programs;
@@ -40,6 +41,7 @@ const SCENARIOS: &[Scenario] = &[
     restart::SCENARIO,
     driver::SCENARIO,
     packed::SCENARIO,
+    offload::SCENARIO,
     iommu::SCENARIO,
     iommu_static::SCENARIO,
     confine::SCENARIO,

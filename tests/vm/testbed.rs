@@ -67,7 +67,7 @@ impl<'s> Testbed<'s> {
             Mode::Interrupt => "--vfio --wait interrupt",
         };
         let up = format!(
-            "vhost-pci-guest tap --device auto {mode} --ifname vp0 >/tmp/tap.log 2>&1 &\n\
+            "vhost-pci-guest tap --device auto {mode} --ifname vp0 --json >/tmp/tap.log 2>&1 &\n\
              for i in $(seq 100); do ip link show vp0 >/dev/null 2>&1 && break; sleep 0.1; done\n\
              ip link set vp0 address 02:00:00:00:00:02 && ip addr add {PEER}/24 dev vp0 && ip link set vp0 up || {{ cat /tmp/tap.log; exit 1; }}"
         );
