@@ -5,7 +5,7 @@
 //! | [`layout`] | lengths of the three areas, and what is where in them |
 //! | [`position`] | a slot and the lap in which it is meant; whose flags say it is |
 //! | [`event`] | notification suppression |
-//! | [`popped`] | the chains that the device half has taken and not yet given back |
+//! | `popped` | the chains that the device half has taken and not yet given back |
 //! | [`device`] | the device half |
 //! | [`driver`] | the driver half |
 
