@@ -5,17 +5,19 @@
 //! What is counted are packets that the owners have received, both directions together: each has
 //! been through the forwarder once.
 
-use std::path::Path;
+use std::path::{Path, PathBuf};
+use std::thread;
+use std::time::{Duration, Instant};
 
-use anyhow::{Context, Result};
+use anyhow::{Context, Result, ensure};
 use nix::sys::signal::Signal;
 use serde::Deserialize;
 use tempfile::TempDir;
 use vhost_pci_tests::Process;
 
 use crate::broker::{Broker, SOON, guest};
-use crate::contender::{Contender, Count, Kind, Running, directory, signal_all};
-use crate::host::RECEIVER;
+use crate::contender::{Contender, Count, Kind, Running, Verdict, directory, signal_all};
+use crate::host::{RECEIVER, SENDER};
 use crate::ours::{PACKED, SPLIT};
 use crate::testpmd::{Role, Testpmd};
 
@@ -65,26 +67,39 @@ impl Contender for Switch {
     }
 }
 
+/// Who both owners are.
+enum Owners {
+    /// One testpmd; the options of its devices.
+    Dpdk(&'static str),
+    /// One of our programs; what it is told besides.
+    Ours(&'static [&'static str]),
+}
+
 /// Our forwarder: a peer of two links.
 pub struct OurSwitch {
     name: &'static str,
     about: &'static str,
-    /// Of the owners' devices.
-    options: &'static str,
+    owners: Owners,
 }
 
 /// All that are measured.
-pub const OURS: [OurSwitch; 2] = [
+pub const OURS: [OurSwitch; 3] = [
+    OurSwitch {
+        name: "our forwarder, our owners",
+        about: "one vhost-pci-guest owner-forward with two cards <-> vhost-pci-guest forward between two links, \
+                split rings, both directions",
+        owners: Owners::Ours(&["--inject", "128", "--ring-size", "256"]),
+    },
     OurSwitch {
         name: "our forwarder split",
         about: "one testpmd with two net_virtio_user <-> vhost-pci-guest forward between two links, split rings, \
                 both directions",
-        options: SPLIT,
+        owners: Owners::Dpdk(SPLIT),
     },
     OurSwitch {
         name: "our forwarder packed",
         about: "the same, packed rings, in order, no mergeable buffers, vectorised",
-        options: PACKED,
+        owners: Owners::Dpdk(PACKED),
     },
 ];
 
@@ -110,17 +125,123 @@ impl Contender for OurSwitch {
         }
         let forwarder = Process::spawn("forwarder", command, &broker.path("forwarder.log"))?;
         let sockets = [0, 1].map(|link| broker.owner_socket(link));
-        let ends = ends(&broker.path(""), size, &sockets, self.options)
-            .with_context(|| format!("{}forwarder:\n{}", broker.logs(), forwarder.log()))?;
+        let ends = match self.owners {
+            Owners::Dpdk(options) => ends(&broker.path(""), size, &sockets, options).map(Ends::Dpdk),
+            Owners::Ours(options) => Rounds::start(&broker, size, &sockets, options).map(Ends::Ours),
+        };
+        let ends = ends.with_context(|| format!("{}forwarder:\n{}", broker.logs(), forwarder.log()))?;
         Ok(Box::new(OurSwitchRunning { ends, forwarder, broker }))
     }
 }
 
 struct OurSwitchRunning {
-    ends: Testpmd,
+    ends: Ends,
     forwarder: Process,
     broker: Broker,
 }
+
+/// The process that both owners are.
+enum Ends {
+    Dpdk(Testpmd),
+    Ours(Rounds),
+}
+
+impl Ends {
+    fn process(&mut self) -> &mut Process {
+        match self {
+            Self::Dpdk(testpmd) => testpmd.process(),
+            Self::Ours(rounds) => &mut rounds.process,
+        }
+    }
+
+    fn pid(&self) -> u32 {
+        match self {
+            Self::Dpdk(testpmd) => testpmd.pid(),
+            Self::Ours(rounds) => rounds.process.pid(),
+        }
+    }
+
+    fn received(&mut self) -> Result<Count> {
+        match self {
+            Self::Dpdk(testpmd) => testpmd.received(),
+            Self::Ours(rounds) => rounds.received(),
+        }
+    }
+
+    fn verdict(&self) -> Verdict {
+        match self {
+            Self::Dpdk(_) => Verdict::default(),
+            Self::Ours(rounds) => rounds.verdict,
+        }
+    }
+
+    fn logs(&self) -> String {
+        match self {
+            Self::Dpdk(testpmd) => testpmd.logs(),
+            Self::Ours(rounds) => format!("owners:\n{}", rounds.process.log()),
+        }
+    }
+}
+
+/// Our program with two cards, in which packets go round.
+struct Rounds {
+    process: Process,
+    begin: Instant,
+    /// Lines that were read.
+    lines: usize,
+    verdict: Verdict,
+}
+
+/// What it says once a second.
+#[derive(Deserialize)]
+struct Round {
+    seconds: f64,
+    rx_packets: u64,
+    rx_bytes: u64,
+    corrupted: u64,
+    lost: u64,
+}
+
+/// Of so many packets it looks at one.
+const SAMPLE: u64 = 64;
+
+impl Rounds {
+    fn start(broker: &Broker, size: usize, sockets: &[PathBuf; 2], options: &[&str]) -> Result<Self> {
+        let mut command = guest(SENDER)?;
+        command.args(["owner-forward", "--wait", "poll", "--json-lines", "--check", "sample"]);
+        command.args(["--size", &size.to_string()]).args(options);
+        for socket in sockets {
+            command.arg("--socket").arg(socket);
+        }
+        let process = Process::spawn("owners", command, &broker.path("owners.log"))?;
+        Ok(Self { process, begin: Instant::now(), lines: 0, verdict: Verdict::default() })
+    }
+
+    /// What its next line says, for the time at which it says so.
+    fn received(&mut self) -> Result<Count> {
+        let deadline = Instant::now() + SOON;
+        loop {
+            let log = self.process.log();
+            let lines: Vec<_> =
+                log.lines().filter(|line| line.starts_with('{') && line.ends_with('}')).collect();
+            if let Some(line) = lines.last()
+                && lines.len() > self.lines
+            {
+                self.lines = lines.len();
+                let Round { seconds, rx_packets, rx_bytes, corrupted, lost } =
+                    serde_json::from_str(line).context("a line of the owners")?;
+                self.verdict = Verdict { sampled: rx_packets / SAMPLE, corrupted: corrupted + lost };
+                let at = self.begin + Duration::from_secs_f64(seconds);
+                return Ok(Count { at, packets: rx_packets, bytes: rx_bytes });
+            }
+            ensure!(Instant::now() < deadline, "the owners say nothing:\n{log}");
+            thread::sleep(LOOK);
+        }
+    }
+}
+
+/// Between two looks for a line.
+const LOOK: Duration = Duration::from_millis(20);
 
 /// The forwarder's last line.
 #[derive(Deserialize)]
@@ -143,6 +264,10 @@ impl Running for OurSwitchRunning {
 
     fn received(&mut self) -> Result<Count> {
         self.ends.received()
+    }
+
+    fn verdict(&mut self) -> Result<Verdict> {
+        Ok(self.ends.verdict())
     }
 
     fn negotiated(&mut self) -> Option<String> {

@@ -8,6 +8,11 @@ use super::pattern::Generator;
 use super::sink::Check;
 use super::wire::BURST;
 
+/// Bytes of frames in a burst, if that is not too few of them: a part of a processor's first cache.
+const NEAREST: usize = 16 << 10;
+/// Frames in a burst at least.
+const SHORTEST: usize = 8;
+
 /// What to send.
 #[derive(Clone, Copy, Debug, clap::Args)]
 pub struct SourceArgs {
@@ -97,13 +102,15 @@ impl Source {
 
     /// How many frames may be made now.
     fn allowed(&mut self) -> usize {
+        // Long ones fewer at once, so that they are still in the nearest cache when they are sent.
+        let most = (NEAREST / self.generator.frame_len()).clamp(SHORTEST, BURST);
         let Some(rate) = self.rate else {
-            return BURST;
+            return most;
         };
         let start = *self.start.get_or_insert_with(Instant::now);
         let due = start.elapsed().as_secs_f64() * rate;
         // A source that was held up catches up by bursts; never more than one at once.
-        (due as u64).saturating_sub(self.total).min(BURST as u64) as usize
+        (due as u64).saturating_sub(self.total).min(most as u64) as usize
     }
 
     /// Whether frames are waiting for room.
