@@ -8,7 +8,7 @@ use std::time::{Duration, Instant};
 
 use super::ProgramError;
 use super::owner::address;
-use super::pattern::{Checker, Generator, SAMPLE};
+use super::pattern::{Checker, Generator, SAMPLE, Verdict};
 use super::sink::Check;
 use super::stop::Stop;
 use super::traffic::{ReportArgs, Reporter, Traffic};
@@ -194,7 +194,9 @@ impl<'a> Owner<'a> {
     }
 
     fn traffic(&self) -> Traffic {
-        Traffic { corrupted: self.checker.verdict().corrupted, ..self.traffic.with_sleeps(self.sleeps) }
+        // Packets that go round come again and again: no sequence is theirs.
+        let Verdict { intact, corrupted, .. } = self.checker.verdict();
+        Traffic { corrupted, checked: intact + corrupted, ..self.traffic.with_sleeps(self.sleeps) }
     }
 
     fn connect(&mut self) -> Result<(), ProgramError> {

@@ -28,6 +28,8 @@ pub struct Traffic {
     pub reordered: u64,
     /// Packets received with a wrong byte.
     pub corrupted: u64,
+    /// Packets received of which every byte was looked at, these included.
+    pub checked: u64,
     /// Packets dropped here: the other end of the program, or no buffer of the other
     /// VM, could take them.
     pub dropped: u64,
@@ -75,6 +77,7 @@ impl Traffic {
             lost: sum.lost + verdict.lost,
             reordered: sum.reordered + verdict.reordered,
             corrupted: sum.corrupted + verdict.corrupted,
+            checked: sum.checked + verdict.intact + verdict.corrupted,
             ..sum
         })
     }
