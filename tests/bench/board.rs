@@ -16,6 +16,7 @@ const BYTES: u64 = 8;
 const SAMPLED: u64 = 16;
 const CORRUPTED: u64 = 24;
 const SEARCHES: u64 = 32;
+const HEADERS: u64 = 40;
 
 /// What is on it.
 #[derive(Clone, Copy, Debug, Default)]
@@ -26,7 +27,9 @@ pub struct Numbers {
     pub bytes: u64,
     /// Packets of which every byte was looked at.
     pub sampled: u64,
-    /// Packets with a wrong length, and those sampled with a wrong byte.
+    /// Packets of which the header was looked at, and nothing else.
+    pub headers: u64,
+    /// Packets with a wrong length, and those looked at with a wrong byte.
     pub corrupted: u64,
     /// Buffers that were searched for in the mapping table.
     pub searches: u64,
@@ -53,9 +56,10 @@ impl Board {
 
     /// Writes all of it: plain stores to one line, which nobody else reads but now and then.
     pub fn write(&self, numbers: &Numbers) {
-        let Numbers { packets, bytes, sampled, corrupted, searches } = *numbers;
+        let Numbers { packets, bytes, sampled, headers, corrupted, searches } = *numbers;
         let numbers = [
             (SAMPLED, sampled),
+            (HEADERS, headers),
             (CORRUPTED, corrupted),
             (SEARCHES, searches),
             (BYTES, bytes),
@@ -74,6 +78,7 @@ impl Board {
             packets: number(PACKETS)?,
             bytes: number(BYTES)?,
             sampled: number(SAMPLED)?,
+            headers: number(HEADERS)?,
             corrupted: number(CORRUPTED)?,
             searches: number(SEARCHES)?,
         })

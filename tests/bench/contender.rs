@@ -1,5 +1,6 @@
 //! What can be measured: a sender and a receiver, one processor each. One file a kind.
 
+use std::ops::AddAssign;
 use std::time::Instant;
 
 use anyhow::{Context, Result};
@@ -24,7 +25,7 @@ pub enum Kind {
     Switch,
     /// The same by our peer.
     OurSwitch,
-    /// Less than this cannot be done, with the same copies.
+    /// What two processors, or one, do with nothing but the same bytes.
     Floor,
 }
 
@@ -90,8 +91,18 @@ pub struct Count {
 pub struct Verdict {
     /// Packets of which every byte was looked at.
     pub sampled: u64,
-    /// Of these, and of those with a wrong length.
+    /// Packets of which only the header was looked at.
+    pub headers: u64,
+    /// Of these, and of those with a wrong length; and packets that are missing, or came twice or late.
     pub corrupted: u64,
+}
+
+impl AddAssign for Verdict {
+    fn add_assign(&mut self, Self { sampled, headers, corrupted }: Self) {
+        self.sampled += sampled;
+        self.headers += headers;
+        self.corrupted += corrupted;
+    }
 }
 
 /// A contender that runs.

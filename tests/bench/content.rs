@@ -43,5 +43,6 @@ pub fn check(dir: &Path, [receiver, sender]: [String; 2], size: usize) -> Result
     }
     receiver.quit().context("the receiver writes its file")?;
     let (same, all) = pcap::compare(&from, &to)?;
-    Ok(Verdict { sampled: PACKETS, corrupted: if all { 0 } else { PACKETS - same.min(PACKETS - 1) } })
+    let corrupted = if all { 0 } else { PACKETS - same.min(PACKETS - 1) };
+    Ok(Verdict { sampled: PACKETS, corrupted, ..Verdict::default() })
 }

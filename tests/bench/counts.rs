@@ -159,7 +159,7 @@ fn take_once(counter: Counter) -> Result<Counts> {
         thread::sleep(Duration::from_millis(20));
         to = link.received()?;
     }
-    let others_percent = Ticks::now(&all)?.others_percent_since(ticks, begin.elapsed().as_secs_f64());
+    let others_percent = Ticks::now(&all)?.others_percent_since(ticks);
     for counter in &mut counters {
         counter.signal(Signal::SIGINT)?;
         counter.wait(SOON)?;

@@ -120,13 +120,16 @@ impl Contender for Spsc {
     }
 }
 
+/// Its name.
+pub const LINES: &str = "SPSC ring of lines";
+
 /// The same ring with messages of one cache line, each copied by two instructions where the processor
 /// has them.
 pub struct SpscLines;
 
 impl Contender for SpscLines {
     fn name(&self) -> &'static str {
-        "SPSC ring of lines"
+        LINES
     }
 
     fn about(&self) -> &'static str {

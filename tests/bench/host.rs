@@ -1,6 +1,7 @@
 //! The machine: its two processors, what it is, and how much of it other processes use.
 
 use std::fs;
+use std::time::Instant;
 
 use anyhow::{Context, Result};
 use nix::sched::{CpuSet, sched_setaffinity};
@@ -58,6 +59,8 @@ impl Machine {
 /// Processor time used since the machine's start, in the kernel's ticks.
 #[derive(Clone, Copy, Debug)]
 pub struct Ticks {
+    /// When they were read.
+    at: Instant,
     all: u64,
     ours: u64,
 }
@@ -71,11 +74,12 @@ impl Ticks {
         for pid in pids {
             ours += used_by(&format!("/proc/{pid}/stat"))?;
         }
-        Ok(Self { all, ours })
+        Ok(Self { at: Instant::now(), all, ours })
     }
 
     /// What others have used since an earlier moment, in percent of a processor.
-    pub fn others_percent_since(self, earlier: Self, seconds: f64) -> f64 {
+    pub fn others_percent_since(self, earlier: Self) -> f64 {
+        let seconds = self.at.duration_since(earlier.at).as_secs_f64();
         let all = self.all.saturating_sub(earlier.all);
         let others = all.saturating_sub(self.ours.saturating_sub(earlier.ours));
         let a_second = sysconf(SysconfVar::CLK_TCK).ok().flatten().unwrap_or(100);

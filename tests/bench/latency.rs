@@ -13,7 +13,7 @@ use vhost_pci_tests::Process;
 use crate::broker::{Broker, SOON, guest};
 use crate::host::{RECEIVER, SENDER, Ticks};
 use crate::measure::MOST_OTHERS;
-use crate::probe::{self, Class};
+use crate::probe::{self, Class, middle};
 use crate::ratios::median;
 
 /// How both sides find out about a packet.
@@ -52,9 +52,17 @@ const SIZE: usize = 64;
 const SETTLE: Duration = Duration::from_millis(200);
 const WINDOW: Duration = Duration::from_secs(1);
 
+/// What they are called by who asks for them.
+pub fn names() -> impl Iterator<Item = String> {
+    MODES.iter().map(name)
+}
+
+fn name(mode: &Mode) -> String {
+    format!("round trip {}", mode.name)
+}
+
 /// Places among [`MODES`] of those that are asked for: all, if nothing else is.
 pub fn chosen(only: &[String]) -> Vec<usize> {
-    let name = |mode: &Mode| format!("round trip {}", mode.name);
     let wanted = |mode| only.is_empty() || only.iter().any(|word| name(mode).contains(word.as_str()));
     MODES.iter().enumerate().filter(|(_, mode)| wanted(mode)).map(|(at, _)| at).collect()
 }
@@ -123,7 +131,7 @@ pub fn take(mode: usize) -> Result<Option<Latency>> {
     let pids = [owner.pid(), echo.pid(), broker.pid()];
     let ticks = Ticks::now(&pids)?;
     thread::sleep(WINDOW);
-    let others = Ticks::now(&pids)?.others_percent_since(ticks, WINDOW.as_secs_f64());
+    let others = Ticks::now(&pids)?.others_percent_since(ticks);
     owner.terminate(SOON)?;
     let logs = || format!("{}echo:\n{}\nowner:\n{}", broker.logs(), echo.log(), owner.log());
     let text = owner.log();
@@ -136,10 +144,6 @@ pub fn take(mode: usize) -> Result<Option<Latency>> {
     let after = probes()?;
     let [trips, two_lines, four_lines] = [0, 1, 2].map(|which| [before[which], after[which]]);
     Ok((others <= MOST_OTHERS).then_some(Latency { mode, trips, two_lines, four_lines, round_trips }))
-}
-
-fn middle([before, after]: [f64; 2]) -> f64 {
-    (before + after) / 2.0
 }
 
 /// All starts of a mode in one class.

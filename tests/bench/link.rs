@@ -7,7 +7,7 @@ use anyhow::Result;
 use vhost_pci_tests::Process;
 
 use crate::allocations::Answering;
-use crate::board::Board;
+use crate::board::{Board, Numbers};
 use crate::broker::{Broker, SOON, this_program};
 use crate::contender::{Count, Verdict};
 use crate::host::RECEIVER;
@@ -76,8 +76,8 @@ impl Link {
 
     /// What the peer has found wrong.
     pub fn verdict(&self) -> Result<Verdict> {
-        let numbers = self.board.read()?;
-        Ok(Verdict { sampled: numbers.sampled, corrupted: numbers.corrupted })
+        let Numbers { sampled, headers, corrupted, .. } = self.board.read()?;
+        Ok(Verdict { sampled, headers, corrupted })
     }
 
     /// What the owner's driver accepted, as the broker says.

@@ -9,6 +9,7 @@
 //! | `contender` | what can be measured |
 //! | `ours`, `dpdk`, `switch`, `floors` | what is |
 //! | `latency`, `counts` | round trips of packets; system calls, allocations, translations |
+//! | `allocations` | how often a process that is measured allocates |
 //! | `broker`, `link`, `peer`, `board` | a broker, a link, our receiver's process, and its counters |
 //! | `content` | whether DPDK's pairs deliver what they were given |
 //! | `testpmd` | DPDK's program, as sender or receiver |
@@ -37,7 +38,8 @@ mod switch;
 mod sys;
 mod testpmd;
 
-use std::fs;
+use std::fs::File;
+use std::io::Write;
 use std::path::PathBuf;
 use std::process::ExitCode;
 use std::time::{Duration, Instant};
@@ -47,7 +49,7 @@ use clap::{Parser, Subcommand};
 use guest_driver_model::programs::owner::{self, OwnerArgs};
 use guest_driver_model::programs::stop::Stop;
 
-use crate::contender::Contender;
+use crate::contender::{Contender, Verdict};
 use crate::host::Machine;
 use crate::measure::Plan;
 use crate::report::Report;
@@ -123,7 +125,7 @@ fn main() -> ExitCode {
     }
 }
 
-fn contenders(only: &[String]) -> Vec<Box<dyn Contender>> {
+fn contenders() -> Vec<Box<dyn Contender>> {
     fn boxed<C: Contender + 'static>(some: impl IntoIterator<Item = C>) -> Vec<Box<dyn Contender>> {
         some.into_iter().map(|contender| Box::new(contender) as Box<dyn Contender>).collect()
     }
@@ -135,14 +137,29 @@ fn contenders(only: &[String]) -> Vec<Box<dyn Contender>> {
     all.extend(boxed([floors::Memcpy]));
     all.extend(boxed([floors::Spsc]));
     all.extend(boxed([floors::SpscLines]));
-    all.retain(|contender| {
-        only.is_empty() || only.iter().any(|word| contender.name().contains(word.as_str()))
-    });
     all
 }
 
+/// Those that are asked for: all, if nothing is.
+fn chosen(only: &[String]) -> Result<Vec<Box<dyn Contender>>> {
+    let mut all = contenders();
+    let names = all.iter().map(|contender| contender.name().to_owned());
+    let names: Vec<_> = names.chain(latency::names()).chain(["counts".to_owned()]).collect();
+    for word in only {
+        let known = names.join(", ");
+        ensure!(
+            names.iter().any(|name| name.contains(word)),
+            "--only {word}: no part of a name; there are {known}"
+        );
+    }
+    all.retain(|contender| {
+        only.is_empty() || only.iter().any(|word| contender.name().contains(word.as_str()))
+    });
+    Ok(all)
+}
+
 fn compare(cli: &Cli) -> Result<()> {
-    let (contenders, latency) = (contenders(&cli.only), latency::chosen(&cli.only));
+    let (contenders, latency) = (chosen(&cli.only)?, latency::chosen(&cli.only));
     // Before the first measurement: a machine with one processor has nothing to compare.
     probe::round_trip().context("two processors, 0 and 1, are needed")?;
     let sizes = match (cli.sizes.as_slice(), cli.quick) {
@@ -150,6 +167,12 @@ fn compare(cli: &Cli) -> Result<()> {
         ([], true) => &QUICK_SIZES[..],
         (sizes, _) => sizes,
     };
+    // Before half an hour is spent on what cannot be written.
+    let svg = cli
+        .svg
+        .as_ref()
+        .map(|path| Ok((path, File::create(path).with_context(|| path.display().to_string())?)));
+    let svg = svg.transpose().map_err(|error: anyhow::Error| error.context("--svg"))?;
     let begin = Instant::now();
     let plan = Plan {
         sizes: sizes.iter().map(|size| usize::from(*size)).collect(),
@@ -165,16 +188,18 @@ fn compare(cli: &Cli) -> Result<()> {
     let counts = (cli.only.is_empty() || cli.only.iter().any(|word| "counts".contains(word.as_str())))
         .then(counts::take);
     let measured = measure::measure(&contenders, &plan, &stop);
-    let report = Report::new(machine, &contenders, &measured, counts);
-    if let Some(path) = &cli.svg {
-        fs::write(path, plot::svg(&report.results)).with_context(|| path.display().to_string())?;
-        eprintln!("compare: the plot is in {}", path.display());
-    }
+    let all: Vec<_> = self::contenders().iter().map(|one| (one.name(), one.kind())).collect();
+    let report = Report::new(machine, &contenders, &all, &measured, counts);
     if cli.json {
         println!("{}", serde_json::to_string(&report)?);
     } else {
         print!("{}", report.table());
     }
-    ensure!(measured.corrupted == 0, "{} packets were corrupted", measured.corrupted);
+    if let Some((path, mut file)) = svg {
+        file.write_all(plot::svg(&report.results).as_bytes()).with_context(|| path.display().to_string())?;
+        eprintln!("compare: the plot is in {}", path.display());
+    }
+    let Verdict { corrupted, .. } = measured.verdict;
+    ensure!(corrupted == 0, "{corrupted} packets were corrupted");
     Ok(())
 }

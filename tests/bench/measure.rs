@@ -64,13 +64,6 @@ pub struct Window {
     pub mpps: f64,
 }
 
-impl Window {
-    /// Where the processors were.
-    pub fn class(&self) -> Class {
-        Class::of(self.trips)
-    }
-}
-
 /// All that was measured.
 #[derive(Debug, Default)]
 pub struct Measured {
@@ -78,46 +71,79 @@ pub struct Measured {
     pub windows: Vec<Window>,
     /// Rounds that were begun.
     pub rounds: usize,
-    /// Windows dropped because of others.
-    pub dropped: usize,
+    /// By contender and size: windows dropped because of others.
+    pub dropped: BTreeMap<(usize, usize), usize>,
+    /// Starts of round trips dropped because of others.
+    pub dropped_latency: usize,
     /// Round trips of one cache line, nanoseconds: of every probe.
     pub round_trips: Vec<f64>,
     /// By contender and size: why it could not run, or gave nothing.
     pub failures: BTreeMap<(usize, usize), String>,
-    /// Round trips of packets.
+    /// Round trips of packets, and by mode why there are none.
     pub latency: Vec<Latency>,
+    pub latency_failures: BTreeMap<&'static str, String>,
     /// By contender: what its sides agreed on.
     pub negotiated: BTreeMap<usize, String>,
     /// By contender and size: bytes copied for each packet, of each start that counted them.
     pub copied: Vec<(usize, usize, f64)>,
-    /// By contender: why no packet of it was looked at.
+    /// By contender: why not every packet of some was looked at before the rounds.
     pub unchecked: BTreeMap<usize, String>,
-    /// Packets of which every byte was looked at.
-    pub sampled: u64,
-    /// Those that were wrong.
-    pub corrupted: u64,
+    /// What was found in packets.
+    pub verdict: Verdict,
+}
+
+impl Measured {
+    /// A contender that delivers wrong packets has moved none, in this start and in those before, and is
+    /// not started again.
+    fn disqualify(&mut self, of: (usize, usize), verdict: Verdict) {
+        let why = format!("counts 0: {} packets were corrupted", verdict.corrupted);
+        let windows = self.windows.iter_mut().filter(|window| (window.contender, window.size) == of);
+        windows.for_each(|window| window.mpps = 0.0);
+        self.failures.insert(of, why);
+    }
+
+    /// Says of each of these that has no window and no failure why that is.
+    fn explain(&mut self, wanted: impl IntoIterator<Item = (usize, usize)>, ended: Option<&str>) {
+        for of in wanted {
+            if self.windows.iter().any(|window| (window.contender, window.size) == of) {
+                continue;
+            }
+            let why = match (self.dropped.get(&of), ended) {
+                (Some(count), _) => {
+                    format!(
+                        "all of its {count} windows were dropped, as others used more than {MOST_OTHERS} % of a processor"
+                    )
+                }
+                (None, Some(ended)) => format!("{ended} before its turn"),
+                (None, None) => "it had no turn".into(),
+            };
+            self.failures.entry(of).or_insert(why);
+        }
+    }
 }
 
 /// Measures, with a line on stderr for each start, until `stop` is requested at the latest.
 pub fn measure(contenders: &[Box<dyn Contender>], plan: &Plan, stop: &Stop) -> Measured {
     let mut measured = Measured::default();
     let begin = Instant::now();
+    let sizes = contenders.iter().enumerate().map(|(at, contender)| (at, contender.sizes(&plan.sizes)));
+    let wanted: Vec<_> =
+        sizes.flat_map(|(at, sizes)| sizes.into_iter().map(move |size| (at, size))).collect();
+    let mut ended = None;
     check_content(contenders, plan, (&mut measured, stop));
     'rounds: for round in 0..plan.rounds {
         measured.rounds += 1;
-        let mut turns: Vec<(usize, usize)> = Vec::new();
-        for (at, contender) in contenders.iter().enumerate() {
-            turns.extend(contender.sizes(&plan.sizes).into_iter().map(|size| (size, at)));
-        }
+        let mut turns = wanted.clone();
         // The same size by all in turn; and each round begins with another contender.
-        turns.sort_unstable_by_key(|(size, at)| (*size, (at + round) % contenders.len()));
-        for (size, at) in turns {
+        turns.sort_unstable_by_key(|(at, size)| (*size, (at + round) % contenders.len()));
+        for (at, size) in turns {
             let Some(contender) = contenders.get(at).filter(|_| !measured.failures.contains_key(&(at, size)))
             else {
                 continue;
             };
             if plan.until.is_some_and(|until| Instant::now() > until) {
-                eprintln!("compare: round {} ends before its time, which is over", round + 1);
+                eprintln!("compare: round {} ends early: the time is over", round + 1);
+                ended = Some("the time was over");
                 break 'rounds;
             }
             wait_until_quiet();
@@ -127,6 +153,7 @@ pub fn measure(contenders: &[Box<dyn Contender>], plan: &Plan, stop: &Stop) -> M
             // Who is interrupted at a terminal has seen the contender's processes end, too.
             if stop.is_requested() {
                 eprintln!("compare: interrupted");
+                ended = Some("it was interrupted");
                 break 'rounds;
             }
             match taken {
@@ -144,12 +171,14 @@ pub fn measure(contenders: &[Box<dyn Contender>], plan: &Plan, stop: &Stop) -> M
         }
         for mode in &plan.latency {
             if stop.is_requested() || plan.until.is_some_and(|until| Instant::now() > until) {
+                ended = Some("the time was over");
                 break 'rounds;
             }
             wait_until_quiet();
             take_latency(*mode, &mut measured);
         }
     }
+    measured.explain(wanted, ended);
     measured
 }
 
@@ -162,13 +191,14 @@ fn check_content(contenders: &[Box<dyn Contender>], plan: &Plan, (measured, stop
             let name = contender.name();
             match contender.check_content(size) {
                 Ok(None) => {}
-                Ok(Some(Verdict { sampled, corrupted })) => {
+                Ok(Some(verdict)) => {
+                    let Verdict { sampled, corrupted, .. } = verdict;
                     eprintln!("compare: {name}: {sampled} packets of {size} B compared, {corrupted} wrong");
-                    measured.sampled += sampled;
-                    measured.corrupted += corrupted;
+                    measured.verdict += verdict;
                     if corrupted > 0 {
-                        let why = format!("{corrupted} of {sampled} packets were corrupted");
-                        measured.failures.extend(plan.sizes.iter().map(|size| ((at, *size), why.clone())));
+                        for size in contender.sizes(&plan.sizes) {
+                            measured.disqualify((at, size), verdict);
+                        }
                     }
                 }
                 Err(error) => {
@@ -195,9 +225,12 @@ fn take_latency(mode: usize, measured: &mut Measured) {
         }
         Ok(None) => {
             eprintln!("compare: round trip {name}: dropped, as others used the processors");
-            measured.dropped += 1;
+            measured.dropped_latency += 1;
         }
-        Err(error) => eprintln!("compare: round trip {name}: {error:#}"),
+        Err(error) => {
+            eprintln!("compare: round trip {name}: {error:#}");
+            measured.latency_failures.insert(name, format!("{error:#}"));
+        }
     }
 }
 
@@ -209,7 +242,7 @@ pub fn wait_until_quiet() {
         thread::sleep(LOOK);
         let Ok(after) = Ticks::now(&[]) else { return };
         // A tick is more than `MOST_OTHERS` of so short a time.
-        if after.others_percent_since(before, LOOK.as_secs_f64()) < 2.0 * MOST_OTHERS {
+        if after.others_percent_since(before) < 2.0 * MOST_OTHERS {
             return;
         }
     }
@@ -259,7 +292,7 @@ fn watch(
         line += &format!(" {rate:7.2} M/s {:5}", class.word());
         if busy {
             line += &format!(" (dropped: others used {others:.0} %)");
-            measured.dropped += 1;
+            *measured.dropped.entry((at, size)).or_default() += 1;
         } else {
             taken.push(Window {
                 contender: at,
@@ -272,13 +305,12 @@ fn watch(
         before = after;
     }
     let verdict = running.verdict()?;
-    measured.sampled += verdict.sampled;
-    measured.corrupted += verdict.corrupted;
-    if verdict.corrupted > 0 {
-        line += &format!(": counts 0, as {} packets were corrupted", verdict.corrupted);
-        taken.iter_mut().for_each(|window| window.mpps = 0.0);
-    }
+    measured.verdict += verdict;
     measured.windows.extend(taken);
+    if verdict.corrupted > 0 {
+        line += &format!(": counts 0, now and before, as {} packets were corrupted", verdict.corrupted);
+        measured.disqualify((at, size), verdict);
+    }
     if let Some(copied) = running.copied_per_packet()? {
         line += &format!("; {copied:.1} bytes copied a packet");
         measured.copied.push((at, size, copied));
@@ -305,7 +337,7 @@ fn window(running: &mut dyn Running, size: usize) -> Result<(f64, f64)> {
     thread::sleep(WINDOW);
     let to = running.received()?;
     let seconds = to.at.duration_since(from.at).as_secs_f64();
-    let others = Ticks::now(&pids)?.others_percent_since(ticks, seconds);
+    let others = Ticks::now(&pids)?.others_percent_since(ticks);
     Ok((rate(from, to, size)? / seconds / 1e6, others))
 }
 
@@ -320,6 +352,31 @@ fn rate(from: Count, to: Count, size: usize) -> Result<f64> {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    fn window(contender: usize) -> Window {
+        Window { contender, size: 64, trips: [100.0; 2], round: 1, mpps: 10.0 }
+    }
+
+    #[test]
+    fn who_corrupts_a_packet_has_moved_none_in_any_start() {
+        let mut measured = Measured { windows: vec![window(0), window(1), window(0)], ..Measured::default() };
+        measured.disqualify((0, 64), Verdict { corrupted: 1, ..Verdict::default() });
+        let mpps: Vec<_> = measured.windows.iter().map(|window| window.mpps).collect();
+        assert_eq!(mpps, [0.0, 10.0, 0.0]);
+        assert!(measured.failures[&(0, 64)].contains("1 packets"));
+    }
+
+    #[test]
+    fn who_has_no_window_has_a_reason() {
+        let mut measured = Measured { windows: vec![window(0)], ..Measured::default() };
+        measured.dropped.insert((1, 64), 2);
+        measured.failures.insert((2, 64), "no such program".into());
+        measured.explain((0..4).map(|at| (at, 64)), Some("the time was over"));
+        assert_eq!(measured.failures.keys().map(|(at, _)| *at).collect::<Vec<_>>(), [1, 2, 3]);
+        assert!(measured.failures[&(1, 64)].contains("others"));
+        assert_eq!(measured.failures[&(2, 64)], "no such program");
+        assert_eq!(measured.failures[&(3, 64)], "the time was over before its turn");
+    }
 
     #[test]
     fn packets_of_another_length_are_no_rate() {

@@ -169,18 +169,21 @@ impl Numbers {
         self.corrupted += u64::from(len != expected);
     }
 
-    /// At every byte of a packet.
+    /// At every byte of a packet, or at its header where nothing tells what the rest should be.
     #[cold]
     fn look(&mut self, frame: &[u8], content: Content) {
         let whole = match content {
             Content::Pattern => {
+                self.sampled += 1;
                 let mut checker = Checker::new();
                 checker.check(frame);
                 checker.verdict().corrupted == 0
             }
-            Content::Testpmd => is_testpmds(frame),
+            Content::Testpmd => {
+                self.headers += 1;
+                is_testpmds(frame)
+            }
         };
-        self.sampled += 1;
         self.corrupted += u64::from(!whole);
     }
 }

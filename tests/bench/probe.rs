@@ -2,6 +2,7 @@
 //! cache line between them. It is bimodal and flips every few seconds, and all rates through
 //! shared memory go with it.
 
+use std::collections::BTreeMap;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::thread;
@@ -11,6 +12,7 @@ use anyhow::{Result, anyhow};
 use serde::Serialize;
 
 use crate::host::{RECEIVER, SENDER, pin_this_thread};
+use crate::ratios::median;
 
 /// How long one probe takes.
 const LENGTH: Duration = Duration::from_millis(20);
@@ -29,13 +31,14 @@ const STEADY: f64 = 0.15;
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Serialize)]
 #[serde(rename_all = "lowercase")]
 pub enum Class {
-    /// Near before and after.
+    /// Near each other.
     Near,
-    /// Neither near nor far, before and after.
+    /// Neither near nor far.
     Middle,
-    /// Far before and after.
+    /// Far from each other.
     Far,
-    /// It moved, or something else had a processor.
+    /// It moved, or something else had a processor, or they were elsewhere than in most windows of
+    /// the class.
     Mixed,
 }
 
@@ -44,9 +47,9 @@ impl Class {
     pub const ALL: [Self; 4] = [Self::Near, Self::Middle, Self::Far, Self::Mixed];
 
     /// That of a window with these round trips before and after it, nanoseconds.
-    pub fn of([before, after]: [f64; 2]) -> Self {
-        let (before, after) = (Self::at(before), Self::at(after));
-        if before == after { before } else { Self::Mixed }
+    pub fn of(trips: [f64; 2]) -> Self {
+        let [before, after] = trips;
+        if are_alike(before, after) { Self::at(middle(trips)) } else { Self::Mixed }
     }
 
     fn at(trip: f64) -> Self {
@@ -70,6 +73,30 @@ impl Class {
             Self::Mixed => "mixed",
         }
     }
+}
+
+/// The class of each window, and of each class the round trip that is usual in it, nanoseconds. A class is
+/// wide: what is compared within it was at the same place, so a window with another round trip than is
+/// usual is mixed.
+pub fn classes(windows: &[[f64; 2]]) -> (Vec<Class>, BTreeMap<Class, f64>) {
+    let mut by_class: BTreeMap<Class, Vec<f64>> = BTreeMap::new();
+    for trips in windows {
+        by_class.entry(Class::of(*trips)).or_default().push(middle(*trips));
+    }
+    by_class.remove(&Class::Mixed);
+    let usual: BTreeMap<_, _> =
+        by_class.into_iter().filter_map(|(class, trips)| Some((class, median(trips)?))).collect();
+    let class = |trips: &[f64; 2]| {
+        let class = Class::of(*trips);
+        let is_usual = usual.get(&class).is_some_and(|usual| are_alike(*usual, middle(*trips)));
+        if is_usual { class } else { Class::Mixed }
+    };
+    (windows.iter().map(class).collect(), usual)
+}
+
+/// The round trip of a window.
+pub fn middle([before, after]: [f64; 2]) -> f64 {
+    (before + after) / 2.0
 }
 
 /// Whether two round trips are as good as the same.
@@ -185,11 +212,21 @@ mod tests {
     #[test]
     fn a_window_has_a_class_only_if_both_probes_agree() {
         assert_eq!(Class::of([55.0, 60.0]), Class::Near);
-        assert_eq!(Class::of([180.0, 215.0]), Class::Middle);
+        assert_eq!(Class::of([180.0, 200.0]), Class::Middle);
         assert_eq!(Class::of([340.0, 380.0]), Class::Far);
-        for trips in [[55.0, 340.0], [340.0, 55.0], [200.0, 55.0], [200.0, 300.0], [1e6, 1e6]] {
-            assert_eq!(Class::of(trips), Class::Mixed);
+        // Both near, but not at the same place; and across a border, at the same place.
+        for trips in [[55.0, 340.0], [340.0, 55.0], [60.0, 140.0], [200.0, 300.0], [1e6, 1e6]] {
+            assert_eq!(Class::of(trips), Class::Mixed, "{trips:?}");
         }
+        assert_eq!(Class::of([145.0, 152.0]), Class::Near);
+    }
+
+    #[test]
+    fn windows_of_a_class_were_at_its_usual_place() {
+        let (classes, usual) =
+            classes(&[[127.0, 130.0], [55.0, 56.0], [120.0, 125.0], [340.0, 350.0], [55.0, 340.0]]);
+        assert_eq!(classes, [Class::Near, Class::Mixed, Class::Near, Class::Far, Class::Mixed]);
+        assert_eq!(usual, BTreeMap::from([(Class::Near, 122.5), (Class::Far, 345.0)]));
     }
 
     #[test]

@@ -8,10 +8,12 @@ use serde::Serialize;
 
 use crate::contender::Kind;
 use crate::counts::Counts;
-use crate::latency::{Latency, POLLED};
+use crate::floors;
+use crate::latency::{self, Latency, POLLED};
 use crate::measure::Window;
-use crate::probe::{Class, are_alike};
+use crate::probe::{Class, are_alike, middle};
 use crate::report::Row;
+use crate::switch;
 
 /// Fewer windows than this say little.
 const FEW: usize = 3;
@@ -47,9 +49,10 @@ impl Target {
 pub struct Ratio {
     /// None if it was not measured, or not in the class that it is for.
     value: Option<f64>,
-    target: Target,
-    /// Whether the value is what is wanted.
-    met: bool,
+    /// None if it is told for information.
+    target: Option<Target>,
+    /// Whether the value is what is wanted, and all of those that are compared were measured.
+    met: Option<bool>,
     /// Windows above and below the line.
     windows: [usize; 2],
     /// Over all classes: no substitute for the class that the target is for.
@@ -70,26 +73,43 @@ pub struct Paired {
 }
 
 impl Ratio {
-    fn new(value: Option<f64>, target: Target, windows: [usize; 2]) -> Self {
-        let met = value.is_some_and(|value| target.is_met_by(value));
+    fn new(value: Option<f64>, target: impl Into<Option<Target>>, windows: [usize; 2]) -> Self {
+        let target = target.into();
+        let met = target.map(|target: Target| value.is_some_and(|value| target.is_met_by(value)));
         let few = value.is_some() && windows.iter().any(|count| *count < FEW);
         let note = few.then(|| format!("fewer than {FEW} windows say little"));
         Self { value, target, met, windows, all_classes: None, note }
     }
 
-    fn missing(target: Target, why: impl Into<String>) -> Self {
+    fn missing(target: impl Into<Option<Target>>, why: impl Into<String>) -> Self {
         Self { note: Some(why.into()), ..Self::new(None, target, [0, 0]) }
+    }
+
+    /// The value is not what it should be.
+    fn discredit(&mut self, why: &str) {
+        self.met = self.met.map(|_| false);
+        self.tell(why);
+    }
+
+    fn tell(&mut self, what: &str) {
+        let before = self.note.take().map(|note| note + "; ").unwrap_or_default();
+        self.note = Some(before + what);
     }
 
     /// For people.
     pub fn text(&self) -> String {
         let Self { value, target, met, windows: [above, below], all_classes, note } = self;
+        let wanted = target.map_or("for information".into(), Target::text);
         let mut text = match value {
             Some(value) => {
-                let verdict = if *met { "met" } else { "missed" };
-                format!("{value:7.3}  {} {verdict} ({above} and {below} windows)", target.text())
+                let verdict = match met {
+                    Some(true) => " met",
+                    Some(false) => " missed",
+                    None => "",
+                };
+                format!("{value:7.3}  {wanted}{verdict} ({above} and {below} windows)")
             }
-            None => format!("      -  {} not measured", target.text()),
+            None => format!("      -  {wanted}, not measured"),
         };
         if let Some(note) = note {
             text += &format!("; {note}");
@@ -106,10 +126,15 @@ impl Ratio {
 pub struct Figures<'a> {
     /// Contender, size and class.
     pub rows: &'a [Row],
+    /// All contenders that there are, also those that were not asked for.
+    pub contenders: &'a [(&'static str, Kind)],
+    /// By contender and size: why it was not measured.
+    pub failures: &'a BTreeMap<(&'static str, usize), String>,
     /// What the rows are made of.
     pub windows: &'a [Window],
-    /// Round trips of packets.
+    /// Round trips of packets, and by mode why there are none.
     pub latency: &'a [Latency],
+    pub latency_failures: &'a BTreeMap<&'static str, String>,
     /// By size: bytes that our forwarder copied for each packet.
     pub copied: &'a [(usize, f64)],
     /// What our programs do besides, or why it was not counted.
@@ -127,41 +152,65 @@ const ELSEWHERE: [(&str, Target, &str); 5] = [
 const CHAIN: &str = "examples/chain";
 const SCALE: &str = "tests/bench/scale";
 
-type Which = fn(&Row) -> bool;
+type Which = fn(&'static str, Kind) -> bool;
 
 /// A ratio of rates: name, class, size, above the line, below it, at least.
-type Rates = (&'static str, Class, usize, Which, Which, f64);
+type Rates = (&'static str, Class, usize, Which, Which, Option<f64>);
 
-const COPY: Which = |row| row.kind == Kind::Ours;
-const IN_PLACE: Which = |row| row.kind == Kind::InPlace;
-const MEMIF: Which = |row| row.kind == Kind::Memif;
-const VHOST: Which = |row| row.kind == Kind::Vhost;
-const PEER: Which = |row| matches!(row.kind, Kind::Memif | Kind::Vhost);
-const RING: Which = |row| row.contender == "SPSC ring";
-const INTO_OURS: Which = |row| row.kind == Kind::Mixed;
-const OUR_SWITCH: Which = |row| row.kind == Kind::OurSwitch;
-const SWITCH: Which = |row| row.kind == Kind::Switch;
+const COPY: Which = |_, kind| kind == Kind::Ours;
+const IN_PLACE: Which = |_, kind| kind == Kind::InPlace;
+const MEMIF: Which = |_, kind| kind == Kind::Memif;
+const VHOST: Which = |_, kind| kind == Kind::Vhost;
+const PEER: Which = |_, kind| matches!(kind, Kind::Memif | Kind::Vhost);
+const RING: Which =
+    |name, kind| kind == Kind::Floor && name.starts_with("SPSC ring") && name != floors::LINES;
+const INTO_OURS: Which = |_, kind| kind == Kind::Mixed;
+const OUR_SWITCH: Which = |_, kind| kind == Kind::OurSwitch;
+const SWITCH: Which = |_, kind| kind == Kind::Switch;
+/// Between owners of ours, and between DPDK's.
+const OUR_SWITCH_OURS: Which = |name, kind| kind == Kind::OurSwitch && name.contains(switch::OUR_OWNERS);
+const OUR_SWITCH_DPDK: Which = |name, kind| kind == Kind::OurSwitch && !name.contains(switch::OUR_OWNERS);
+const SWITCH_OURS: Which = |name, kind| kind == Kind::Switch && name.contains(switch::OUR_OWNERS);
+const SWITCH_DPDK: Which = |name, kind| kind == Kind::Switch && !name.contains(switch::OUR_OWNERS);
 
-const RATES: [Rates; 13] = [
-    ("near_64_copy_over_best_memif", Class::Near, 64, COPY, MEMIF, 1.3),
-    ("near_64_copy_over_best_vhost", Class::Near, 64, COPY, VHOST, 2.0),
-    ("near_1500_copy_over_best_memif", Class::Near, 1500, COPY, MEMIF, 1.1),
-    ("near_1500_copy_over_spsc_copy_floor", Class::Near, 1500, COPY, RING, 0.8),
-    ("near_64_in_place_over_best_memif", Class::Near, 64, IN_PLACE, MEMIF, 1.5),
-    ("near_1500_in_place_over_best_memif", Class::Near, 1500, IN_PLACE, MEMIF, 3.0),
-    ("far_64_copy_over_best_peer", Class::Far, 64, COPY, PEER, 1.5),
-    ("far_1500_copy_over_best_peer", Class::Far, 1500, COPY, PEER, 1.5),
-    ("near_64_same_sender_ours_over_vhost", Class::Near, 64, INTO_OURS, VHOST, 1.25),
-    ("near_256_same_sender_ours_over_vhost", Class::Near, 256, INTO_OURS, VHOST, 1.25),
-    ("near_1500_same_sender_ours_over_vhost", Class::Near, 1500, INTO_OURS, VHOST, 1.25),
-    ("near_64_forwarding_over_best_vhost_switch", Class::Near, 64, OUR_SWITCH, SWITCH, 1.5),
-    ("near_1500_forwarding_over_best_vhost_switch", Class::Near, 1500, OUR_SWITCH, SWITCH, 2.0),
+const RATES: [Rates; 17] = [
+    ("near_64_copy_over_best_memif", Class::Near, 64, COPY, MEMIF, Some(1.3)),
+    ("near_64_copy_over_best_vhost", Class::Near, 64, COPY, VHOST, Some(2.0)),
+    ("near_1500_copy_over_best_memif", Class::Near, 1500, COPY, MEMIF, Some(1.1)),
+    ("near_1500_copy_over_spsc_copy_floor", Class::Near, 1500, COPY, RING, Some(0.8)),
+    ("near_64_in_place_over_best_memif", Class::Near, 64, IN_PLACE, MEMIF, Some(1.5)),
+    ("near_1500_in_place_over_best_memif", Class::Near, 1500, IN_PLACE, MEMIF, Some(3.0)),
+    ("far_64_copy_over_best_peer", Class::Far, 64, COPY, PEER, Some(1.5)),
+    ("far_1500_copy_over_best_peer", Class::Far, 1500, COPY, PEER, Some(1.5)),
+    ("near_64_same_sender_ours_over_vhost", Class::Near, 64, INTO_OURS, VHOST, Some(1.25)),
+    ("near_256_same_sender_ours_over_vhost", Class::Near, 256, INTO_OURS, VHOST, Some(1.25)),
+    ("near_1500_same_sender_ours_over_vhost", Class::Near, 1500, INTO_OURS, VHOST, Some(1.25)),
+    ("near_64_forwarding_over_best_vhost_switch", Class::Near, 64, OUR_SWITCH, SWITCH, Some(1.5)),
+    ("near_1500_forwarding_over_best_vhost_switch", Class::Near, 1500, OUR_SWITCH, SWITCH, Some(2.0)),
+    ("near_64_forwarding_our_owners_over_vhost_switch", Class::Near, 64, OUR_SWITCH_OURS, SWITCH_OURS, None),
+    (
+        "near_1500_forwarding_our_owners_over_vhost_switch",
+        Class::Near,
+        1500,
+        OUR_SWITCH_OURS,
+        SWITCH_OURS,
+        None,
+    ),
+    ("near_64_forwarding_dpdk_owners_over_vhost_switch", Class::Near, 64, OUR_SWITCH_DPDK, SWITCH_DPDK, None),
+    (
+        "near_1500_forwarding_dpdk_owners_over_vhost_switch",
+        Class::Near,
+        1500,
+        OUR_SWITCH_DPDK,
+        SWITCH_DPDK,
+        None,
+    ),
 ];
 
 /// All of them, also those that were not measured.
 pub fn all(figures: &Figures<'_>) -> BTreeMap<&'static str, Ratio> {
     let mut all: BTreeMap<_, _> = RATES.iter().map(|rates| (rates.0, of_rates(figures, rates))).collect();
-    all.insert("near_polled_round_trip_over_two_lines", of_latency(figures.latency));
+    all.insert("near_polled_round_trip_over_two_lines", of_latency(figures));
     for (size, name) in
         [(64, "forwarding_64_copied_over_payload"), (1500, "forwarding_1500_copied_over_payload")]
     {
@@ -224,21 +273,48 @@ fn of_counts(counts: Result<&Counts, &str>) -> [(&'static str, Ratio); 3] {
 }
 
 fn of_rates(figures: &Figures<'_>, (_, class, size, above, below, target): &Rates) -> Ratio {
-    let rows = |which: Which| figures.rows.iter().filter(move |row| row.size == *size && which(row));
-    let best = |which: Which| {
-        let in_class = rows(which).filter(|row| row.class == *class);
-        in_class.max_by(|one, other| one.median.total_cmp(&other.median))
+    let rows = |which: Which| {
+        figures.rows.iter().filter(move |row| row.size == *size && which(row.contender, row.kind))
     };
-    let target = Target::AtLeast(*target);
+    let counts = |row: &&Row| row.class == *class && row.median > 0.0;
+    let best =
+        |which: Which| rows(which).filter(counts).max_by(|one, other| one.median.total_cmp(&other.median));
+    // Who else might have been the best.
+    let absent = |which: Which| {
+        let all = figures.contenders.iter().filter(move |(name, kind)| which(name, *kind));
+        let absent =
+            all.filter(move |(name, _)| !rows(which).filter(counts).any(|row| row.contender == *name));
+        let told = absent.map(|(name, _)| match figures.failures.get(&(*name, *size)) {
+            Some(why) => format!("{name}: {why}"),
+            None if rows(which).any(|row| row.contender == *name) => {
+                format!("{name}: no windows of class {}", class.word())
+            }
+            None => format!("{name}: not asked for"),
+        });
+        told.collect::<Vec<_>>().join("; ")
+    };
+    let target = target.map(Target::AtLeast);
     let mut ratio = match (best(*above), best(*below)) {
         (Some(above), Some(below)) => {
-            Ratio::new(Some(above.median / below.median), target, [above.windows, below.windows])
-        }
-        _ if rows(*above).next().is_none() || rows(*below).next().is_none() => {
-            Ratio::missing(target, "a contender of it, or this size, was not measured")
+            let windows = [above.windows, below.windows];
+            let mut ratio = Ratio::new(Some(above.median / below.median), target, windows);
+            if !are_alike(above.round_trip_ns, below.round_trip_ns) {
+                let [above, below] = [above, below].map(|row| row.round_trip_ns);
+                ratio.discredit(&format!("not at the same place: round trips {above:.0} and {below:.0} ns"));
+            }
+            ratio
         }
         _ => Ratio::missing(target, format!("no windows of class {} on both sides", class.word())),
     };
+    // A best of fewer is easier to beat.
+    match absent(*below) {
+        none if none.is_empty() => {}
+        some => ratio.discredit(&format!("below the line are missing: {some}")),
+    }
+    match absent(*above) {
+        none if none.is_empty() => {}
+        some => ratio.tell(&format!("above the line are missing: {some}")),
+    }
     let orders = |which| rows(which).map(|row| row.order).collect::<BTreeSet<_>>();
     let lowest = |above| {
         let all =
@@ -269,19 +345,19 @@ fn pair_up(windows: &[Window], size: usize, above: usize, below: usize) -> Optio
     Some(Paired { rounds: medians.len(), value: median(medians)? })
 }
 
-fn middle([before, after]: [f64; 2]) -> f64 {
-    (before + after) / 2.0
-}
-
-fn of_latency(latency: &[Latency]) -> Ratio {
-    let (target, polled) = (Target::AtMost(3.0), latency.iter().filter(|latency| latency.mode == POLLED));
+fn of_latency(figures: &Figures<'_>) -> Ratio {
+    let target = Target::AtMost(3.0);
+    let polled = figures.latency.iter().filter(|latency| latency.mode == POLLED);
     let all: Vec<_> = polled.clone().map(Latency::over_two_lines).collect();
     let near = polled.filter(|latency| latency.class() == Class::Near);
     let near: Vec<_> = near.map(Latency::over_two_lines).collect();
     let (count, rounds) = (near.len(), all.len());
     let mut ratio = match median(near) {
         Some(value) => Ratio::new(Some(value), target, [count, count]),
-        None if rounds == 0 => Ratio::missing(target, "round trips were not measured"),
+        None if rounds == 0 => {
+            let why = figures.latency_failures.get(latency::MODES[POLLED].name);
+            Ratio::missing(target, why.map_or("round trips were not measured", String::as_str))
+        }
         None => Ratio::missing(target, "no windows of class near"),
     };
     ratio.all_classes = median(all).map(|value| Paired { value, rounds });
@@ -306,13 +382,43 @@ mod tests {
     fn row(order: usize, class: Class, median: f64) -> Row {
         let (contender, kind) = CONTENDERS[order];
         let (size, windows, min, max) = (64, 3, 0.0, 0.0);
-        Row { contender, kind, order, size, class, median, min, max, windows, gigabytes_per_second: 0.0 }
+        let (gigabytes_per_second, round_trip_ns) = (0.0, 100.0);
+        Row {
+            contender,
+            kind,
+            order,
+            size,
+            class,
+            median,
+            min,
+            max,
+            windows,
+            gigabytes_per_second,
+            round_trip_ns,
+        }
     }
 
     fn ratio(rows: &[Row], windows: &[Window], name: &str) -> Ratio {
-        all(&Figures { rows, windows, latency: &[], copied: &[], counts: Err("not counted") })
-            .remove(name)
-            .unwrap()
+        ratio_with(rows, windows, &BTreeMap::new(), name)
+    }
+
+    fn ratio_with(
+        rows: &[Row],
+        windows: &[Window],
+        failures: &BTreeMap<(&'static str, usize), String>,
+        name: &str,
+    ) -> Ratio {
+        let figures = Figures {
+            rows,
+            contenders: &CONTENDERS,
+            failures,
+            windows,
+            latency: &[],
+            latency_failures: &BTreeMap::new(),
+            copied: &[],
+            counts: Err("not counted"),
+        };
+        all(&figures).remove(name).unwrap()
     }
 
     #[test]
@@ -324,10 +430,36 @@ mod tests {
             row(2, Class::Far, 100.0),
         ];
         let near = ratio(&rows, &[], "near_64_copy_over_best_memif");
-        assert_eq!((near.value, near.met, near.windows), (Some(1.5), true, [3, 3]));
+        assert_eq!((near.value, near.met, near.windows, near.note), (Some(1.5), Some(true), [3, 3], None));
         let far = ratio(&rows, &[], "far_64_copy_over_best_peer");
-        assert_eq!((far.value, far.met), (None, false));
+        assert_eq!((far.value, far.met), (None, Some(false)));
         assert!(far.note.unwrap().contains("far"));
+    }
+
+    #[test]
+    fn no_target_is_met_while_one_who_may_be_the_best_of_the_others_is_missing() {
+        let rows = [row(0, Class::Near, 30.0), row(1, Class::Near, 20.0)];
+        let name = "near_64_copy_over_best_memif";
+        let found = ratio(&rows, &[], name);
+        assert_eq!((found.value, found.met), (Some(1.5), Some(false)));
+        assert!(found.note.unwrap().contains("memif zero-copy: not asked for"));
+        let failures = BTreeMap::from([(("memif zero-copy", 64), "it hung".to_owned())]);
+        let found = ratio_with(&rows, &[], &failures, name);
+        assert!(found.met == Some(false) && found.note.unwrap().contains("it hung"));
+        let corrupted = [&rows[..], &[row(2, Class::Near, 0.0)]].concat();
+        let found = ratio(&corrupted, &[], name);
+        assert_eq!((found.value, found.met), (Some(1.5), Some(false)));
+        let elsewhere = [&rows[..], &[row(2, Class::Far, 90.0)]].concat();
+        let found = ratio(&elsewhere, &[], name);
+        assert!(found.met == Some(false) && found.note.unwrap().contains("no windows of class near"));
+    }
+
+    #[test]
+    fn what_was_at_two_places_is_not_compared() {
+        let mut rows = [0, 1, 2].map(|order| row(order, Class::Near, 30.0 / (order + 1) as f64));
+        rows[1].round_trip_ns = 120.0;
+        let found = ratio(&rows, &[], "near_64_copy_over_best_memif");
+        assert!(found.met == Some(false) && found.note.unwrap().contains("100 and 120 ns"));
     }
 
     #[test]

@@ -11,7 +11,7 @@ use crate::counts::Counts;
 use crate::host::Machine;
 use crate::latency;
 use crate::measure::{MOST_OTHERS, Measured};
-use crate::probe::{Class, FAR_ABOVE, NEAR_BELOW};
+use crate::probe::{self, Class, FAR_ABOVE, NEAR_BELOW, middle};
 use crate::ratios::{self, Figures, Ratio, median};
 
 /// A contender with a size, in a class.
@@ -39,6 +39,8 @@ pub struct Row {
     pub windows: usize,
     /// Payload of the middle one, 10^9 bytes a second.
     pub gigabytes_per_second: f64,
+    /// Round trip of a cache line, nanoseconds: the middle of the windows'.
+    pub round_trip_ns: f64,
 }
 
 /// Windows of a class.
@@ -46,6 +48,9 @@ pub struct Row {
 pub struct ClassCount {
     /// How many there were.
     pub windows: usize,
+    /// Round trip of a cache line that is usual in it, nanoseconds.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub round_trip_ns: Option<f64>,
 }
 
 /// All of it.
@@ -59,8 +64,9 @@ pub struct Report {
     windows_dropped: usize,
     /// Round trip of one cache line between the two processors, nanoseconds.
     round_trip: Spread,
-    /// Packets of which every byte was looked at, and wrong ones.
+    /// Packets of which every byte was looked at, those of which only the header was, and wrong ones.
     packets_sampled: u64,
+    packets_headers_looked_at: u64,
     packets_corrupted: u64,
     contenders: BTreeMap<&'static str, About>,
     /// The figures.
@@ -70,6 +76,9 @@ pub struct Report {
     counts: Option<Counts>,
     /// Round trips of packets.
     latency: Vec<latency::Row>,
+    /// By mode: why a start of them gave nothing.
+    #[serde(skip_serializing_if = "BTreeMap::is_empty")]
+    latency_failures: BTreeMap<&'static str, String>,
     ratios: BTreeMap<&'static str, Ratio>,
 }
 
@@ -78,10 +87,10 @@ struct About {
     about: &'static str,
     #[serde(skip_serializing_if = "Option::is_none")]
     negotiated: Option<String>,
-    /// Why no packet of it was looked at, if somebody was to.
+    /// Why not every packet of some was looked at before the rounds, if that was to be.
     #[serde(skip_serializing_if = "Option::is_none")]
     unchecked: Option<String>,
-    /// By size: why there is nothing.
+    /// By size: why there is nothing, or nothing more.
     #[serde(skip_serializing_if = "BTreeMap::is_empty")]
     failures: BTreeMap<usize, String>,
 }
@@ -102,24 +111,31 @@ impl Spread {
 }
 
 impl Report {
-    /// From what was measured.
+    /// From what was measured of the contenders, of which `all` are there.
     pub fn new(
         machine: Machine,
         contenders: &[Box<dyn Contender>],
+        all: &[(&'static str, Kind)],
         measured: &Measured,
         counts: Option<Result<Counts>>,
     ) -> Self {
-        let mut groups: BTreeMap<(usize, usize, Class), Vec<f64>> = BTreeMap::new();
+        let mut groups: BTreeMap<(usize, usize, Class), Vec<(f64, f64)>> = BTreeMap::new();
+        let trips: Vec<_> = measured.windows.iter().map(|window| window.trips).collect();
+        let (by_window, usual) = probe::classes(&trips);
+        let count = |class: Class| ClassCount { windows: 0, round_trip_ns: usual.get(&class).copied() };
         let mut classes: BTreeMap<_, _> =
-            Class::ALL.iter().map(|class| (class.word(), ClassCount::default())).collect();
-        for window in &measured.windows {
-            groups.entry((window.size, window.contender, window.class())).or_default().push(window.mpps);
-            classes.entry(window.class().word()).or_default().windows += 1;
+            Class::ALL.iter().map(|class| (class.word(), count(*class))).collect();
+        for (window, class) in measured.windows.iter().zip(by_window) {
+            let found = (window.mpps, middle(window.trips));
+            groups.entry((window.size, window.contender, class)).or_default().push(found);
+            classes.entry(class.word()).or_default().windows += 1;
         }
         let results: Vec<_> = groups
             .into_iter()
             .filter_map(|((size, at, class), values)| {
                 let (contender, windows) = (contenders.get(at)?, values.len());
+                let (values, trips): (Vec<_>, Vec<_>) = values.into_iter().unzip();
+                let round_trip_ns = ratios::median(trips)?;
                 let Spread { median, min, max } = Spread::of(values)?;
                 let gigabytes_per_second = median * size as f64 / 1e3;
                 let (contender, kind) = (contender.name(), contender.kind());
@@ -134,6 +150,7 @@ impl Report {
                     max,
                     windows,
                     gigabytes_per_second,
+                    round_trip_ns,
                 })
             })
             .collect();
@@ -152,21 +169,31 @@ impl Report {
             None => Err("not asked for".into()),
             Some(counts) => counts.map_err(|error| first_line(&format!("{error:#}"))),
         };
+        let failures = measured
+            .failures
+            .iter()
+            .filter_map(|((at, size), why)| Some(((contenders.get(*at)?.name(), *size), first_line(why))));
+        let failures: BTreeMap<_, _> = failures.collect();
         let nothing = Spread { median: f64::NAN, min: f64::NAN, max: f64::NAN };
         Self {
             machine,
             rounds: measured.rounds,
             classes,
-            windows_dropped: measured.dropped,
+            windows_dropped: measured.dropped.values().sum::<usize>() + measured.dropped_latency,
             round_trip: Spread::of(measured.round_trips.clone()).unwrap_or(nothing),
-            packets_sampled: measured.sampled,
-            packets_corrupted: measured.corrupted,
+            packets_sampled: measured.verdict.sampled,
+            packets_headers_looked_at: measured.verdict.headers,
+            packets_corrupted: measured.verdict.corrupted,
             contenders: contenders.iter().map(|contender| &**contender).enumerate().map(about).collect(),
             latency: latency::rows(&measured.latency),
+            latency_failures: measured.latency_failures.clone(),
             ratios: ratios::all(&Figures {
                 rows: &results,
+                contenders: all,
+                failures: &failures,
                 windows: &measured.windows,
                 latency: &measured.latency,
+                latency_failures: &measured.latency_failures,
                 copied: &copied,
                 counts: counts.as_ref().map_err(String::as_str),
             }),
@@ -178,18 +205,23 @@ impl Report {
     /// For people.
     pub fn table(&self) -> String {
         let mut text = self.machine.line() + "\n";
-        let classes = self.classes.iter().map(|(word, count)| format!("{word} {}", count.windows));
+        let classes = self.classes.iter().map(|(word, ClassCount { windows, round_trip_ns })| {
+            let at = round_trip_ns.map_or(String::new(), |trip| format!(" at {trip:.0} ns"));
+            format!("{word} {windows}{at}")
+        });
         let Spread { median, min, max } = self.round_trip;
         // Writing to a string does not fail.
         let _ = writeln!(
             text,
             "{} rounds; windows of 1 s: {}; dropped {} (others used more than {MOST_OTHERS} % of a processor)\n\
              cache-line round trip {median:.0} ns ({min:.0} to {max:.0}); near below {NEAR_BELOW}, far above \
-             {FAR_ABOVE}, middle between, mixed where the two probes of a window disagree\npackets looked at {}, corrupted {}",
+             {FAR_ABOVE}, middle between, mixed where the two probes of a window disagree, or with what is usual \
+             in its class\npackets looked at {}, their headers only {}, corrupted {}",
             self.rounds,
             classes.collect::<Vec<_>>().join(", "),
             self.windows_dropped,
             self.packets_sampled,
+            self.packets_headers_looked_at,
             self.packets_corrupted
         );
         for class in Class::ALL {
@@ -205,7 +237,7 @@ impl Report {
         }
         let _ = writeln!(text, "\nratios of medians");
         for (name, ratio) in &self.ratios {
-            let _ = writeln!(text, "  {name:<42} {}", ratio.text());
+            let _ = writeln!(text, "  {name:<50} {}", ratio.text());
         }
         let _ = writeln!(text);
         for (name, About { about, negotiated, unchecked, failures }) in &self.contenders {
@@ -214,10 +246,10 @@ impl Report {
                 let _ = writeln!(text, "  negotiated: {words}");
             }
             if let Some(why) = unchecked {
-                let _ = writeln!(text, "  content not looked at: {why}");
+                let _ = writeln!(text, "  content not compared: {why}");
             }
             for (size, why) in failures {
-                let _ = writeln!(text, "  nothing at {size} B: {why}");
+                let _ = writeln!(text, "  {size} B: {why}");
             }
         }
         text
@@ -226,7 +258,7 @@ impl Report {
     fn class_table(&self, class: Class, text: &mut String) {
         let _ = writeln!(
             text,
-            "\n{:<7} {:<22} {:>9} {:>9} {:>9} {:>8} {:>8} {:>9}",
+            "\n{:<7} {:<32} {:>8} {:>8} {:>8} {:>8} {:>7} {:>8} {:>8}",
             class.word(),
             "M packets a second",
             "median",
@@ -234,6 +266,7 @@ impl Report {
             "max",
             "windows",
             "GB/s",
+            "trip, ns",
             "to ours"
         );
         for row in self.results.iter().filter(|row| row.class == class) {
@@ -242,11 +275,13 @@ impl Report {
                 .iter()
                 .find(|other| other.kind == Kind::Ours && (other.size, other.class) == (row.size, row.class));
             let ratio = ours.map_or("-".into(), |ours| format!("{:.2}", row.median / ours.median));
-            let Row { contender, size, median, min, max, windows, gigabytes_per_second, .. } = row;
+            let Row {
+                contender, size, median, min, max, windows, gigabytes_per_second, round_trip_ns, ..
+            } = row;
             let _ = writeln!(
                 text,
-                "{size:>5} B {contender:<22} {median:>9.2} {min:>9.2} {max:>9.2} {windows:>8} \
-                 {gigabytes_per_second:>8.2} {ratio:>9}"
+                "{size:>5} B {contender:<32} {median:>8.2} {min:>8.2} {max:>8.2} {windows:>8} \
+                 {gigabytes_per_second:>7.2} {round_trip_ns:>8.0} {ratio:>8}"
             );
         }
     }

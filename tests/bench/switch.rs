@@ -21,6 +21,9 @@ use crate::host::{RECEIVER, SENDER};
 use crate::ours::{PACKED, SPLIT};
 use crate::testpmd::{Role, Testpmd};
 
+/// In the name of each whose owners are ours.
+pub const OUR_OWNERS: &str = "our owners";
+
 /// DPDK's vhost switch: `net_vhost` ports of a testpmd.
 pub struct Switch {
     name: &'static str,
@@ -199,11 +202,8 @@ struct Round {
     rx_packets: u64,
     rx_bytes: u64,
     corrupted: u64,
-    lost: u64,
+    checked: u64,
 }
-
-/// Of so many packets it looks at one.
-const SAMPLE: u64 = 64;
 
 impl Rounds {
     fn start(broker: &Broker, size: usize, sockets: &[PathBuf; 2], options: &[&str]) -> Result<Self> {
@@ -228,9 +228,9 @@ impl Rounds {
                 && lines.len() > self.lines
             {
                 self.lines = lines.len();
-                let Round { seconds, rx_packets, rx_bytes, corrupted, lost } =
+                let Round { seconds, rx_packets, rx_bytes, corrupted, checked } =
                     serde_json::from_str(line).context("a line of the owners")?;
-                self.verdict = Verdict { sampled: rx_packets / SAMPLE, corrupted: corrupted + lost };
+                self.verdict = Verdict { sampled: checked, corrupted, ..Verdict::default() };
                 let at = self.begin + Duration::from_secs_f64(seconds);
                 return Ok(Count { at, packets: rx_packets, bytes: rx_bytes });
             }
