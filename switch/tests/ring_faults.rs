@@ -30,6 +30,7 @@ fn config(folder: &Path) -> Config {
         queue_pairs: 1,
         one_way: OneWay::Refuse,
         max_mappings: 16,
+        memory_regions: 8,
         offloads: false,
         wiring: WiringPolicy::Direct,
         doorbell_socket: None,

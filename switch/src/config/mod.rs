@@ -24,6 +24,11 @@ pub const DEFAULT_WINDOW: u64 = 1 << 30;
 pub const DEFAULT_MAX_MAPPINGS: usize = 256;
 /// The most such ranges: what the link page has room for.
 pub const MAX_MAX_MAPPINGS: usize = abi::MAX_MAPPINGS as usize;
+/// Regions of memory that an owner may have, unless the file says otherwise: each takes a
+/// descriptor of the broker.
+pub const DEFAULT_MEMORY_REGIONS: usize = 16;
+/// The most such regions.
+pub const MAX_MEMORY_REGIONS: usize = 64;
 /// The longest window, bytes.
 pub const MAX_WINDOW: u64 = 1 << 46;
 /// The longest path that a Unix socket can have, bytes (`sun_path` less its end).
@@ -61,6 +66,8 @@ pub struct LinkConfig {
     pub one_way: OneWay,
     /// Ranges that the window shows at once of an owner with an IOMMU.
     pub max_mappings: usize,
+    /// Regions of memory that the owner's VMM may bring.
+    pub memory_regions: usize,
     /// Whether the owner may leave checksums and segments to the peer's driver, and takes such from it.
     pub offloads: bool,
     /// How notifications go.

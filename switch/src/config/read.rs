@@ -11,8 +11,9 @@ use toml::de::{DeTable, DeValue};
 use vhost_pci_device::abi;
 
 use super::{
-    Config, DEFAULT_CONFIRM_TIMEOUT, DEFAULT_MAX_MAPPINGS, DEFAULT_WINDOW, LinkConfig, MAX_MAX_MAPPINGS,
-    MAX_QUEUE_PAIRS, MAX_SOCKET_PATH, MAX_WINDOW, Mistake, OneWay, Profile, WiringPolicy, parse_size,
+    Config, DEFAULT_CONFIRM_TIMEOUT, DEFAULT_MAX_MAPPINGS, DEFAULT_MEMORY_REGIONS, DEFAULT_WINDOW,
+    LinkConfig, MAX_MAX_MAPPINGS, MAX_MEMORY_REGIONS, MAX_QUEUE_PAIRS, MAX_SOCKET_PATH, MAX_WINDOW, Mistake,
+    OneWay, Profile, WiringPolicy, parse_size,
 };
 
 /// Confirmation timeouts that make sense, milliseconds.
@@ -126,28 +127,13 @@ impl<'t> Reader<'t> {
         let peer_socket = self.socket(&mut table, "peer_socket");
         let window_len = self.window(&mut table);
         let profile = self.profile(&mut table);
-        let queue_pairs = match self.integer(&mut table, "queue_pairs") {
-            Some((_, pairs)) if (1..=u64::from(MAX_QUEUE_PAIRS)).contains(&pairs) => {
-                u16::try_from(pairs).ok()
-            }
-            Some((line, pairs)) => {
-                self.mistake(line, format!("queue_pairs is {pairs}; it must be from 1 to {MAX_QUEUE_PAIRS}"));
-                None
-            }
-            None => Some(1),
-        };
+        let queue_pairs = self
+            .count(&mut table, "queue_pairs", 1, usize::from(MAX_QUEUE_PAIRS))
+            .and_then(|pairs| u16::try_from(pairs).ok());
         let one_way = self.one_way(&mut table);
-        let max_mappings = match self.integer(&mut table, "max_mappings") {
-            Some((line, max)) => {
-                let found = usize::try_from(max).ok().filter(|max| (1..=MAX_MAX_MAPPINGS).contains(max));
-                if found.is_none() {
-                    let message = format!("max_mappings is {max}; it must be from 1 to {MAX_MAX_MAPPINGS}");
-                    self.mistake(line, message);
-                }
-                found
-            }
-            None => Some(DEFAULT_MAX_MAPPINGS),
-        };
+        let max_mappings = self.count(&mut table, "max_mappings", DEFAULT_MAX_MAPPINGS, MAX_MAX_MAPPINGS);
+        let memory_regions =
+            self.count(&mut table, "memory_regions", DEFAULT_MEMORY_REGIONS, MAX_MEMORY_REGIONS);
         let offloads = self.flag(&mut table, "offloads");
         let wiring = self.wiring(&mut table);
         let doorbell_line = table.entries.get("doorbell_socket").map(|(line, _)| *line);
@@ -173,6 +159,7 @@ impl<'t> Reader<'t> {
                 "queue_pairs",
                 "one_way",
                 "max_mappings",
+                "memory_regions",
                 "offloads",
                 "wiring",
                 "doorbell_socket",
@@ -187,6 +174,7 @@ impl<'t> Reader<'t> {
             queue_pairs: queue_pairs?,
             one_way: one_way?,
             max_mappings: max_mappings?,
+            memory_regions: memory_regions?,
             offloads: offloads?,
             wiring: wiring?,
             doorbell_socket: doorbell_socket?,
@@ -309,6 +297,19 @@ impl<'t> Reader<'t> {
             self.mistake(line, format!("{key} must be a whole number, not negative"));
         }
         number.map(|number| (line, number))
+    }
+
+    /// From 1 to `most`; `default` unless the file says otherwise.
+    fn count(&mut self, table: &mut Table<'t>, key: &str, default: usize, most: usize) -> Option<usize> {
+        if !table.entries.contains_key(key) {
+            return Some(default);
+        }
+        let (line, number) = self.integer(table, key)?;
+        let found = usize::try_from(number).ok().filter(|number| (1..=most).contains(number));
+        if found.is_none() {
+            self.mistake(line, format!("{key} is {number}; it must be from 1 to {most}"));
+        }
+        found
     }
 
     /// `false` unless the file says otherwise.

@@ -98,7 +98,7 @@ mod tests {
     #[test]
     fn only_shared_memory_of_others_counts_as_guest_memory() {
         let guest = "7f0000000000-7f0000002000 rw-s 00000000 00:01 5 /memfd:ram (deleted)";
-        let own = "7f0000000000-7f0000001000 rw-s 00000000 00:01 5 /memfd:vhost-pci link area (deleted)";
+        let own = "7f0000000000-7f0000001000 rw-s 00000000 00:01 5 /memfd:vhost-pci areas (deleted)";
         let private = "7f0000000000-7f0000001000 r-xp 00000000 00:01 5 /bin/broker";
         assert_eq!(foreign_shared_bytes(guest), Some(0x2000));
         assert_eq!(foreign_shared_bytes(own), None);

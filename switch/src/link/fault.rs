@@ -25,7 +25,7 @@ pub enum Fault {
     #[error("features {0:#x} were acknowledged but not offered")]
     Features(u64),
     /// A memory region that cannot be taken.
-    #[error("memory region refused: {0}")]
+    #[error("memory region refused: {0}{remedy}", remedy = remedy(.0))]
     Memory(#[from] MemoryError),
     /// The address map that follows from the memory table is impossible.
     #[error("address map refused: {0}")]
@@ -33,6 +33,9 @@ pub enum Fault {
     /// A descriptor of the wrong kind.
     #[error("{0}")]
     Descriptor(String),
+    /// The broker's host did not let it look at what was sent: nobody's fault.
+    #[error("{0}")]
+    Host(String),
     /// A vring index, size or address that cannot be used.
     #[error("vring {index}: {reason}")]
     Vring {
@@ -82,6 +85,14 @@ pub enum Fault {
     },
 }
 
+/// What an operator can do about it.
+fn remedy(error: &MemoryError) -> &'static str {
+    match error {
+        MemoryError::TooMany { .. } => " (memory_regions in the link's configuration)",
+        _ => "",
+    }
+}
+
 impl Fault {
     /// The name under which `status` counts the fault.
     pub fn kind(&self) -> &'static str {
@@ -93,6 +104,7 @@ impl Fault {
             Self::Features(_) => "features",
             Self::Memory(_) | Self::Map(_) => "memory_region",
             Self::Descriptor(_) => "descriptor",
+            Self::Host(_) => "host",
             Self::Vring { .. } => "vring",
             Self::Iommu(_) => "iommu",
             Self::Window(_) => "window_too_small",

@@ -46,7 +46,7 @@ const fn bit(number: u32) -> u64 {
 /// That packed rings are offered changes nothing for who does not ask for them: a front-end
 /// offers its guest the features that its own configuration has and the back-end has, too.
 /// QEMU has `packed=off` and, where it knows that at all, `in_order=off` unless told
-/// otherwise; DPDK's virtio-user has `packed_vq=0`.
+/// otherwise; DPDK's virtio-user has `packed_vq=0`, but `in_order=1` for either format.
 ///
 /// `offloads` are not like that: VMMs take them unless told otherwise, and packets then have headers
 /// that ask something of their receiver. The configuration says that the peer's driver knows that.

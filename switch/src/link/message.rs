@@ -108,7 +108,8 @@ pub enum Request {
     SetVringBase {
         /// The vring.
         index: u32,
-        /// The next available index.
+        /// Where the vring goes on: for split rings the next available index, for packed ones
+        /// both places with their wrap counters (vhost-user, SET_VRING_BASE).
         base: u32,
     },
     /// VHOST_USER_GET_VRING_BASE.

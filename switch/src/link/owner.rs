@@ -12,10 +12,6 @@ use super::message::{RegionRequest, Reply, Request, VringBase};
 use super::vring::{AddressSpace, Format, Vring, VringAddr, VringConfig};
 use crate::config::LinkConfig;
 
-/// Memory regions that an owner may have: what QEMU has slots for in a virtual
-/// machine without memory hot-plug, many times over.
-pub const MAX_REGIONS: usize = 64;
-
 /// Protocol features offered to an owner's front-end.
 pub fn protocol_features() -> u64 {
     let standard = Protocol::MQ | Protocol::REPLY_ACK | Protocol::CONFIGURE_MEM_SLOTS | Protocol::BACKEND_REQ;
@@ -48,7 +44,7 @@ impl OwnerSession {
             features: 0,
             protocol: 0,
             queue_pairs: config.queue_pairs,
-            memory: MemoryTable::new(MAX_REGIONS),
+            memory: MemoryTable::new(config.memory_regions),
             vrings: (0..config.max_vrings()).map(|_| Vring::default()).collect(),
             iotlb: Iotlb::default(),
             unbacked: Vec::new(),
@@ -149,7 +145,7 @@ impl OwnerSession {
                 self.protocol = acked;
             }
             Request::GetQueueNum => return Ok(Reply::Number(u64::from(self.queue_pairs))),
-            Request::GetMaxMemSlots => return Ok(Reply::Number(MAX_REGIONS as u64)),
+            Request::GetMaxMemSlots => return Ok(Reply::Number(self.memory.max_regions() as u64)),
             Request::SetMemTable(regions) => {
                 let table = self.memory.replace(regions.into_iter().map(new_region).collect())?;
                 self.take_memory(table)?;

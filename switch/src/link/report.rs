@@ -97,11 +97,11 @@ pub struct VringReport {
     pub state: String,
     /// Entries.
     pub size: u32,
-    /// IOVA of the descriptor table.
+    /// IOVA of the descriptor table, or of a packed ring.
     pub desc: u64,
-    /// IOVA of the available ring.
+    /// IOVA of the available ring, or of the driver's event suppression area.
     pub avail: u64,
-    /// IOVA of the used ring.
+    /// IOVA of the used ring, or of the device's event suppression area.
     pub used: u64,
     /// How kicks reach the peer: `direct`, by the `doorbell` function, `relayed` or
     /// `none`; `changing` while one is being asked to, `waiting` for the driver to attach.

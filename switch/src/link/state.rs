@@ -142,8 +142,8 @@ impl Link {
         })
     }
 
-    /// What the link area says at the start.
-    pub fn first_publication(&self) -> Effect {
+    /// All that a new link area is to say.
+    pub fn publication(&self) -> Effect {
         Effect::Publish(self.published.clone(), self.generations)
     }
 

@@ -18,6 +18,7 @@ use tracing::{info, warn};
 
 use super::driver::LinkDriver;
 use super::limits;
+use super::port::Substitute;
 use super::relay::Relay;
 use super::sockets::{self, Listener, SocketError};
 use super::{Input, LinkPort};
@@ -27,6 +28,10 @@ use crate::link::{Fault, Link, Side};
 
 /// The token of the eventfd that ends the acceptor.
 const STOP: u64 = u64::MAX;
+/// The token of what asks it to stand in for clocks.
+const STAND_IN: u64 = u64::MAX - 1;
+/// How often it does.
+const STAND_IN_MS: u16 = 100;
 
 /// Why the broker cannot run.
 #[derive(Debug, Error)]
@@ -95,7 +100,9 @@ impl Broker {
         limits::make_room(at_once, limit);
         let group = sockets::group(config.group.as_deref())?;
         let bind = |path: &PathBuf| Listener::bind(path, group.as_ref());
-        let ports: Vec<_> = config.links.iter().map(|link| LinkPort::new(&link.name)).collect();
+        let substitute = Substitute::new()?;
+        let ports: Vec<_> =
+            config.links.iter().map(|link| LinkPort::new(&link.name, substitute.clone())).collect();
         let mut listeners = vec![(bind(&config.control_socket)?, Purpose::Control)];
         for (link, port) in config.links.iter().zip(&ports) {
             listeners.push((bind(&link.owner_socket)?, Purpose::Link(port.clone(), Side::Owner)));
@@ -122,7 +129,7 @@ impl Broker {
             port.start(LinkDriver::new(&name, link, link_id, port.clone(), relay)?);
         }
         let stop = Arc::clone(&broker.stop);
-        let acceptor = Acceptor::new(listeners, ports, stop)?;
+        let acceptor = Acceptor::new(listeners, ports, stop, substitute)?;
         broker.acceptor = Some(thread::Builder::new().name("acceptor".into()).spawn(move || acceptor.run())?);
         for link in config.links.iter().filter(|link| link.one_way == OneWay::Widen) {
             warn!(
@@ -168,8 +175,9 @@ struct Acceptor {
     epoll: Epoll,
     listeners: Vec<(Listener, Purpose)>,
     ports: Vec<LinkPort>,
-    /// Descriptors ran short, which was said, and no connection to a link was served since.
-    short: bool,
+    substitute: Substitute,
+    /// How often descriptors ran short.
+    short: u64,
 }
 
 impl Acceptor {
@@ -177,19 +185,23 @@ impl Acceptor {
         listeners: Vec<(Listener, Purpose)>,
         ports: Vec<LinkPort>,
         stop: Arc<EventFd>,
+        substitute: Substitute,
     ) -> io::Result<Self> {
         let epoll = Epoll::new(EpollCreateFlags::EPOLL_CLOEXEC)?;
         epoll.add(stop.as_fd(), EpollEvent::new(EpollFlags::EPOLLIN, STOP))?;
+        epoll.add(substitute.eventfd(), EpollEvent::new(EpollFlags::EPOLLIN, STAND_IN))?;
         for (token, (listener, _)) in (0..).zip(&listeners) {
             epoll.add(listener, EpollEvent::new(EpollFlags::EPOLLIN, token))?;
         }
-        Ok(Self { epoll, listeners, ports, short: false })
+        Ok(Self { epoll, listeners, ports, substitute, short: 0 })
     }
 
     fn run(mut self) {
         let mut events = [EpollEvent::empty(); 64];
+        let mut stands_in = false;
         loop {
-            let count = match self.epoll.wait(&mut events, EpollTimeout::NONE) {
+            let timeout = if stands_in { STAND_IN_MS.into() } else { EpollTimeout::NONE };
+            let count = match self.epoll.wait(&mut events, timeout) {
                 Ok(count) => count,
                 Err(nix::Error::EINTR) => continue,
                 Err(error) => {
@@ -198,11 +210,17 @@ impl Acceptor {
                 }
             };
             for event in &events[..count] {
-                if event.data() == STOP {
-                    return;
+                match event.data() {
+                    STOP => return,
+                    STAND_IN => {
+                        let _ = self.substitute.eventfd().read();
+                        stands_in = true;
+                    }
+                    token => self.accept(token as usize),
                 }
-                self.accept(event.data() as usize);
             }
+            // All of them: each tries to get its thread.
+            stands_in = stands_in && self.ports.iter().filter(|port| port.stand_in()).count() > 0;
         }
     }
 
@@ -215,14 +233,11 @@ impl Acceptor {
             (Ok(Some(stream)), _) if limits::is_short(number(&stream), limits::limit()) => {
                 self.say_short("a connection is turned away");
             }
-            (Ok(Some(stream)), purpose) => {
-                self.short = false;
-                match purpose {
-                    Purpose::Link(port, side) => port.send(Input::Connected { side: *side, stream }),
-                    Purpose::Doorbell(port) => port.send(Input::DoorbellConnected(stream)),
-                    Purpose::Control => {}
-                }
-            }
+            (Ok(Some(stream)), purpose) => match purpose {
+                Purpose::Link(port, side) => port.send(Input::Connected { side: *side, stream }),
+                Purpose::Doorbell(port) => port.send(Input::DoorbellConnected(stream)),
+                Purpose::Control => {}
+            },
             (Err(error), _) if error.raw_os_error() == Some(nix::Error::EMFILE as i32) => {
                 self.say_short("a connection waits");
                 // It is still there: do not spin on it.
@@ -235,11 +250,13 @@ impl Acceptor {
         }
     }
 
-    /// Once, however often they come.
+    /// The first time, and each time that it has happened twice as often: VMMs can cause it.
     fn say_short(&mut self, what: &str) {
-        if !std::mem::replace(&mut self.short, true) {
+        self.short += 1;
+        if self.short.is_power_of_two() {
             let limit = limits::limit();
             warn!(
+                times = self.short,
                 "{what}: nearly all of the {limit} descriptors that the broker may have are in use; {}",
                 limits::REMEDY
             );

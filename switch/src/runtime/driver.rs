@@ -119,7 +119,7 @@ impl LinkDriver {
             doorbell: None,
             failed: VecDeque::new(),
         };
-        let first = driver.link.first_publication();
+        let first = driver.link.publication();
         driver.run_effects(vec![first]);
         Ok(driver)
     }
@@ -127,7 +127,7 @@ impl LinkDriver {
     /// When [`Self::time_passed`] has something to do.
     pub fn next_wake(&self) -> Option<Instant> {
         let watches = self.watch.iter().chain(&self.doorbell_watch).map(|watch| watch.next);
-        self.link.deadline().into_iter().chain(watches).min()
+        self.link.deadline().into_iter().chain(watches).chain(self.relay.next_wake()).min()
     }
 
     /// Takes an input.
@@ -179,6 +179,12 @@ impl LinkDriver {
             self.apply(Event::TurnedAway(side));
             return;
         }
+        if side == Side::Peer
+            && let Err(error) = self.renew_areas()
+        {
+            warn!(link = %self.name, %error, "the host gives no memory for a peer's link area; it is turned away");
+            return;
+        }
         self.next_session += 1;
         let id = SessionId(self.next_session);
         let port = self.port.clone();
@@ -198,6 +204,19 @@ impl LinkDriver {
             Side::Peer => self.peer = session,
         }
         self.apply(Event::Connected(side));
+    }
+
+    /// Areas that no earlier VMM has: one can keep the descriptors that it was sent.
+    fn renew_areas(&mut self) -> io::Result<()> {
+        let ring = ControlRing::new().map_err(io::Error::other)?;
+        let areas = AreaFile::new()?;
+        self.link_area = LinkArea::new(&areas, self.link_id);
+        self.control_area = ControlArea::new(&areas);
+        self.control_ring = ring;
+        self.areas = areas;
+        let all = self.link.publication();
+        self.run_effects(vec![all]);
+        Ok(())
     }
 
     fn doorbell_connected(&mut self, stream: UnixStream) {
@@ -233,6 +252,7 @@ impl LinkDriver {
 
     /// A time may have come.
     pub fn time_passed(&mut self, now: Instant) {
+        self.relay.time_passed(now);
         let longest = if self.link.deadline().is_some() { LOOK_WAITED_FOR } else { LOOK };
         if let Some(watch) = self.watch.as_mut().filter(|watch| now >= watch.next) {
             watch.pause = (watch.pause * 2).min(longest);

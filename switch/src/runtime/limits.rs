@@ -10,11 +10,16 @@ use crate::config::LinkConfig;
 
 /// A link's own to which nobody is connected: listening sockets and areas.
 const LISTENING: u64 = 3;
-/// Both sides' connections, the back-end channel, a region of the owner's memory, witness pages,
-/// what the relay waits on, and kick and call of the control ring.
-const CONNECTED: u64 = 9;
-/// The owner's kick and call of a vring, and the peer's.
-const VRING: u64 = 4;
+/// Both sides' connections and back-end channels, three witness pages, what the relay waits on, and
+/// kick and call of the control ring.
+const CONNECTED: u64 = 10;
+/// The owner's kick, call and error eventfd of a vring, and the peer's kick and call.
+const VRING: u64 = 5;
+/// A doorbell function's connection and page.
+const DOORBELL: u64 = 2;
+/// What a doorbell function is given of a vring at most, as its owner restarts it: numbers and
+/// vectors ([`crate::link::doorbell`]).
+const DOORBELL_VRING: u64 = 40;
 /// The broker's own, and those of a moment.
 const OWN: u64 = 24;
 /// Of the limit, what a new connection to a link is not to begin with less than.
@@ -23,12 +28,16 @@ const RESERVE: u64 = 16;
 /// What a message says that is about too low a limit.
 pub const REMEDY: &str = "raise it: LimitNOFILE= of a systemd unit, ulimit -Hn of a shell";
 
-/// Descriptors that links take to be listened for, and to be up all at once, at least: an owner
-/// with several regions of memory, an IOMMU or a doorbell function takes some more.
+/// Descriptors that links take to be listened for, and those that they may take when all are up: no
+/// VMM can make its link take more.
 pub fn needed(links: &[LinkConfig]) -> (u64, u64) {
     links.iter().fold((OWN, OWN), |(listening, up), link| {
-        let own = LISTENING + u64::from(link.doorbell_socket.is_some());
-        (listening + own, up + own + CONNECTED + VRING * u64::from(link.max_vrings()))
+        let (vrings, regions) = (u64::from(link.max_vrings()), link.memory_regions as u64);
+        let (listens, doorbell) = match link.doorbell_socket {
+            Some(_) => (LISTENING + 1, DOORBELL + DOORBELL_VRING * vrings),
+            None => (LISTENING, 0),
+        };
+        (listening + listens, up + listens + CONNECTED + regions + doorbell + VRING * vrings)
     })
 }
 
@@ -62,16 +71,17 @@ mod tests {
     use crate::config;
 
     #[test]
-    fn a_link_with_one_pair_takes_20_descriptors_and_each_pair_8_more() {
-        let text = |pairs: u32| {
-            format!(
-                "control_socket = \"/c\"\n[[link]]\nname = \"l\"\nowner_socket = \"/o\"\npeer_socket = \"/p\"\n\
-                 queue_pairs = {pairs}\n"
-            )
+    fn a_link_takes_23_descriptors_at_most_and_one_for_each_region_and_10_for_each_pair() {
+        let of = |keys: &str| {
+            let text = format!(
+                "control_socket = \"/c\"\n[[link]]\nname = \"l\"\nowner_socket = \"/o\"\npeer_socket = \"/p\"\n{keys}"
+            );
+            needed(&config::parse(&text).unwrap().links)
         };
-        let of = |pairs| needed(&config::parse(&text(pairs)).unwrap().links);
-        assert_eq!(of(1), (OWN + 3, OWN + 20));
-        assert_eq!(of(3), (OWN + 3, OWN + 36));
+        assert_eq!(of(""), (OWN + 3, OWN + 13 + 10 + 16));
+        assert_eq!(of("queue_pairs = 3\n"), (OWN + 3, OWN + 13 + 30 + 16));
+        assert_eq!(of("memory_regions = 1\n"), (OWN + 3, OWN + 13 + 10 + 1));
+        assert_eq!(of("doorbell_socket = \"/d\"\n"), (OWN + 4, OWN + 14 + 10 + 16 + 82));
     }
 
     #[test]

@@ -4,13 +4,15 @@
 //! socket to the other's without a change of threads in between.
 //!
 //! A link's own thread is its clock. It runs while the link waits for a moment, and a little
-//! longer; a link that is up and at rest has none.
+//! longer; a link that is up and at rest has none. Where the host gives no thread for it, the
+//! acceptor looks at all links from time to time ([`Substitute`]).
 
-use std::sync::{Arc, Condvar, Mutex, MutexGuard};
+use std::sync::{Arc, Condvar, Mutex, MutexGuard, TryLockError};
 use std::thread;
 use std::time::{Duration, Instant};
 use std::{fmt, io};
 
+use nix::sys::eventfd::{EfdFlags, EventFd};
 use tracing::error;
 
 use super::Input;
@@ -53,6 +55,32 @@ struct Shared {
     name: String,
     inner: Mutex<Inner>,
     wakes_clock: Condvar,
+    substitute: Option<Substitute>,
+}
+
+/// How the acceptor is asked to be the clock of links for which the host gives no thread.
+#[derive(Clone, Debug)]
+pub struct Substitute(Arc<EventFd>);
+
+impl Substitute {
+    /// One for all links of a broker.
+    ///
+    /// # Errors
+    /// When the host gives no descriptor.
+    pub fn new() -> io::Result<Self> {
+        let eventfd = EventFd::from_flags(EfdFlags::EFD_NONBLOCK | EfdFlags::EFD_CLOEXEC)?;
+        Ok(Self(Arc::new(eventfd)))
+    }
+
+    /// Readable when a link asks.
+    pub fn eventfd(&self) -> &EventFd {
+        &self.0
+    }
+
+    fn ask(&self) {
+        // Fails only when its count is at its end: then it is asked already.
+        let _ = self.0.write(1);
+    }
 }
 
 /// The way to one link.
@@ -67,8 +95,8 @@ impl fmt::Debug for LinkPort {
 
 impl LinkPort {
     /// The way to the link of this name, which has not begun.
-    pub fn new(name: &str) -> Self {
-        Self(Arc::new(Shared { name: name.into(), ..Shared::default() }))
+    pub fn new(name: &str, substitute: Substitute) -> Self {
+        Self(Arc::new(Shared { name: name.into(), substitute: Some(substitute), ..Shared::default() }))
     }
 
     /// Lets the link begin.
@@ -107,19 +135,44 @@ impl LinkPort {
                     inner.clock = Clock::Until(next);
                     inner.told = false;
                 }
-                // The link's next input tries it again.
-                Err(error) if !inner.told => {
-                    inner.told = true;
-                    error!(
-                        link = %self.0.name,
-                        %error,
-                        "the host gives the broker no thread (pids.max or TasksMax of its control group, \
-                         ulimit -u): a VMM that does not answer this link is waited for until it does"
-                    );
+                Err(error) => {
+                    if let Some(substitute) = &self.0.substitute {
+                        substitute.ask();
+                    }
+                    if !std::mem::replace(&mut inner.told, true) {
+                        error!(
+                            link = %self.0.name,
+                            %error,
+                            "the host gives the broker no thread (pids.max or TasksMax of its control group, \
+                             ulimit -u): deadlines of this link are late by a few hundred milliseconds"
+                        );
+                    }
                 }
-                Err(_) => {}
             },
         }
+    }
+
+    /// Does what the link's clock would do, if it has none and one is wanted, and tries to start
+    /// it. Says whether the link still needs this. Waits for nobody.
+    pub fn stand_in(&self) -> bool {
+        let _ends = EndsPanicked(self);
+        let mut inner = match self.0.inner.try_lock() {
+            Ok(inner) => inner,
+            // Whoever has it sets the clock.
+            Err(TryLockError::WouldBlock) => return true,
+            Err(TryLockError::Poisoned(poisoned)) => lost(poisoned.into_inner()),
+        };
+        if inner.clock != Clock::Stopped {
+            return false;
+        }
+        let now = Instant::now();
+        if inner.next_wake().is_some_and(|next| now >= next)
+            && let Some(driver) = inner.driver.as_mut()
+        {
+            driver.time_passed(now);
+        }
+        self.set_clock(&mut inner);
+        inner.clock == Clock::Stopped && inner.next_wake().is_some()
     }
 
     fn start_clock(&self) -> io::Result<()> {

@@ -13,6 +13,7 @@ use std::collections::HashMap;
 use std::os::fd::AsFd;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError};
+use std::time::{Duration, Instant};
 use std::{io, thread};
 
 use nix::sys::epoll::{Epoll, EpollCreateFlags, EpollEvent, EpollFlags, EpollTimeout};
@@ -34,6 +35,9 @@ const LOOK_ONCE: EpollFlags = EpollFlags::EPOLLIN.union(EpollFlags::EPOLLONESHOT
 /// met a thread that a VMM holds up.
 const MAX_SIGNALS: usize = 64;
 
+/// When the host is asked again for a thread that it did not give.
+const AGAIN: Duration = Duration::from_millis(200);
+
 /// What a link's notifications came to.
 #[derive(Debug, Default)]
 pub struct RelayCounters {
@@ -50,6 +54,8 @@ struct Mailbox {
     epoll: Option<Arc<Epoll>>,
     wiring: Option<Wiring>,
     signals: Vec<Eventfd>,
+    /// The host gave no thread: when it is asked again.
+    again: Option<Instant>,
 }
 
 /// A link's wires, all of them, and its control ring's doorbell.
@@ -133,14 +139,42 @@ impl Relay {
     fn tell(&self, change: impl FnOnce(&mut Mailbox)) {
         let mut mailbox = self.shared.mailbox();
         change(&mut mailbox);
-        if mailbox.epoll.is_some() {
-            self.shared.wake(&mailbox);
-            return;
+        match mailbox.epoll {
+            Some(_) => self.shared.wake(&mailbox),
+            None => self.start(&mut mailbox),
         }
-        // The thread looks into the mailbox at its start.
+    }
+
+    /// Starts the thread, which looks into the mailbox first of all.
+    fn start(&self, mailbox: &mut Mailbox) {
         match Worker::spawn(&self.name, self.port.clone(), Arc::clone(&self.shared)) {
-            Ok(epoll) => mailbox.epoll = Some(epoll),
-            Err(error) => warn!(link = %self.name, %error, "notifications cannot be relayed"),
+            Ok(epoll) => {
+                mailbox.epoll = Some(epoll);
+                mailbox.again = None;
+            }
+            Err(error) => {
+                // Said once: a guest causes this as often as it likes.
+                if mailbox.again.replace(Instant::now() + AGAIN).is_none() {
+                    warn!(
+                        link = %self.name,
+                        %error,
+                        "the host gives no descriptor or thread to relay notifications with; it is asked again"
+                    );
+                }
+            }
+        }
+    }
+
+    /// When [`Self::time_passed`] has something to do: the host gave no thread.
+    pub fn next_wake(&self) -> Option<Instant> {
+        self.shared.mailbox().again
+    }
+
+    /// A time may have come.
+    pub fn time_passed(&self, now: Instant) {
+        let mut mailbox = self.shared.mailbox();
+        if mailbox.again.is_some_and(|again| now >= again) {
+            self.start(&mut mailbox);
         }
     }
 }

@@ -1,7 +1,8 @@
 //! Is a descriptor that a front-end sent of the kind that the message needs?
 //!
 //! Asked of the kernel before anything else is done with the descriptor, since a
-//! file system in user space, a pipe or a terminal could stall whoever reads it.
+//! file system in user space, a pipe or a terminal could stall whoever reads it, or only
+//! asks for its length.
 
 use std::fs::{self, File};
 use std::os::fd::{AsFd, AsRawFd, OwnedFd};
@@ -29,16 +30,22 @@ const F_SEAL_FUTURE_WRITE: i32 = 0x10;
 /// When it is no regular file of a memory file system.
 pub fn memory_file(file: File) -> Result<(MemoryFile, u64), Fault> {
     let fault = |reason: String| Fault::Descriptor(format!("the descriptor of a memory region {reason}"));
+    let no_memory = || {
+        fault(
+            "is no memfd, shared-memory or hugetlbfs file: give the VMM memory of that kind, \
+             as QEMU's memory-backend-memfd with share=on"
+                .into(),
+        )
+    };
+    // Files of tmpfs and hugetlbfs have seals, and no other file has. The kernel knows that of itself;
+    // for what comes below it asks the file's server, where it has one.
+    let seals = fcntl(&file, FcntlArg::F_GET_SEALS).map_err(|_| no_memory())?;
     let metadata = file.metadata().map_err(|error| fault(format!("cannot be examined: {error}")))?;
     let statfs =
         nix::sys::statfs::fstatfs(&file).map_err(|error| fault(format!("cannot be examined: {error}")))?;
     let system = statfs.filesystem_type().0;
     if !metadata.is_file() || !MEMORY_FILE_SYSTEMS.iter().any(|(magic, _)| *magic == system) {
-        return Err(fault(
-            "is no memfd, shared-memory or hugetlbfs file: give the VMM memory of that kind, \
-             as QEMU's memory-backend-memfd with share=on"
-                .into(),
-        ));
+        return Err(no_memory());
     }
     // The peer's VMM has to map it for reading and writing: a descriptor that does not
     // allow that would let the peer be blamed.
@@ -47,8 +54,6 @@ pub fn memory_file(file: File) -> Result<(MemoryFile, u64), Fault> {
     if flags & OFlag::O_ACCMODE.bits() != OFlag::O_RDWR.bits() {
         return Err(fault("is not open for reading and writing".into()));
     }
-    // hugetlbfs files that are no memfd have no seals.
-    let seals = fcntl(&file, FcntlArg::F_GET_SEALS).unwrap_or(0);
     if seals & (SealFlag::F_SEAL_WRITE.bits() | F_SEAL_FUTURE_WRITE) != 0 {
         return Err(fault("is sealed against writing".into()));
     }
@@ -64,11 +69,13 @@ pub fn memory_file(file: File) -> Result<(MemoryFile, u64), Fault> {
 /// Takes a descriptor as an eventfd, and makes it one on which no write blocks.
 ///
 /// # Errors
-/// When it is anything else.
+/// When it is anything else, or the host does not tell.
 pub fn eventfd(file: File) -> Result<Eventfd, Fault> {
     let fd = OwnedFd::from(file);
     // The kernel's own word on what a descriptor is.
-    let info = fs::read_to_string(format!("/proc/self/fdinfo/{}", fd.as_raw_fd())).unwrap_or_default();
+    let info = fs::read_to_string(format!("/proc/self/fdinfo/{}", fd.as_raw_fd())).map_err(|error| {
+        Fault::Host(format!("the broker cannot tell whether a descriptor is an eventfd: {error}"))
+    })?;
     if !info.lines().any(|line| line.starts_with("eventfd-count:")) {
         return Err(Fault::Descriptor("a kick, call or error descriptor is no eventfd".into()));
     }

@@ -2,13 +2,14 @@
 
 use std::fs::{File, OpenOptions};
 use std::os::fd::{AsRawFd, OwnedFd};
-use std::os::unix::fs::OpenOptionsExt;
+use std::os::unix::fs::{MetadataExt, OpenOptionsExt};
 use std::os::unix::net::{UnixDatagram, UnixStream};
 
 use crate::bench::{Bench, settled_descriptors};
 use crate::raw::{
-    ADD_MEM_REG, FRONTEND, GET_FEATURES, OWNER_PROTOCOL, PEER_PROTOCOL, Raw, SET_BACKEND_REQ_FD,
-    SET_MEM_TABLE, SET_VRING_CALL, SET_VRING_KICK, VERSION, eventfd, longs, memfd, message, region, table,
+    ADD_MEM_REG, FRONTEND, GET_FEATURES, GET_MAX_MEM_SLOTS, MEMORY, NEED_REPLY, OWNER_PROTOCOL,
+    PEER_PROTOCOL, Raw, SET_BACKEND_REQ_FD, SET_MEM_TABLE, SET_VRING_CALL, SET_VRING_KICK, VERSION, eventfd,
+    longs, memfd, message, region, table,
 };
 
 /// Things that are neither shared memory nor eventfds.
@@ -183,4 +184,45 @@ fn descriptors_on_a_payload_without_its_header_are_closed() {
     drop(raw);
     bench.descriptors_are(open);
     bench.wait_until("counted", |report| report.counters.faults.get("message") == Some(&1));
+}
+
+#[test]
+fn what_a_peers_vmm_keeps_of_its_window_is_not_its_successors() {
+    let bench = Bench::start();
+    let (owner_socket, peer_socket) = bench.left();
+    let _owner = Raw::owner(&owner_socket);
+    let areas = || {
+        let (mut peer, window) = Raw::peer(&peer_socket);
+        bench.wait_until("up", |report| report.state == "up");
+        peer.half_close();
+        peer.closed();
+        drop(peer);
+        bench.wait_until("gone", |report| report.peer.state == "absent");
+        let files = window.join().unwrap().into_iter().flatten();
+        files.filter(|file| file.metadata().unwrap().len() != MEMORY).collect::<Vec<_>>()
+    };
+    let kept = areas();
+    let inode = |file: &File| file.metadata().unwrap().ino();
+    assert!(kept.len() >= 3, "link area, control area and witness: {kept:?}");
+    let old: Vec<_> = kept.iter().map(inode).collect();
+    let new: Vec<_> = areas().iter().map(inode).collect();
+    assert!(new.len() >= 3 && !new.iter().any(|file| old.contains(file)), "{new:?} of {old:?}");
+}
+
+#[test]
+fn an_owner_brings_no_more_regions_than_its_link_may_have() {
+    let bench = Bench::start();
+    let mut owner = Raw::connect(&bench.left().0);
+    owner.negotiate(OWNER_PROTOCOL);
+    let slots = owner.question(GET_MAX_MEM_SLOTS, &[]);
+    let slots = u64::from_ne_bytes(slots.try_into().unwrap());
+    assert_eq!(slots, 16);
+    let mut add = |slot: u64| {
+        let mut payload = longs(&[0]);
+        payload.extend(longs(&[slot << 30, MEMORY, FRONTEND + (slot << 30), 0]));
+        owner.send(&message(ADD_MEM_REG, VERSION | NEED_REPLY, &payload), &[memfd()]);
+    };
+    (0..=slots).for_each(&mut add);
+    owner.closed();
+    bench.logged("17 memory regions, 16 are allowed (memory_regions in the link's configuration)");
 }

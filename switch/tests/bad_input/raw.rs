@@ -33,6 +33,7 @@ pub const IOTLB_MSG: u32 = 22;
 pub const GET_CONFIG: u32 = 24;
 pub const SET_CONFIG: u32 = 25;
 pub const RESET_DEVICE: u32 = 34;
+pub const GET_MAX_MEM_SLOTS: u32 = 36;
 pub const ADD_MEM_REG: u32 = 37;
 pub const REM_MEM_REG: u32 = 38;
 pub const GET_SHMEM_CONFIG: u32 = 44;
@@ -209,8 +210,9 @@ impl Raw {
         }
     }
 
-    /// A peer's whole start. Its VMM says yes to every change of its window.
-    pub fn peer(socket: &Path) -> (Self, JoinHandle<usize>) {
+    /// A peer's whole start. Its VMM says yes to every change of its window, and keeps what it is
+    /// to map.
+    pub fn peer(socket: &Path) -> (Self, JoinHandle<Vec<Option<File>>>) {
         let mut peer = Self::connect(socket);
         peer.negotiate(PEER_PROTOCOL);
         let (mine, theirs) = UnixStream::pair().unwrap();
@@ -226,21 +228,22 @@ impl Raw {
     }
 }
 
-/// Answers every SHMEM_MAP and SHMEM_UNMAP with "done"; gives how many there were.
-fn agree(mut channel: UnixStream) -> usize {
-    for count in 0.. {
+/// Answers every SHMEM_MAP and SHMEM_UNMAP with "done"; gives the files that came with them.
+fn agree(mut channel: UnixStream) -> Vec<Option<File>> {
+    let mut files = Vec::new();
+    loop {
         let mut bytes = [0; 12 + 40];
-        let Ok((len, _file)) = channel.recv_with_fd(&mut bytes) else {
-            return count;
+        let Ok((len, file)) = channel.recv_with_fd(&mut bytes) else {
+            return files;
         };
         if len < bytes.len() && channel.read_exact(&mut bytes[len..]).is_err() {
-            return count;
+            return files;
         }
+        files.push(file);
         let request = u32::from_ne_bytes(bytes[..4].try_into().unwrap());
         let answer = message(request, VERSION | REPLY, &longs(&[0]));
         if channel.send_with_fds(&[answer.as_slice()], &[]).is_err() {
-            return count;
+            return files;
         }
     }
-    0
 }

@@ -72,6 +72,7 @@ pub fn config() -> LinkConfig {
         queue_pairs: 1,
         one_way: OneWay::Refuse,
         max_mappings: 16,
+        memory_regions: 64,
         offloads: false,
         wiring: WiringPolicy::Direct,
         doorbell_socket: None,
@@ -112,7 +113,7 @@ impl Bench {
             owner_reply: None,
             peer_reply: None,
         };
-        let first = bench.link.first_publication();
+        let first = bench.link.publication();
         bench.run(vec![first]);
         bench
     }
