@@ -5,10 +5,13 @@
 mod net_support;
 
 use std::os::fd::{AsFd, BorrowedFd};
+use std::sync::atomic::{AtomicU64, Ordering};
 use std::thread;
 use std::time::{Duration, Instant};
 
-use guest_driver_model::net::{OwnerConfig, OwnerLayout, OwnerPort, PacketBurst, transmit_vring};
+use guest_driver_model::net::{
+    NetHeader, OwnerConfig, OwnerLayout, OwnerPort, Packet, PacketBurst, receive_vring, transmit_vring,
+};
 use guest_driver_model::programs::ProgramError;
 use guest_driver_model::programs::forward::{ForwardArgs, run_on, run_until};
 use guest_driver_model::programs::stop::Stop;
@@ -25,6 +28,8 @@ struct Device {
     config: DeviceConfig,
     window: SharedMemory,
     interrupt: EventFd,
+    /// Times that the program saw to its doorbell: before each sleep, and every few rounds.
+    looks: AtomicU64,
 }
 
 impl Transport for Device {
@@ -40,6 +45,9 @@ impl Transport for Device {
     fn doorbell(&self, _: u16) {}
     fn interrupt_fd(&self, _: u16) -> Option<BorrowedFd<'_>> {
         Some(self.interrupt.as_fd())
+    }
+    fn follow_doorbell(&self) {
+        self.looks.fetch_add(1, Ordering::Relaxed);
     }
     fn check(&self) -> Result<(), TransportError> {
         Ok(())
@@ -61,7 +69,8 @@ impl Side {
         let layout = OwnerLayout::new(config, 0, len).unwrap();
         let link = LinkWriter::new(config.features(), vec![views.mapping()], layout.infos(IOVA));
         let interrupt = EventFd::from_flags(EfdFlags::EFD_NONBLOCK | EfdFlags::EFD_CLOEXEC).unwrap();
-        let device = Device { config: device_config(&views.window), window: views.window.clone(), interrupt };
+        let (config, window) = (device_config(&views.window), views.window.clone());
+        let device = Device { config, window, interrupt, looks: AtomicU64::new(0) };
         Self { views, layout, link, device }
     }
 
@@ -72,9 +81,22 @@ impl Side {
         owner
     }
 
+    /// The same with other queues, for which the memory has room, of which the driver uses so many.
+    fn start_as(&self, config: OwnerConfig, generation: u64, enabled: usize) -> OwnerPort {
+        let layout = OwnerLayout::new(config, 0, self.views.owner.len()).unwrap();
+        let owner = OwnerPort::new(&self.views.owner, &layout, IOVA).unwrap();
+        let mut vrings = layout.infos(IOVA);
+        vrings.iter_mut().skip(enabled).for_each(|vring| vring.enabled = false);
+        self.write(LinkWriter { vrings, ..self.link.clone() }, generation);
+        owner
+    }
+
     fn show(&self, generation: u64, status: u32) {
-        let table_generation = generation;
-        LinkWriter { generation, table_generation, status, ..self.link.clone() }.write(&self.views.window);
+        self.write(LinkWriter { status, ..self.link.clone() }, generation);
+    }
+
+    fn write(&self, link: LinkWriter, generation: u64) {
+        LinkWriter { generation, table_generation: generation, ..link }.write(&self.views.window);
         self.device.interrupt.write(1).unwrap();
     }
 
@@ -216,6 +238,157 @@ fn an_owner_without_room_is_slept_for() {
     assert_eq!((traffic.tx_packets, traffic.dropped, traffic.rescued), (24, 0, 0));
     assert!(traffic.sleeps < 100, "{}", traffic.sleeps);
     assert_eq!(traffic.sleeps, traffic.notified, "nobody waited for the clock");
+}
+
+/// Has more packets sent by a pair than the other owner, who takes none, has room for.
+fn fill((side, owner, pair): (&Side, &mut OwnerPort, u16), packets: &[Packet<'_>], room: u32) {
+    let (mut sent, start) = (0, Instant::now());
+    while sent < packets.len() {
+        sent += owner.tx_burst(pair, packets.iter().skip(sent).copied()).unwrap();
+        side.kick(owner, transmit_vring(pair));
+        assert!(start.elapsed() < Duration::from_secs(20), "{sent}");
+        thread::yield_now();
+    }
+    // All others stay with their owner.
+    let left = packets.len() as u32 - room;
+    while owner.reap_transmitted(pair).map(u32::from) != Ok(left) {
+        assert!(start.elapsed() < Duration::from_secs(20), "{:?}", owner.reap_transmitted(pair));
+        thread::yield_now();
+    }
+}
+
+/// The program sleeps, although there are packets that it cannot move.
+#[track_caller]
+fn assert_asleep(side: &Side) {
+    let looks = || side.device.looks.load(Ordering::Relaxed);
+    // What has just been done to it is over.
+    thread::sleep(Duration::from_millis(50));
+    let before = looks();
+    thread::sleep(Duration::from_millis(200));
+    let looked = looks() - before;
+    // Some for each look at the clock; by the thousand if it does not sleep.
+    assert!(looked < 50, "{looked} looks in a moment in which nothing can move");
+}
+
+fn plain(frame: &[u8]) -> Packet<'_> {
+    Packet { header: NetHeader::default(), frame }
+}
+
+/// More buffers than the program takes at a time: some are left for it to see.
+const LONG: OwnerConfig = OwnerConfig {
+    pairs: 1,
+    ring_size: 128,
+    buffer_len: 1600,
+    mergeable: true,
+    indirect: false,
+    event_idx: true,
+    packed: false,
+    in_order: false,
+    offloads: false,
+};
+
+/// What was waited for by a pair that its owner came back without is waited for no more.
+#[test]
+fn a_pair_that_an_owner_no_longer_has_does_not_keep_the_program_awake() {
+    let config = OwnerConfig { ring_size: 16, ..OwnerConfig::default() };
+    let (left, right) = (Side::new(OwnerConfig { pairs: 2, ..config }), Side::new(LONG));
+    let traffic = run(Wait::Interrupt, [&left, &right], || {
+        let (mut one, mut other) = (left.start(2), right.start(2));
+        let bytes = frame(1, 60);
+        fill((&left, &mut one, 1), &[plain(&bytes); 136], 128);
+        assert_asleep(&left);
+        left.show(4, 0);
+        thread::sleep(Duration::from_millis(50));
+        let mut one = left.start_as(config, 6, 2);
+        let mut burst = PacketBurst::default();
+        assert_eq!(other.rx_burst(0, &mut burst, 128), Ok(128));
+        right.kick(&mut other, receive_vring(0));
+        cross((&left, &mut one, 0), (&right, &mut other, 0), 50);
+        assert_asleep(&left);
+    });
+    assert_eq!((traffic.rx_packets, traffic.tx_packets, traffic.dropped), (178, 178, 0));
+}
+
+/// Nor is room waited for where it is of no use, nor packets that nobody can take.
+#[test]
+fn room_in_another_pair_does_not_keep_the_program_awake() {
+    let config = OwnerConfig { ring_size: 16, pairs: 2, ..OwnerConfig::default() };
+    let (left, right) = (Side::new(config), Side::new(OwnerConfig { pairs: 2, ..LONG }));
+    let traffic = run(Wait::Interrupt, [&left, &right], || {
+        let (mut one, mut other) = (left.start(2), right.start(2));
+        let bytes = frame(1, 60);
+        fill((&left, &mut one, 1), &[plain(&bytes); 136], 128);
+        assert_asleep(&left);
+        cross((&left, &mut one, 0), (&right, &mut other, 0), 50);
+        let mut burst = PacketBurst::default();
+        while burst.len() < 136 {
+            other.rx_burst(1, &mut burst, 64).unwrap();
+            right.kick(&mut other, receive_vring(1));
+            thread::yield_now();
+        }
+    });
+    assert_eq!((traffic.rx_packets, traffic.tx_packets, traffic.rescued), (186, 186, 0));
+}
+
+#[test]
+fn packets_that_no_queue_can_take_do_not_keep_the_program_awake() {
+    let config = OwnerConfig { ring_size: 16, ..OwnerConfig::default() };
+    for broken in [false, true] {
+        let (left, right) = (Side::new(config), Side::new(config));
+        let traffic = run(Wait::Interrupt, [&left, &right], || {
+            // One whose driver uses no queue; or that writes an index into it that cannot be.
+            let (mut one, _) = (left.start(2), right.start_as(config, 2, if broken { 2 } else { 0 }));
+            if broken {
+                let avail = right.layout.vrings()[0].places.avail;
+                right.views.owner.store_u16_release(avail + 2, 40_000).unwrap();
+            }
+            thread::sleep(Duration::from_millis(50));
+            let bytes = frame(1, 60);
+            fill((&left, &mut one, 0), &[plain(&bytes); 4], 0);
+            assert_asleep(&left);
+            let mut other = right.start_as(config, 6, 2);
+            let mut burst = PacketBurst::default();
+            let start = Instant::now();
+            while burst.len() < 4 {
+                other.rx_burst(0, &mut burst, 64).unwrap();
+                assert!(start.elapsed() < Duration::from_secs(20));
+                thread::yield_now();
+            }
+        });
+        assert_eq!((traffic.tx_packets, traffic.dropped, traffic.faults), (4, 0, u64::from(broken)));
+    }
+}
+
+/// Packets whose checksum the other owner wants whole are taken before there is room for them. They
+/// go with the pair, and with the link, that they were held for, and are counted.
+#[test]
+fn what_is_held_for_a_pair_or_an_owner_that_is_gone_is_dropped_and_counted() {
+    let config = OwnerConfig { ring_size: 64, offloads: true, pairs: 2, ..OwnerConfig::default() };
+    let sink = OwnerConfig { ring_size: 16, pairs: 1, offloads: false, ..config };
+    let header = NetHeader { flags: 1, csum_start: 34, csum_offset: 16, ..NetHeader::default() };
+    for by_pair in [true, false] {
+        let (left, right) = (Side::new(config), Side::new(sink));
+        let traffic = run(Wait::Interrupt, [&left, &right], || {
+            let (mut one, mut other) = (left.start(2), right.start(2));
+            let bytes = frame(1, 60);
+            fill((&left, &mut one, 1), &[Packet { header, frame: &bytes }; 24], 24);
+            assert_asleep(&left);
+            if by_pair {
+                one = left.start_as(OwnerConfig { pairs: 1, ..config }, 6, 2);
+                let mut burst = PacketBurst::default();
+                assert_eq!(other.rx_burst(0, &mut burst, 64), Ok(16));
+                right.kick(&mut other, receive_vring(0));
+            } else {
+                // It is gone and there again before anybody looks.
+                other = right.start(6);
+            }
+            cross((&left, &mut one, 0), (&right, &mut other, 0), 50);
+            // Nor do they come when it has that pair again.
+            let mut one = left.start(10);
+            cross((&left, &mut one, 1), (&right, &mut other, 0), 50);
+        });
+        assert_eq!((traffic.rx_packets, traffic.tx_packets, traffic.dropped), (124, 116, 8), "{by_pair}");
+    }
 }
 
 /// A broken vring is told of once, and the other direction goes on.

@@ -168,6 +168,41 @@ fn what_the_other_owner_has_no_room_for_stays_where_it_is() {
     assert_eq!(owner.reap_transmitted(0), Ok(0));
 }
 
+/// Otherwise who sleeps waits for the wrong owner: for one that has all it needs, and is found to have it
+/// at once, or for none.
+#[test]
+fn a_lane_waits_for_room_while_there_is_none_and_not_when_there_is_nothing_to_move() {
+    let config = OwnerConfig { ring_size: 8, ..OwnerConfig::default() };
+    let port = |side: &Joined, enabled: bool| {
+        let mut vrings = side.layout.infos(IOVA);
+        vrings.iter_mut().for_each(|vring| vring.enabled = enabled);
+        LinkWriter::new(side.snapshot.features, vec![side.views.mapping()], vrings).write(&side.views.window);
+        let page = link_page(&side.views.window);
+        PeerPort::new(&side.views.window, &page, &page.snapshot().unwrap()).unwrap()
+    };
+    let (mut a, b) = (join(config), join(config));
+    let mut lane = Lane::default();
+    let mut waits = |from: &mut PeerPort, to: &mut PeerPort| {
+        let moved = forward_burst(first(from), first(to), &mut lane, 64).map_or(0, |done| done.taken);
+        (moved, lane.waits_for_room())
+    };
+    let (mut from, mut to) = (port(&a, true), port(&b, true));
+    let sent = frames(8, 60);
+    assert_eq!((a.owner.tx_burst(0, slices(&sent)), waits(&mut from, &mut to)), (Ok(8), (8, false)));
+    assert_eq!((a.owner.tx_burst(0, slices(&sent)), waits(&mut from, &mut to)), (Ok(8), (0, true)));
+    // A's driver uses its queue no more; breaks it; is there again.
+    assert_eq!(waits(&mut port(&a, false), &mut to), (0, false));
+    assert_eq!(waits(&mut from, &mut to), (0, true));
+    let broken = HandRing::new(8);
+    broken.avail_index(100);
+    assert_eq!(waits(&mut hand_port(&broken), &mut port(&join(config), true)), (0, false));
+    // B's driver uses its queue no more; breaks it; is there again, with room.
+    assert_eq!(waits(&mut from, &mut port(&b, false)), (0, true));
+    let mut to = hand_port(&broken);
+    assert_eq!([0; 2].map(|_| waits(&mut from, &mut to)), [(0, true); 2]);
+    assert_eq!(waits(&mut from, &mut port(&join(config), true)), (8, false));
+}
+
 #[test]
 fn what_the_other_owner_can_never_take_is_dropped_and_counted() {
     let Joined { mut owner, peer: mut from, .. } = join(OwnerConfig::default());

@@ -72,7 +72,7 @@ pub struct Lane {
     /// What was taken in private, and how much of it is done with.
     held: PacketBurst,
     sent: usize,
-    /// The last burst ended for want of B's buffers.
+    /// The last burst ended for want of B's buffers, or of B's queue.
     blocked: bool,
 }
 
@@ -94,8 +94,8 @@ impl Lane {
         self.held.len().saturating_sub(self.sent)
     }
 
-    /// Whether the last burst ended because B has no room: until it posts buffers nothing moves,
-    /// whatever A transmits.
+    /// Whether the last burst ended because B has no room, or no vring that can be used: until it
+    /// posts buffers, or its link changes, nothing moves, whatever A transmits.
     pub fn waits_for_room(&self) -> bool {
         self.blocked
     }
@@ -166,9 +166,17 @@ pub fn forward_burst_by(
     budget: usize,
 ) -> Result<Forwarded, ForwardFault> {
     if lane.held() == 0 {
-        let source = from.queue.source(from.exchange).map_err(ForwardFault::From)?;
-        let target = to.queue.target(to.exchange).map_err(ForwardFault::To)?;
-        let (Some(source), Some(target)) = (source, target) else { return Ok(Forwarded::default()) };
+        let nothing = Ok(Forwarded::default());
+        // Where there is nothing to take, nobody waits for room.
+        lane.blocked = false;
+        let Some(source) = from.queue.source(from.exchange).map_err(ForwardFault::From)? else {
+            return nothing;
+        };
+        // Where nothing can be put, what A transmits is not waited for: it would be found again at once.
+        lane.blocked = true;
+        let Some(target) = to.queue.target(to.exchange).map_err(ForwardFault::To)? else {
+            return nothing;
+        };
         if let Some(forwarded) = in_place(lane, source, target, budget.min(MAX_BURST))? {
             return Ok(forwarded);
         }

@@ -16,7 +16,7 @@ use super::tally::Tally;
 use super::traffic::{ReportArgs, Reporter, Traffic};
 use super::unrest::{Unrest, UnrestArgs};
 use super::waiting::{Idle, Sleeps, WaitArgs, sleep};
-use super::wire::Wire;
+use super::wire::{Wire, receiving_pairs};
 use crate::net::{Lane, receive_vring, transmit_vring};
 use crate::transport::{Transport, TransportError};
 
@@ -197,6 +197,12 @@ impl<'a> Forwarder<'a> {
         let mut lost = [false; 2];
         let [lost_one, lost_other] = &mut lost;
         let mut wires = [one.wire(|| *lost_one = true)?, other.wire(|| *lost_other = true)?];
+        // Before anything moves: a link may be gone and be up again, with somebody else's port.
+        for (side, lost) in lost.into_iter().enumerate() {
+            if lost {
+                self.drop_held(side);
+            }
+        }
         let mut moved = 0;
         let mut faulted = [false; 2];
         if let [Some(one), Some(other)] = &mut wires {
@@ -211,11 +217,6 @@ impl<'a> Forwarder<'a> {
                 session.report_faults();
             }
         }
-        for (side, lost) in lost.into_iter().enumerate() {
-            if lost {
-                self.drop_held(side);
-            }
-        }
         Ok(moved)
     }
 
@@ -227,16 +228,17 @@ impl<'a> Forwarder<'a> {
 
     /// Sleeps until an owner kicks, or a link changes.
     fn sleep(&mut self, both: &mut [Session<'_>; 2]) {
-        let [out, back] = &self.lanes;
+        let [out, back] = self.lanes.each_ref().map(Vec::as_slice);
         let are_live = is_live(both);
-        let waited_for = |live: &Live, from: &[Lane], to: &[Lane]| match are_live {
-            true => vrings(live, from, to),
+        let [one, other] = both;
+        let [to_one, to_other] = [one.receiving_pairs(), other.receiving_pairs()];
+        let waited_for = |live: &Live, lanes: (&[Lane], &[Lane]), other_pairs| match are_live {
+            true => vrings(live, lanes, other_pairs),
             // Nothing can move.
             false => Vec::new(),
         };
-        let [one, other] = both;
-        let (first, second) =
-            (one.arm(|live| waited_for(live, out, back)), other.arm(|live| waited_for(live, back, out)));
+        let first = one.arm(|live| waited_for(live, (out, back), to_other));
+        let second = other.arm(|live| waited_for(live, (back, out), to_one));
         let events: Vec<_> = first.events.iter().chain(&second.events).copied().collect();
         let most = first.most.min(second.most);
         if events.is_empty() {
@@ -262,26 +264,35 @@ fn is_live(both: &[Session<'_>; 2]) -> bool {
     both.iter().all(Session::is_live)
 }
 
-/// What an owner is waited for: its packets, unless the other one has no room for them; and room for
-/// the other one's.
-fn vrings(live: &Live, from: &[Lane], to: &[Lane]) -> Vec<u16> {
-    let blocked = |lanes: &[Lane], pair: u16| lanes.get(usize::from(pair)).is_some_and(Lane::waits_for_room);
-    let packets = (0..live.port.pairs()).filter(|pair| !blocked(from, *pair)).map(transmit_vring);
-    // A lane may go to any of its pairs.
-    let waits = to.iter().any(Lane::waits_for_room);
-    let room = (0..live.port.pairs()).filter(|_| waits).map(receive_vring);
-    packets.chain(room).collect()
+/// What an owner is waited for: its packets, unless the other one, which receives by so many pairs, has
+/// no room for them; and room for the other one's, in those pairs that have none. What is there already
+/// is never waited for: it would end the sleep at once, and nothing would move.
+fn vrings(live: &Live, (from, to): (&[Lane], &[Lane]), other_pairs: u16) -> Vec<u16> {
+    let blocked = |pair: u16| from.get(usize::from(pair)).is_some_and(Lane::waits_for_room);
+    let packets = (0..live.port.pairs()).filter(|pair| other_pairs > 0 && !blocked(*pair));
+    let pairs = receiving_pairs(&live.port);
+    let waiting = (0..).zip(to).filter(|(_, lane)| lane.waits_for_room());
+    let mut room: Vec<_> = waiting.filter_map(|(from, _)| pair_of(from, pairs)).collect();
+    room.sort_unstable();
+    room.dedup();
+    packets.map(transmit_vring).chain(room.into_iter().map(receive_vring)).collect()
+}
+
+/// The pair by which an owner, who receives by so many, gets what the other one sends by this pair.
+fn pair_of(from: u16, pairs: u16) -> Option<u16> {
+    from.checked_rem(pairs)
 }
 
 /// One burst of each pair, one way.
 fn forward(from: &mut Wire<'_>, to: &mut Wire<'_>, lanes: &mut Vec<Lane>, traffic: &mut Traffic) -> usize {
     let pairs = to.receiving_pairs();
-    if lanes.len() < usize::from(from.pairs()) {
-        lanes.resize_with(from.pairs().into(), Lane::default);
-    }
+    // An owner may come back with fewer pairs than it had.
+    let gone = lanes.iter_mut().skip(from.pairs().into());
+    traffic.dropped += gone.map(|lane| lane.clear() as u64).sum::<u64>();
+    lanes.resize_with(from.pairs().into(), Lane::default);
     let mut moved = 0;
     for (pair, lane) in (0..from.pairs()).zip(lanes) {
-        let Some(to_pair) = pair.checked_rem(pairs) else { break };
+        let Some(to_pair) = pair_of(pair, pairs) else { break };
         let forwarded = from.forward(pair, to, to_pair, lane);
         if forwarded.is_nothing() {
             continue;

@@ -12,7 +12,7 @@ use super::peer_loop::{LONGEST_SLEEP, PeerProgram};
 use super::quiet::Quiet;
 use super::tally::Tally;
 use super::waiting::sleep;
-use super::wire::Wire;
+use super::wire::{Wire, receiving_pairs};
 use crate::control::{Command, ControlExchange, ControlRing};
 use crate::link::{LinkError, LinkPage};
 use crate::net::{PeerPort, receive_vring, transmit_vring};
@@ -107,6 +107,11 @@ impl<'a> Session<'a> {
     /// Whether there is a link to serve.
     pub fn is_live(&self) -> bool {
         self.live.is_some()
+    }
+
+    /// Pairs by which the owner receives: 0 while there is no link.
+    pub fn receiving_pairs(&self) -> u16 {
+        self.live.as_ref().map_or(0, |live| receiving_pairs(&live.port))
     }
 
     /// Follows the link, and lets the program move packets. Returns how many.

@@ -37,6 +37,11 @@ impl Sent {
     }
 }
 
+/// Pairs of a port whose receive queue the owner's driver uses: the first ones.
+pub(super) fn receiving_pairs(port: &PeerPort) -> u16 {
+    (0..port.pairs()).take_while(|pair| port.is_enabled(receive_vring(*pair))).count() as u16
+}
+
 /// A port and the doorbells that belong to it, for one round. The owner is called when it is
 /// dropped: to know whether it wants to be takes a full memory barrier, which would keep an answer
 /// waiting for the stores before it.
@@ -149,7 +154,7 @@ impl<'a> Wire<'a> {
 
     /// Pairs whose receive queue the owner's driver uses: the first ones.
     pub fn receiving_pairs(&self) -> u16 {
-        (0..self.port.pairs()).take_while(|pair| self.port.is_enabled(receive_vring(*pair))).count() as u16
+        receiving_pairs(self.port)
     }
 
     /// Forwards up to [`BURST`] packets of a pair to a pair of another owner. Says what that came to;
