@@ -10,6 +10,7 @@ use std::time::{Duration, Instant};
 use guest_driver_model::net::{OwnerConfig, PacketBurst};
 use guest_driver_model::owner::Kicks;
 use guest_driver_model::programs::ping::{Ping, Pinged};
+use guest_driver_model::programs::quantity::Rate;
 use guest_driver_model::programs::waiting::Wait;
 use net_support::{Joined, join};
 
@@ -31,6 +32,7 @@ struct Link {
 
 impl Link {
     fn new(rate: Option<f64>) -> Self {
+        let rate = rate.and_then(Rate::new);
         let ping = Ping::new(64, rate, Wait::Interrupt).unwrap();
         Self {
             joined: join(OwnerConfig::default()),

@@ -576,3 +576,21 @@ fn a_program_names_the_cause_of_its_end_once() {
     assert_eq!(text.matches("No such file").count(), 1, "{text}");
     assert!(text.contains("/nonexistent/peer.sock"), "{text}");
 }
+
+/// They are said before anybody is looked for.
+#[test]
+fn packets_that_cannot_be_on_their_way_are_an_error() {
+    let owner = "owner-forward --socket /nonexistent/a --socket /nonexistent/b --ring-size 256";
+    for (more, what) in [
+        ("--inject 129", "129 packets are to be on their way by each card, and 128 can be"),
+        (
+            "--inject 128 --size 3000",
+            "a packet of 3000 bytes is to be on its way, and a buffer has room for 1536",
+        ),
+        ("--inject 128", "/nonexistent/a"),
+    ] {
+        let line = format!("{owner} {more}");
+        let error = programs::main(line.split(' ')).unwrap_err().to_string();
+        assert!(error.contains(what), "{line}: {error}");
+    }
+}

@@ -72,6 +72,26 @@ pub enum CrossoverError {
     /// As above.
     #[error(transparent)]
     Memory(#[from] ShmError),
+    /// More packets are to be on their way than a ring has room for.
+    #[error(
+        "{packets} packets are to be on their way by each card, and {room} can be, half as many as a ring has entries: give fewer, or longer rings"
+    )]
+    Packets {
+        /// How many are to be.
+        packets: usize,
+        /// How many can be.
+        room: u16,
+    },
+    /// One of them is longer than a buffer.
+    #[error(
+        "a packet of {len} bytes is to be on its way, and a buffer has room for {room}: give shorter packets, or longer buffers"
+    )]
+    Length {
+        /// Its length, bytes.
+        len: usize,
+        /// The longest that fits, bytes.
+        room: usize,
+    },
 }
 
 impl Crossover {
@@ -85,11 +105,11 @@ impl Crossover {
     }
 
     /// As [`Self::new`], with some packets on their way already, by each card: they go round for as
-    /// long as whoever receives them sends them back. At most half as many as a ring has entries, and
-    /// only such as fit a buffer.
+    /// long as whoever receives them sends them back.
     ///
     /// # Errors
-    /// As there.
+    /// As there; and if they are more than half as many as a ring has entries, or one does not fit a
+    /// buffer.
     pub fn with_packets(
         memory: &SharedMemory,
         config: OwnerConfig,
@@ -99,6 +119,12 @@ impl Crossover {
         let config = OwnerConfig { pairs: 1, ..config };
         let first = OwnerLayout::new(config, 0, memory.len())?;
         let second = OwnerLayout::new(config, first.end(), memory.len())?;
+        let (room, count) = (config.ring_size / 2, packets.len());
+        let injected = u16::try_from(count).ok().filter(|injected| *injected <= room);
+        let injected = injected.ok_or(CrossoverError::Packets { packets: count, room })?;
+        if let Some(long) = packets.iter().find(|packet| packet.len() > config.room()) {
+            return Err(CrossoverError::Length { len: long.len(), room: config.room() });
+        }
         let card = |layout: &OwnerLayout| {
             let [receive, transmit] = layout.vrings() else {
                 return Err(LayoutError::Config(config).into());
@@ -124,15 +150,10 @@ impl Crossover {
             pieces: Vec::new(),
         };
         let buffer_len = crossover.buffer_len;
-        let mut packets = packets.iter().take(usize::from(config.ring_size / 2)).fuse();
-        let mut on_their_way = Vec::new();
-        for buffer in 0..config.ring_size {
-            match packets.next().filter(|packet| packet.len() + 64 <= buffer_len as usize) {
-                Some(packet) => on_their_way.push((buffer, *packet)),
-                None => crossover.cards.iter_mut().for_each(|card| card.post(buffer_len, buffer)),
-            }
+        for buffer in injected..config.ring_size {
+            crossover.cards.iter_mut().for_each(|card| card.post(buffer_len, buffer));
         }
-        for (buffer, packet) in on_their_way {
+        for (buffer, packet) in (0..injected).zip(packets) {
             for _ in 0..2 {
                 let [card, other] = &mut crossover.cards;
                 let place = card.place(buffer_len, buffer);

@@ -10,6 +10,7 @@ use super::ProgramError;
 use super::device::{DeviceArgs, TwoDevicesArgs};
 use super::live::Live;
 use super::peer_loop::{LONGEST_SLEEP, RECONNECT_PAUSE, ROUNDS};
+use super::quantity::seconds;
 use super::session::Session;
 use super::stop::Stop;
 use super::tally::Tally;
@@ -36,7 +37,7 @@ pub struct ForwardArgs {
     #[command(flatten)]
     pub report: ReportArgs,
     /// End this many seconds after the first packet
-    #[arg(long)]
+    #[arg(long, value_parser = seconds)]
     pub seconds: Option<f64>,
     /// End after this many packets, both ways together
     #[arg(long)]

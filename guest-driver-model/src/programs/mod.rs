@@ -12,6 +12,7 @@
 //! | [`confine`] | try whether a peer is confined to what its owner maps |
 //! | [`peer_loop`] | the main loop of the peers |
 //! | [`device`], [`wire`], [`waiting`], [`stop`], [`traffic`], [`quiet`] | its parts |
+//! | [`quantity`] | numbers of the command line |
 //! | [`pattern`], [`source`] | packets that can be checked |
 //! | [`unrest`] | pauses, for tests of waking up |
 //!
@@ -31,6 +32,7 @@ pub mod owner_forward;
 pub mod pattern;
 pub mod peer_loop;
 pub mod ping;
+pub mod quantity;
 pub mod quiet;
 mod session;
 pub mod show;
@@ -169,9 +171,33 @@ mod tests {
         assert!(parse("gen --vfio").is_err());
         assert!(parse("owner --socket /x --mode echo-check --wait adaptive --guest-start 0").is_ok());
         assert!(parse("owner --socket /x --guest-start x").is_err());
+        assert!(parse("owner --socket /x --seconds 1.5 --rate 0.5 --memory-mib 1 --size 1514").is_ok());
         assert!(parse("forward --socket /x --socket /y --wait adaptive --json").is_ok());
         assert!(parse("forward --device 0000:00:03.0 --device 0000:00:04.0 --vfio").is_ok());
         assert!(parse("owner-forward --socket /x --socket /y").is_ok());
         assert!(parse("owner-forward").is_err());
+    }
+
+    #[test]
+    fn a_number_that_means_nothing_is_refused_and_what_may_be_is_said() {
+        for (line, what) in [
+            ("owner --socket /x --mode ping --rate nan", "more than 0"),
+            ("owner --socket /x --rate 0", "more than 0"),
+            ("gen --socket /x --rate=-5", "more than 0"),
+            ("vfio-owner --rate inf", "more than 0"),
+            ("gen --socket /x --size 70000", "30 to 65535"),
+            ("owner --socket /x --memory-mib 17592186044480", "1 to 8796093022207"),
+            ("owner-forward --socket /x --socket /y --memory-mib 0", "1 to 8796093022207"),
+            ("owner-forward --socket /x --socket /y --size 3", "30 to 65535"),
+            ("owner-forward --socket /x --socket /y --seconds nan", "0 or more"),
+            ("owner --socket /x --seconds nan", "0 or more"),
+            ("vfio-owner --seconds nan", "0 or more"),
+            ("echo --socket /x --seconds=-1", "0 or more"),
+            ("forward --socket /x --socket /y --seconds inf", "0 or more"),
+            ("show --socket /x --wait nan", "0 or more"),
+        ] {
+            let error = Args::try_parse_from(line.split(' ')).unwrap_err().to_string();
+            assert!(error.contains(what), "{line}: {error}");
+        }
     }
 }

@@ -6,6 +6,7 @@ use std::time::{Duration, Instant};
 use super::ProgramError;
 use super::pattern::Checker;
 use super::ping::Ping;
+use super::quantity::{address, mebibytes, seconds};
 use super::sink::Check;
 use super::source::{Source, SourceArgs};
 use super::stop::Stop;
@@ -97,8 +98,8 @@ pub struct OwnerArgs {
     #[arg(long)]
     pub in_order: bool,
     /// Length of the memory, MiB
-    #[arg(long, default_value_t = 64)]
-    pub memory_mib: u64,
+    #[arg(long = "memory-mib", default_value = "64", value_name = "MIB", value_parser = mebibytes)]
+    pub memory_len: u64,
     /// Guest-physical address of the memory
     #[arg(long, default_value = "0x100000000", value_parser = address)]
     pub guest_start: u64,
@@ -120,7 +121,7 @@ pub struct OwnerArgs {
     #[arg(long, value_name = "MILLISECONDS")]
     pub restart_every_ms: Option<u64>,
     /// End this many seconds after the first packet
-    #[arg(long)]
+    #[arg(long, value_parser = seconds)]
     pub seconds: Option<f64>,
     /// End when so many packets have been sent (and, for echo-check, come back)
     #[arg(long)]
@@ -134,14 +135,6 @@ pub struct OwnerArgs {
     /// How to report.
     #[command(flatten)]
     pub report: ReportArgs,
-}
-
-pub(super) fn address(text: &str) -> Result<u64, String> {
-    let parsed = match text.strip_prefix("0x") {
-        Some(digits) => u64::from_str_radix(digits, 16),
-        None => text.parse(),
-    };
-    parsed.map_err(|error| format!("{error}; give a number such as 0 or 0x100000000"))
 }
 
 /// Rounds between two looks at the clock.
@@ -225,7 +218,7 @@ impl<'a, A: Addressing> Owner<'a, A> {
             in_order: args.in_order,
             offloads: false,
         };
-        let memory = OwnerMemory::new(args.memory_mib << 20, args.guest_start)
+        let memory = OwnerMemory::new(args.memory_len, args.guest_start)
             .map_err(|source| ProgramError::System { what: "the owner's memory", source })?;
         let layout = OwnerLayout::new(config, 0, memory.len())?;
         let sources = Source::several(&args.source, args.check, args.pairs);

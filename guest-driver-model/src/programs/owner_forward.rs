@@ -7,8 +7,8 @@ use std::path::PathBuf;
 use std::time::{Duration, Instant};
 
 use super::ProgramError;
-use super::owner::address;
 use super::pattern::{Checker, Generator, SAMPLE, Verdict};
+use super::quantity::{address, frame_len, mebibytes, seconds};
 use super::sink::Check;
 use super::stop::Stop;
 use super::traffic::{ReportArgs, Reporter, Traffic};
@@ -51,20 +51,20 @@ pub struct OwnerForwardArgs {
     /// long as the peer passes them on
     #[arg(long, default_value_t = 0, value_name = "PACKETS")]
     pub inject: u16,
-    /// Length of the injected packets, bytes
-    #[arg(long, default_value_t = 64, value_name = "BYTES")]
+    /// Length of the injected packets, bytes (30 to 65535, but each has to fit a buffer)
+    #[arg(long, default_value_t = 64, value_name = "BYTES", value_parser = frame_len)]
     pub size: usize,
     /// How to judge packets, one in 64 bursts
     #[arg(long, value_enum, default_value_t = Check::None)]
     pub check: Check,
     /// Length of the memory, MiB
-    #[arg(long, default_value_t = 64)]
-    pub memory_mib: u64,
+    #[arg(long = "memory-mib", default_value = "64", value_name = "MIB", value_parser = mebibytes)]
+    pub memory_len: u64,
     /// Guest-physical address of the memory
     #[arg(long, default_value = "0x100000000", value_parser = address)]
     pub guest_start: u64,
     /// End this many seconds after the first packet
-    #[arg(long)]
+    #[arg(long, value_parser = seconds)]
     pub seconds: Option<f64>,
     /// End when so many packets have been passed on, both ways together
     #[arg(long)]
@@ -175,7 +175,7 @@ impl<'a> Owner<'a> {
             in_order: args.in_order,
             ..OwnerConfig::default()
         };
-        let memory = OwnerMemory::new(args.memory_mib << 20, args.guest_start)
+        let memory = OwnerMemory::new(args.memory_len, args.guest_start)
             .map_err(|source| ProgramError::System { what: "the owner's memory", source })?;
         let crossover = crossover(args, config, &memory)?;
         let traffic = Traffic { copied_bytes: Some(0), ..Traffic::default() };

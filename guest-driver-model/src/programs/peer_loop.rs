@@ -7,6 +7,7 @@ use std::time::{Duration, Instant};
 
 use super::ProgramError;
 use super::device::DeviceArgs;
+use super::quantity::seconds;
 use super::session::Session;
 use super::stop::Stop;
 use super::tally::Tally;
@@ -39,7 +40,7 @@ pub struct PeerArgs {
     #[command(flatten)]
     pub report: ReportArgs,
     /// End this many seconds after the first packet
-    #[arg(long)]
+    #[arg(long, value_parser = seconds)]
     pub seconds: Option<f64>,
     /// End after this many packets, sent and received together
     #[arg(long)]

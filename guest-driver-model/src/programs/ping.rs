@@ -10,6 +10,7 @@ use hdrhistogram::Histogram;
 use serde::{Deserialize, Serialize};
 
 use super::ProgramError;
+use super::quantity::Rate;
 use super::waiting::Wait;
 use crate::net::owner::BufferMapping;
 use crate::net::{OwnerPort, PacketBurst, receive_vring, transmit_vring};
@@ -114,7 +115,7 @@ impl Ping {
     ///
     /// # Errors
     /// None that is known: the histogram takes its bounds.
-    pub fn new(size: usize, rate: Option<f64>, wait: Wait) -> Result<Self, ProgramError> {
+    pub fn new(size: usize, rate: Option<Rate>, wait: Wait) -> Result<Self, ProgramError> {
         let trips = Histogram::new_with_bounds(1, LONGEST, DIGITS).map_err(|error| ProgramError::System {
             what: "the histogram",
             source: std::io::Error::other(error),
@@ -128,7 +129,7 @@ impl Ping {
             warm: false,
             // Who sleeps until notified has to come to that.
             looks: if wait == Wait::Poll { LOOKS } else { 1 },
-            interval: rate.map(|rate| Duration::from_secs_f64((1.0 / rate).clamp(0.0, 1e6))),
+            interval: rate.map(Rate::interval),
             due: None,
             number: 0,
             trips,

@@ -4,6 +4,7 @@ use serde_json::{Value, json};
 
 use super::ProgramError;
 use super::device::DeviceArgs;
+use super::quantity::seconds;
 use crate::link::LinkPage;
 use crate::transport::Transport;
 
@@ -14,7 +15,7 @@ pub struct ShowArgs {
     #[command(flatten)]
     pub device: DeviceArgs,
     /// Wait up to this many seconds for the link to be up
-    #[arg(long, default_value_t = 0.0)]
+    #[arg(long, default_value_t = 0.0, value_name = "SECONDS", value_parser = seconds)]
     pub wait: f64,
 }
 

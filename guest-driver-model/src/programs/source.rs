@@ -5,6 +5,7 @@ use std::slice::ChunksExact;
 use std::time::{Duration, Instant};
 
 use super::pattern::Generator;
+use super::quantity::{Rate, frame_len};
 use super::sink::Check;
 use super::wire::BURST;
 
@@ -16,12 +17,12 @@ const SHORTEST: usize = 8;
 /// What to send.
 #[derive(Clone, Copy, Debug, clap::Args)]
 pub struct SourceArgs {
-    /// Length of each frame, bytes (from 30, Ethernet header included)
-    #[arg(long, default_value_t = 64, value_name = "BYTES")]
+    /// Length of each frame, bytes (30 to 65535, Ethernet header included)
+    #[arg(long, default_value_t = 64, value_name = "BYTES", value_parser = frame_len)]
     pub size: usize,
-    /// Frames a second; as many as can be by default
+    /// Frames a second, more than 0; as many as can be by default
     #[arg(long, value_name = "FRAMES")]
-    pub rate: Option<f64>,
+    pub rate: Option<Rate>,
 }
 
 impl Default for SourceArgs {
@@ -37,7 +38,7 @@ pub struct Source {
     /// Frames of the burst that are done with, and how many there are.
     sent: usize,
     made: usize,
-    rate: Option<f64>,
+    rate: Option<Rate>,
     start: Option<Instant>,
     total: u64,
 }
@@ -54,7 +55,7 @@ impl Source {
     /// `count` sources that share the rate: a stream for each queue pair, as streams of
     /// different pairs overtake each other.
     pub fn several(args: &SourceArgs, check: Check, count: u16) -> Vec<Self> {
-        let share = SourceArgs { rate: args.rate.map(|rate| rate / f64::from(count.max(1))), ..*args };
+        let share = SourceArgs { rate: args.rate.map(|rate| rate.share(count)), ..*args };
         let first = Self::new(&share, check).stream();
         (0..count).map(|nth| Self::of_stream(&share, check, first.wrapping_add(nth.into()))).collect()
     }
@@ -108,9 +109,9 @@ impl Source {
             return most;
         };
         let start = *self.start.get_or_insert_with(Instant::now);
-        let due = start.elapsed().as_secs_f64() * rate;
+        let due = rate.due(start.elapsed());
         // A source that was held up catches up by bursts; never more than one at once.
-        (due as u64).saturating_sub(self.total).min(most as u64) as usize
+        due.saturating_sub(self.total).min(most as u64) as usize
     }
 
     /// Whether frames are waiting for room.
@@ -149,7 +150,7 @@ mod tests {
 
     #[test]
     fn the_rate_is_kept() {
-        let args = SourceArgs { size: 64, rate: Some(1000.0) };
+        let args = SourceArgs { size: 64, rate: Rate::new(1000.0) };
         let mut source = Source::new(&args, Check::None);
         let start = Instant::now();
         let mut taken = 0;

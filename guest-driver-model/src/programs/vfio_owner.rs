@@ -10,6 +10,7 @@ use super::ProgramError;
 use super::confine::secret::Secret;
 use super::owner::Work;
 use super::pattern::Checker;
+use super::quantity::seconds;
 use super::sink::Check;
 use super::source::{Source, SourceArgs};
 use super::stop::Stop;
@@ -68,7 +69,7 @@ pub struct VfioOwnerArgs {
     #[arg(long, value_name = "SEED")]
     pub read_only: Option<u64>,
     /// End this many seconds after the first packet
-    #[arg(long)]
+    #[arg(long, value_parser = seconds)]
     pub seconds: Option<f64>,
     /// End when so many packets have been sent (and, for echo-check, come back)
     #[arg(long)]
