@@ -14,6 +14,12 @@ use vhost_pci_tests::Process;
 
 use crate::SOON;
 
+/// In which something would have run, were there anything to do.
+const MOMENT: Duration = Duration::from_millis(100);
+/// How the broker's thread is called that is a link's clock: there while the link waits for a moment,
+/// which is up to 2 s after a change, and a little longer.
+const CLOCK: &str = "link ";
+
 /// The socket of a link.
 pub fn socket(folder: &Path, link: u32, side: &str) -> PathBuf {
     folder.join(format!("{link}-{side}"))
@@ -72,6 +78,21 @@ impl Broker {
                 return Ok(usage);
             }
             thread::sleep(Duration::from_millis(20));
+        }
+    }
+
+    /// The same as soon as it has nothing left to do of what it was asked, or after that time: no
+    /// link has a clock any more, and for a moment nothing has run.
+    pub fn usage_at_rest(&self, most: Duration) -> Result<Usage> {
+        let start = Instant::now();
+        let mut before = self.usage()?;
+        loop {
+            thread::sleep(MOMENT);
+            let now = self.usage()?;
+            if now.is_at_rest_since(&before) || start.elapsed() > most {
+                return Ok(now);
+            }
+            before = now;
         }
     }
 
@@ -143,6 +164,9 @@ pub struct Usage {
     pub processor_us: u64,
     /// How often they went to sleep or were interrupted.
     pub switches: u64,
+    /// Of its threads, those that are a link's clock.
+    #[serde(skip)]
+    pub clocks: u64,
 }
 
 impl Usage {
@@ -166,9 +190,12 @@ impl Usage {
         for task in fs::read_dir(format!("/proc/{pid}/task"))? {
             let task = task?.path();
             // One that ends meanwhile counts no more.
-            let texts = (fs::read_to_string(task.join("status")), fs::read_to_string(task.join("schedstat")));
-            let (Ok(status), Ok(times)) = texts else { continue };
+            let read = |file: &str| fs::read_to_string(task.join(file));
+            let (Ok(status), Ok(times), Ok(name)) = (read("status"), read("schedstat"), read("comm")) else {
+                continue;
+            };
             usage.threads += 1;
+            usage.clocks += u64::from(name.starts_with(CLOCK));
             usage.switches +=
                 number(&status, "voluntary_ctxt_switches")? + number(&status, "nonvoluntary_ctxt_switches")?;
             let nanoseconds: u64 =
@@ -176,6 +203,11 @@ impl Usage {
             usage.processor_us += nanoseconds / 1000;
         }
         Ok(usage)
+    }
+
+    /// Whether nothing has run since an earlier moment, and nothing is to run by itself.
+    fn is_at_rest_since(&self, earlier: &Self) -> bool {
+        self.clocks == 0 && (self.threads, self.switches) == (earlier.threads, earlier.switches)
     }
 
     /// What it has used from one moment to another, and what it had at the later one.

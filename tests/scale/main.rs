@@ -30,9 +30,6 @@ use crate::traffic::Way;
 
 /// For whatever should take a moment.
 const SOON: Duration = Duration::from_secs(60);
-/// Between what the broker was asked to do and the moment from which it has nothing to do: the
-/// clock of a link looks once more when a change's time is over, 2 s after it, and lingers 0.3 s.
-const SETTLE: Duration = Duration::from_millis(2500);
 /// How long one link is busy.
 const BUSY: Duration = Duration::from_secs(2);
 
@@ -107,8 +104,7 @@ fn measure(cli: &Cli, folder: &TempDir) -> Result<Report> {
     let fronts = Fronts::start(broker.folder(), cli.links - 1)?;
     let times = fronts.times()?;
     let links_up = broker.links_up()?;
-    thread::sleep(SETTLE);
-    let up = broker.usage()?;
+    let up = broker.usage_at_rest(SOON)?;
     thread::sleep(idle);
     let idled = Usage::between(&up, &broker.usage()?);
 
@@ -124,8 +120,7 @@ fn measure(cli: &Cli, folder: &TempDir) -> Result<Report> {
     let left = broker.usage_when(SOON, gone)?;
     // What was kept is for those that come next.
     let fronts = Fronts::start(broker.folder(), cli.links - 1)?;
-    thread::sleep(SETTLE);
-    let again = broker.usage()?;
+    let again = broker.usage_at_rest(SOON)?;
     fronts.leave()?;
     broker.usage_when(SOON, gone)?;
     broker.end()?;

@@ -9,8 +9,8 @@ use serde::Serialize;
 use serde_json::Value;
 use vhost_pci_tests::Process;
 
+use crate::SOON;
 use crate::broker::{Broker, Usage, program, socket};
-use crate::{SETTLE, SOON};
 
 /// How the two sides find out about work.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize)]
@@ -49,8 +49,6 @@ pub struct Busy {
 /// Frames a second that are relayed with: so few that both sides sleep in between.
 const RATE: &str = "5000";
 
-const MOMENT: Duration = Duration::from_millis(200);
-
 /// Lets one link be busy.
 pub fn measure(broker: &mut Broker, link: u32, way: Way, time: Duration) -> Result<Busy> {
     let start = |name: &str, words: &[&str]| {
@@ -68,12 +66,15 @@ pub fn measure(broker: &mut Broker, link: u32, way: Way, time: Duration) -> Resu
     owner.wait_log("the owner's device is started", SOON)?;
     peer.wait_log("the link is up", SOON)?;
     // The link's own start is over then.
-    thread::sleep(SETTLE);
+    broker.usage_when(SOON, |usage| usage.clocks == 0)?;
     let counted = (broker.relayed(link)?, Instant::now());
     // So that to be asked is no part of it.
-    thread::sleep(MOMENT);
-
-    let (used, began) = (broker.usage()?, Instant::now());
+    let used = match way {
+        Way::Polling => broker.usage_at_rest(SOON)?,
+        // It has something to do all the time.
+        Way::Relayed => broker.usage()?,
+    };
+    let began = Instant::now();
     thread::sleep(time);
     let (used, seconds) = (Usage::between(&used, &broker.usage()?), began.elapsed().as_secs_f64());
     let relayed = (broker.relayed(link)? - counted.0) as f64 / counted.1.elapsed().as_secs_f64();

@@ -108,10 +108,14 @@ impl Source {
         let Some(rate) = self.rate else {
             return most;
         };
-        let start = *self.start.get_or_insert_with(Instant::now);
-        let due = rate.due(start.elapsed());
+        let elapsed = self.start.get_or_insert_with(Instant::now).elapsed();
+        self.due(most, rate, elapsed)
+    }
+
+    /// The same for a rate, so long after the first frame was asked for.
+    fn due(&self, most: usize, rate: Rate, elapsed: Duration) -> usize {
         // A source that was held up catches up by bursts; never more than one at once.
-        due.saturating_sub(self.total).min(most as u64) as usize
+        rate.due(elapsed).saturating_sub(self.total).min(most as u64) as usize
     }
 
     /// Whether frames are waiting for room.
@@ -150,13 +154,21 @@ mod tests {
 
     #[test]
     fn the_rate_is_kept() {
-        let args = SourceArgs { size: 64, rate: Rate::new(1000.0) };
-        let mut source = Source::new(&args, Check::None);
-        let start = Instant::now();
-        let mut taken = 0;
-        while start.elapsed() < Duration::from_millis(50) {
-            taken += source.offer(|frames| frames.count());
-        }
-        assert!((30..=60).contains(&taken), "{taken}");
+        let rate = Rate::new(1000.0).unwrap();
+        let mut source = Source::new(&SourceArgs { size: 64, rate: Some(rate) }, Check::None);
+        let sent_at = |source: &mut Source, millis| {
+            let due = source.due(BURST, rate, Duration::from_millis(millis));
+            source.total += due as u64;
+            due
+        };
+        assert_eq!(sent_at(&mut source, 0), 0);
+        assert!((1..=50).all(|millis| sent_at(&mut source, millis) == 1));
+        assert_eq!(sent_at(&mut source, 50), 0);
+        // Held up until there are more than a burst; and then as fast as ever.
+        assert_eq!([150; 3].map(|millis| sent_at(&mut source, millis)), [BURST, 100 - BURST, 0]);
+        assert_eq!(sent_at(&mut source, 151), 1);
+        // By the clock: one in days is none now.
+        let slow = SourceArgs { size: 64, rate: Rate::new(1e-6) };
+        assert_eq!(Source::new(&slow, Check::None).offer(|frames| frames.count()), 0);
     }
 }
