@@ -5,6 +5,7 @@
 //! | module | what it holds |
 //! |---|---|
 //! | [`config`] | what a configuration file may say |
+//! | [`confine`] | what a running broker gives up |
 //! | [`link`] | one owner joined to one peer: a state machine without I/O |
 //! | [`session`] | a front-end's connection: messages to requests |
 //! | [`runtime`] | threads, sockets and descriptors around the links |
@@ -16,6 +17,7 @@
 #![deny(unsafe_code)]
 
 pub mod config;
+pub mod confine;
 pub mod control;
 pub mod demo;
 pub mod link;

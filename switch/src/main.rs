@@ -15,6 +15,7 @@ use signal_hook::consts::{SIGINT, SIGTERM};
 use signal_hook::iterator::Signals;
 use tracing_subscriber::EnvFilter;
 use vhost_pci_switch::config::{self, Config};
+use vhost_pci_switch::confine;
 use vhost_pci_switch::control::{client, render};
 use vhost_pci_switch::demo;
 use vhost_pci_switch::runtime::broker::Broker;
@@ -130,7 +131,10 @@ fn run(path: &Path) -> anyhow::Result<()> {
     raise_descriptor_limit();
     // Registered before the first socket exists: none is left behind.
     let mut signals = Signals::new([SIGTERM, SIGINT])?;
-    let broker = Broker::start(&config)?;
+    // Binding may take privileges, serving takes none: they go in between.
+    let bound = Broker::bind(&config)?;
+    let confinement = confine::enter(&config)?;
+    let broker = bound.serve(confinement)?;
     signals.forever().next();
     drop(broker);
     Ok(())

@@ -12,7 +12,7 @@ use guest_driver_model::programs::device::DeviceArgs;
 use guest_driver_model::programs::peer_loop::{PeerArgs, run_until};
 use guest_driver_model::programs::sink::{Check, Sink};
 use guest_driver_model::programs::stop::Stop;
-use vhost_pci_switch::config::{Config, LinkConfig, OneWay, Profile, WiringPolicy};
+use vhost_pci_switch::config::{Config, Confine, LinkConfig, OneWay, Profile, WiringPolicy};
 use vhost_pci_switch::control::client;
 use vhost_pci_switch::link::report::LinkReport;
 use vhost_pci_switch::runtime::broker::Broker;
@@ -39,6 +39,7 @@ fn config(folder: &Path) -> Config {
         control_socket: folder.join("control"),
         group: None,
         confirm_timeout: Duration::from_secs(5),
+        confine: Confine::Off,
         links: vec![link("good"), link("bad")],
     }
 }

@@ -43,8 +43,33 @@ pub struct Config {
     pub group: Option<String>,
     /// How long a peer's VMM has to confirm a change of its window.
     pub confirm_timeout: Duration,
+    /// Whether the broker gives up what it does not need.
+    pub confine: Confine,
     /// The links, in the file's order. Names and sockets are unique.
     pub links: Vec<LinkConfig>,
+}
+
+/// Whether the broker gives up what it does not need: capabilities, files, system calls.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum Confine {
+    /// It keeps all that it was started with.
+    Off,
+    /// As far as the kernel lets it.
+    #[default]
+    BestEffort,
+    /// All of it, or it does not run.
+    Require,
+}
+
+impl Confine {
+    /// The name in `status`.
+    pub const fn name(self) -> &'static str {
+        match self {
+            Self::Off => "off",
+            Self::BestEffort => "best_effort",
+            Self::Require => "require",
+        }
+    }
 }
 
 /// One owner device joined to one peer device.
@@ -221,6 +246,12 @@ window = "2G"
         assert!(!link.offloads);
         assert!(parse(&format!("{GOOD}offloads = true\n")).unwrap().links[0].offloads);
         assert_eq!(config.confirm_timeout, DEFAULT_CONFIRM_TIMEOUT);
+        assert_eq!(config.confine, Confine::BestEffort);
+        for (word, confine) in
+            [("true", Confine::BestEffort), ("false", Confine::Off), ("\"require\"", Confine::Require)]
+        {
+            assert_eq!(parse(&format!("confine = {word}\n{GOOD}")).unwrap().confine, confine);
+        }
     }
 
     #[test]
@@ -228,6 +259,7 @@ window = "2G"
         let text = r#"
 control_sockets = "/run/x"
 confirm_timeout_ms = 0
+confine = "yes"
 
 [[link]]
 name = "a b"
@@ -265,17 +297,18 @@ doorbell_socket = "e"
         };
         has("line 2:", "control_sockets");
         has("line 3:", "confirm_timeout_ms");
-        has("line 5:", "peer_socket");
-        has("line 6:", "name");
-        has("line 7:", "absolute");
-        has("line 8:", "power of two");
-        has("line 9:", "net");
-        has("line 10:", "queue_pairs");
-        has("line 15:", "used already");
-        has("line 22:", "no doorbell function");
-        has("line 28:", "offloads must be true or false");
-        has("line 29:", "\"direct\", \"relay\"");
-        has("line 30:", "absolute");
+        has("line 4:", "true, false or \"require\"");
+        has("line 6:", "peer_socket");
+        has("line 7:", "name");
+        has("line 8:", "absolute");
+        has("line 9:", "power of two");
+        has("line 10:", "net");
+        has("line 11:", "queue_pairs");
+        has("line 16:", "used already");
+        has("line 23:", "no doorbell function");
+        has("line 29:", "offloads must be true or false");
+        has("line 30:", "\"direct\", \"relay\"");
+        has("line 31:", "absolute");
         has("line 1:", "control_socket");
         assert!(found.windows(2).all(|w| line(&w[0]) <= line(&w[1])));
     }

@@ -11,7 +11,7 @@ use toml::de::{DeTable, DeValue};
 use vhost_pci_device::abi;
 
 use super::{
-    Config, DEFAULT_CONFIRM_TIMEOUT, DEFAULT_MAX_MAPPINGS, DEFAULT_MEMORY_REGIONS, DEFAULT_WINDOW,
+    Config, Confine, DEFAULT_CONFIRM_TIMEOUT, DEFAULT_MAX_MAPPINGS, DEFAULT_MEMORY_REGIONS, DEFAULT_WINDOW,
     LinkConfig, MAX_MAX_MAPPINGS, MAX_MEMORY_REGIONS, MAX_QUEUE_PAIRS, MAX_SOCKET_PATH, MAX_WINDOW, Mistake,
     OneWay, Profile, WiringPolicy, parse_size,
 };
@@ -91,9 +91,30 @@ impl<'t> Reader<'t> {
             Some((_, ms)) => Some(Duration::from_millis(ms)),
             None => Some(DEFAULT_CONFIRM_TIMEOUT),
         };
+        let confine = self.confine(&mut top);
         let links = self.links(&mut top);
-        self.unknown(top, &["control_socket", "group", "confirm_timeout_ms", "[[link]]"]);
-        Some(Config { control_socket: control_socket?, group, confirm_timeout: confirm_timeout?, links })
+        self.unknown(top, &["control_socket", "group", "confirm_timeout_ms", "confine", "[[link]]"]);
+        Some(Config {
+            control_socket: control_socket?,
+            group,
+            confirm_timeout: confirm_timeout?,
+            confine: confine?,
+            links,
+        })
+    }
+
+    fn confine(&mut self, table: &mut Table<'t>) -> Option<Confine> {
+        let Some((line, value)) = table.entries.remove("confine") else {
+            return Some(Confine::default());
+        };
+        match value.get_ref() {
+            DeValue::Boolean(true) => return Some(Confine::BestEffort),
+            DeValue::Boolean(false) => return Some(Confine::Off),
+            DeValue::String(text) if text == "require" => return Some(Confine::Require),
+            _ => {}
+        }
+        self.mistake(line, "confine must be true, false or \"require\"");
+        None
     }
 
     fn links(&mut self, top: &mut Table<'t>) -> Vec<LinkConfig> {

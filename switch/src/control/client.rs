@@ -55,5 +55,7 @@ pub fn status(socket: &Path) -> Result<BrokerReport, ClientError> {
     match serde_json::from_str(&line).map_err(|error| broken(error.into()))? {
         Answer::Status(report) => Ok(report),
         Answer::Error(error) => Err(ClientError::Refused(error)),
+        #[cfg(debug_assertions)]
+        Answer::Forbidden(answer) => Err(ClientError::Refused(answer)),
     }
 }

@@ -8,6 +8,9 @@ pub mod server;
 
 use serde::{Deserialize, Serialize};
 
+use crate::confine::Confinement;
+#[cfg(debug_assertions)]
+use crate::confine::hook::Forbidden;
 use crate::link::report::LinkReport;
 
 /// What a client can ask.
@@ -16,6 +19,12 @@ use crate::link::report::LinkReport;
 pub enum Query {
     /// The state of every link.
     Status,
+    /// A test's: to do what the broker must not be able to do.
+    #[cfg(debug_assertions)]
+    Forbidden {
+        /// What.
+        call: Forbidden,
+    },
 }
 
 /// What the broker answers.
@@ -24,6 +33,9 @@ pub enum Query {
 pub enum Answer {
     /// The state of the broker and every link.
     Status(BrokerReport),
+    /// What came of doing what the broker must not be able to do.
+    #[cfg(debug_assertions)]
+    Forbidden(String),
     /// The question was not understood.
     Error(String),
 }
@@ -42,6 +54,8 @@ pub struct BrokerReport {
     /// copy (FETCH and STORE), and no others while no guest memory is mapped. `None` if the
     /// kernel does not tell.
     pub packets: Option<u64>,
+    /// What its process has given up.
+    pub confinement: Confinement,
     /// Its links, in the configuration's order.
     pub links: Vec<LinkReport>,
 }

@@ -3,6 +3,8 @@
 use std::fmt::Write;
 
 use super::BrokerReport;
+use crate::config::Confine;
+use crate::confine::Confinement;
 use crate::link::report::{LinkReport, SideReport};
 
 /// The whole report.
@@ -19,10 +21,25 @@ pub fn broker(report: &BrokerReport) -> String {
         if report.links.len() == 1 { "" } else { "s" },
         report.guest_bytes_mapped,
     );
+    let _ = writeln!(text, "confinement: {}", confinement(&report.confinement));
     for link in &report.links {
         write_link(&mut text, link);
     }
     text
+}
+
+/// What is in force, and what is not and why.
+fn confinement(confinement: &Confinement) -> String {
+    if confinement.policy == Confine::Off.name() {
+        return "off".into();
+    }
+    let mut parts = Vec::new();
+    parts.extend(confinement.system_calls.map(|count| format!("seccomp {count} system calls")));
+    parts.extend(confinement.landlock_abi.map(|abi| format!("landlock ABI {abi}")));
+    parts.extend(confinement.no_capabilities.then(|| "no capabilities".into()));
+    parts.extend(confinement.no_new_privs.then(|| "no_new_privs".into()));
+    parts.extend(confinement.missing.iter().map(|missing| format!("missing {missing}")));
+    parts.join(", ")
 }
 
 fn write_link(text: &mut String, link: &LinkReport) {

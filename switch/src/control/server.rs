@@ -4,6 +4,7 @@
 use std::fs;
 use std::io::{self, BufRead, BufReader, Read, Write};
 use std::os::unix::net::UnixStream;
+use std::sync::Arc;
 use std::thread;
 use std::time::Duration;
 
@@ -11,6 +12,9 @@ use crossbeam_channel::bounded;
 use tracing::warn;
 
 use super::{Answer, BrokerReport, Query};
+use crate::confine::Confinement;
+#[cfg(debug_assertions)]
+use crate::confine::hook;
 use crate::link::report::LinkReport;
 use crate::runtime::{Input, LinkPort};
 
@@ -21,25 +25,36 @@ const LINK_TIMEOUT: Duration = Duration::from_secs(2);
 /// The longest question, bytes.
 const MAX_QUERY: u64 = 4096;
 
+/// What is told of.
+#[derive(Debug)]
+pub struct About {
+    /// The links.
+    pub ports: Vec<LinkPort>,
+    /// What the process has given up.
+    pub confinement: Confinement,
+}
+
 /// Serves one client.
-pub fn serve(stream: UnixStream, ports: &[LinkPort]) {
-    let ports = ports.to_vec();
+pub fn serve(stream: UnixStream, about: &Arc<About>) {
+    let about = Arc::clone(about);
     let client = thread::Builder::new().name("control client".into()).spawn(move || {
         // A client that leaves early is no fault of anybody's.
-        drop(answer(stream, &ports));
+        drop(answer(stream, &about));
     });
     if let Err(error) = client {
         warn!(%error, "a control client cannot be served");
     }
 }
 
-fn answer(mut stream: UnixStream, ports: &[LinkPort]) -> io::Result<()> {
+fn answer(mut stream: UnixStream, about: &About) -> io::Result<()> {
     stream.set_read_timeout(Some(CLIENT_TIMEOUT))?;
     stream.set_write_timeout(Some(CLIENT_TIMEOUT))?;
     let mut line = String::new();
     BufReader::new(stream.try_clone()?.take(MAX_QUERY)).read_line(&mut line)?;
     let answer = match serde_json::from_str(&line) {
-        Ok(Query::Status) => Answer::Status(status(ports)),
+        Ok(Query::Status) => Answer::Status(status(about)),
+        #[cfg(debug_assertions)]
+        Ok(Query::Forbidden { call }) => Answer::Forbidden(hook::commit(call)),
         Err(error) => Answer::Error(format!("not a question that this broker knows: {error}")),
     };
     let mut text = serde_json::to_vec(&answer)?;
@@ -47,9 +62,10 @@ fn answer(mut stream: UnixStream, ports: &[LinkPort]) -> io::Result<()> {
     stream.write_all(&text)
 }
 
-fn status(ports: &[LinkPort]) -> BrokerReport {
+fn status(about: &About) -> BrokerReport {
     // All are asked before the first is waited for.
-    let waiting: Vec<_> = ports
+    let waiting: Vec<_> = about
+        .ports
         .iter()
         .map(|port| {
             let (sender, receiver) = bounded(1);
@@ -67,6 +83,7 @@ fn status(ports: &[LinkPort]) -> BrokerReport {
         guest_bytes_mapped: mapped.unwrap_or(0),
         // What is copied at a driver's wish is a packet or a part of one.
         packets: mapped.filter(|bytes| *bytes == 0).map(|_| copies),
+        confinement: about.confinement.clone(),
         links,
     }
 }

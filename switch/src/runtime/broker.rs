@@ -23,7 +23,8 @@ use super::relay::Relay;
 use super::sockets::{self, Listener, SocketError};
 use super::{Input, LinkPort};
 use crate::config::{Config, OneWay};
-use crate::control::server;
+use crate::confine::Confinement;
+use crate::control::server::{self, About};
 use crate::link::{Fault, Link, Side};
 
 /// The token of the eventfd that ends the acceptor.
@@ -72,6 +73,14 @@ enum Purpose {
     Control,
 }
 
+/// A broker whose sockets are there, and that serves nobody yet. Dropping it removes them.
+pub struct Bound {
+    config: Config,
+    substitute: Substitute,
+    ports: Vec<LinkPort>,
+    listeners: Vec<(Listener, Purpose)>,
+}
+
 /// A running broker. Dropping it ends every session and removes every socket.
 pub struct Broker {
     ports: Vec<LinkPort>,
@@ -80,11 +89,19 @@ pub struct Broker {
 }
 
 impl Broker {
-    /// Starts everything that the configuration names.
+    /// Starts everything that the configuration names, as part of a process that is not confined.
     ///
     /// # Errors
     /// When a socket is taken, or the host refuses. Nothing is left behind then.
     pub fn start(config: &Config) -> Result<Self, BrokerError> {
+        Self::bind(config)?.serve(Confinement::unconfined())
+    }
+
+    /// Makes the sockets, and does all else that takes privileges. Starts no thread.
+    ///
+    /// # Errors
+    /// As [`Self::start`].
+    pub fn bind(config: &Config) -> Result<Bound, BrokerError> {
         let (links, limit) = (config.links.len(), limits::limit());
         let (needed, at_once) = limits::needed(&config.links);
         if needed > limit {
@@ -111,7 +128,18 @@ impl Broker {
                 listeners.push((bind(socket)?, Purpose::Doorbell(port.clone())));
             }
         }
-        let mut broker = Self {
+        Ok(Bound { config: config.clone(), substitute, ports, listeners })
+    }
+}
+
+impl Bound {
+    /// Starts the links and lets VMMs connect. `confinement` is what `status` tells of this process.
+    ///
+    /// # Errors
+    /// When the host refuses. Nothing is left behind then.
+    pub fn serve(self, confinement: Confinement) -> Result<Broker, BrokerError> {
+        let Self { config, substitute, ports, listeners } = self;
+        let mut broker = Broker {
             ports: ports.clone(),
             acceptor: None,
             stop: Arc::new(
@@ -129,7 +157,8 @@ impl Broker {
             port.start(LinkDriver::new(&name, link, link_id, port.clone(), relay)?);
         }
         let stop = Arc::clone(&broker.stop);
-        let acceptor = Acceptor::new(listeners, ports, stop, substitute)?;
+        let about = Arc::new(About { ports, confinement });
+        let acceptor = Acceptor::new(listeners, about, stop, substitute)?;
         broker.acceptor = Some(thread::Builder::new().name("acceptor".into()).spawn(move || acceptor.run())?);
         for link in config.links.iter().filter(|link| link.one_way == OneWay::Widen) {
             warn!(
@@ -174,7 +203,7 @@ fn new_link_id() -> u64 {
 struct Acceptor {
     epoll: Epoll,
     listeners: Vec<(Listener, Purpose)>,
-    ports: Vec<LinkPort>,
+    about: Arc<About>,
     substitute: Substitute,
     /// How often descriptors ran short.
     short: u64,
@@ -183,7 +212,7 @@ struct Acceptor {
 impl Acceptor {
     fn new(
         listeners: Vec<(Listener, Purpose)>,
-        ports: Vec<LinkPort>,
+        about: Arc<About>,
         stop: Arc<EventFd>,
         substitute: Substitute,
     ) -> io::Result<Self> {
@@ -193,7 +222,7 @@ impl Acceptor {
         for (token, (listener, _)) in (0..).zip(&listeners) {
             epoll.add(listener, EpollEvent::new(EpollFlags::EPOLLIN, token))?;
         }
-        Ok(Self { epoll, listeners, ports, substitute, short: 0 })
+        Ok(Self { epoll, listeners, about, substitute, short: 0 })
     }
 
     fn run(mut self) {
@@ -220,7 +249,7 @@ impl Acceptor {
                 }
             }
             // All of them: each tries to get its thread.
-            stands_in = stands_in && self.ports.iter().filter(|port| port.stand_in()).count() > 0;
+            stands_in = stands_in && self.about.ports.iter().filter(|port| port.stand_in()).count() > 0;
         }
     }
 
@@ -229,7 +258,7 @@ impl Acceptor {
         match (listener.accept(), purpose) {
             (Ok(None), _) => {}
             // Those are short, and how to see what is wrong.
-            (Ok(Some(stream)), Purpose::Control) => server::serve(stream, &self.ports),
+            (Ok(Some(stream)), Purpose::Control) => server::serve(stream, &self.about),
             (Ok(Some(stream)), _) if limits::is_short(number(&stream), limits::limit()) => {
                 self.say_short("a connection is turned away");
             }
