@@ -14,6 +14,7 @@ use guest_driver_model::net::{
 };
 use guest_driver_model::programs::ProgramError;
 use guest_driver_model::programs::forward::{ForwardArgs, run_on, run_until};
+use guest_driver_model::programs::run::RunArgs;
 use guest_driver_model::programs::stop::Stop;
 use guest_driver_model::programs::traffic::Traffic;
 use guest_driver_model::programs::waiting::{Wait, WaitArgs};
@@ -129,7 +130,10 @@ fn cross(
 
 /// Runs the program while `test` plays the owners.
 fn run(wait: Wait, sides: [&Side; 2], test: impl FnOnce()) -> Traffic {
-    let args = ForwardArgs { wait: WaitArgs { wait, idle_us: 0 }, ..ForwardArgs::default() };
+    let args = ForwardArgs {
+        run: RunArgs { wait: WaitArgs { wait, idle_us: 0 }, ..RunArgs::default() },
+        ..ForwardArgs::default()
+    };
     let stop = Stop::default();
     thread::scope(|scope| {
         let program = scope.spawn(|| run_on(sides.map(|side| &side.device as &dyn Transport), &args, &stop));

@@ -17,6 +17,7 @@ use guest_driver_model::programs::device::DeviceArgs;
 use guest_driver_model::programs::echo::{Echo, EchoArgs};
 use guest_driver_model::programs::generate::{GenArgs, Generate};
 use guest_driver_model::programs::peer_loop::{PeerArgs, PeerProgram, run_on, run_until};
+use guest_driver_model::programs::run::RunArgs;
 use guest_driver_model::programs::stop::Stop;
 use guest_driver_model::programs::traffic::Traffic;
 use guest_driver_model::programs::waiting::{Wait, WaitArgs};
@@ -172,7 +173,8 @@ impl Bench {
         test: impl FnOnce(&Stop),
     ) -> (Result<(), ProgramError>, Traffic, Duration) {
         let wait = if self.device.interrupt.is_some() { self.wait } else { Wait::Poll };
-        let args = PeerArgs { wait: WaitArgs { wait, idle_us: 0 }, ..PeerArgs::default() };
+        let run = RunArgs { wait: WaitArgs { wait, idle_us: 0 }, ..RunArgs::default() };
+        let args = PeerArgs { run, ..PeerArgs::default() };
         let stop = Stop::default();
         thread::scope(|scope| {
             let peer = scope.spawn(|| {
@@ -318,7 +320,7 @@ fn a_device_that_is_gone_ends_the_program() {
 fn interrupts_are_not_waited_for_where_there_are_none() {
     let bench = Bench::new();
     let wait = WaitArgs { wait: Wait::Interrupt, idle_us: 0 };
-    let args = PeerArgs { wait, ..PeerArgs::default() };
+    let args = PeerArgs { run: RunArgs { wait, ..RunArgs::default() }, ..PeerArgs::default() };
     let mut program = Echo::new(&EchoArgs::default());
     let result = run_on(&bench.device, &args, "echo", &mut program, &Stop::default());
     assert!(matches!(result, Err(ProgramError::NoInterrupts { .. })));
@@ -553,7 +555,8 @@ fn a_program_that_waits_for_its_broker_ends_well_when_asked_to() {
     let device = DeviceArgs { socket: Some("/nonexistent/peer.sock".into()), ..DeviceArgs::default() };
     let stop = Stop::default();
     let run = |reconnect| {
-        let args = PeerArgs { device: device.clone(), reconnect, ..PeerArgs::default() };
+        let run = RunArgs { reconnect, ..RunArgs::default() };
+        let args = PeerArgs { device: device.clone(), run, ..PeerArgs::default() };
         run_until(&args, "echo", &mut Echo::new(&EchoArgs::default()), &stop)
     };
     thread::scope(|scope| {

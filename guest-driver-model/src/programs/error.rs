@@ -13,6 +13,18 @@ use crate::ring::DriverFault;
 use crate::shm::ShmError;
 use crate::transport::TransportError;
 
+impl ProgramError {
+    /// The broker, or the device, is not there: it may come back.
+    pub fn is_gone(&self) -> bool {
+        matches!(
+            self,
+            Self::Transport(TransportError::Gone { .. } | TransportError::Broker { .. })
+                | Self::Owner(_)
+                | Self::BrokerGone { .. }
+        )
+    }
+}
+
 /// Why a program ends before its time.
 #[derive(Debug, thiserror::Error)]
 pub enum ProgramError {

@@ -9,17 +9,16 @@ use std::time::Instant;
 use super::ProgramError;
 use super::device::{DeviceArgs, TwoDevicesArgs};
 use super::live::Live;
-use super::peer_loop::{LONGEST_SLEEP, RECONNECT_PAUSE, ROUNDS};
-use super::quantity::seconds;
+use super::run::{LONGEST_SLEEP, ROUNDS, RunArgs, stop_on_signals, until_gone};
 use super::session::Session;
 use super::stop::Stop;
 use super::tally::Tally;
-use super::traffic::{ReportArgs, Reporter, Traffic};
-use super::unrest::{Unrest, UnrestArgs};
-use super::waiting::{Idle, Sleeps, WaitArgs, sleep};
+use super::traffic::{Reporter, Traffic};
+use super::unrest::Unrest;
+use super::waiting::{Idle, Sleeps, sleep};
 use super::wire::{Wire, receiving_pairs};
 use crate::net::{Lane, receive_vring, transmit_vring};
-use crate::transport::{Transport, TransportError};
+use crate::transport::Transport;
 
 /// What `forward` can be told.
 #[derive(Clone, Debug, Default, clap::Args)]
@@ -27,24 +26,12 @@ pub struct ForwardArgs {
     /// The devices.
     #[command(flatten)]
     pub devices: TwoDevicesArgs,
-    /// How to wait.
+    /// How to run.
     #[command(flatten)]
-    pub wait: WaitArgs,
-    /// Whether to pause.
-    #[command(flatten)]
-    pub unrest: UnrestArgs,
-    /// How to report.
-    #[command(flatten)]
-    pub report: ReportArgs,
-    /// End this many seconds after the first packet
-    #[arg(long, value_parser = seconds)]
-    pub seconds: Option<f64>,
+    pub run: RunArgs,
     /// End after this many packets, both ways together
     #[arg(long)]
     pub packets: Option<u64>,
-    /// When a broker is gone, wait for it to come back instead of ending
-    #[arg(long)]
-    pub reconnect: bool,
 }
 
 /// Runs `forward`.
@@ -52,8 +39,7 @@ pub struct ForwardArgs {
 /// # Errors
 /// If a device cannot be had, or is gone.
 pub fn run(args: &ForwardArgs) -> Result<(), ProgramError> {
-    let stop =
-        Stop::on_signals().map_err(|source| ProgramError::System { what: "signal handlers", source })?;
+    let stop = stop_on_signals()?;
     run_until(args, &stop)
 }
 
@@ -64,27 +50,11 @@ pub fn run(args: &ForwardArgs) -> Result<(), ProgramError> {
 pub fn run_until(args: &ForwardArgs, stop: &Stop) -> Result<(), ProgramError> {
     let devices = args.devices.both()?;
     let mut forwarder = Forwarder::new(args, stop);
-    let mut said = false;
-    let result = loop {
-        let result = open(&devices).and_then(|both| {
-            said = false;
-            forwarder.drive(both.each_ref().map(|transport| &**transport))
-        });
-        match result {
-            Err(
-                error @ ProgramError::Transport(TransportError::Gone { .. } | TransportError::Broker { .. }),
-            ) if args.reconnect => {
-                if stop.is_requested() {
-                    break Ok(());
-                }
-                if !std::mem::replace(&mut said, true) {
-                    tracing::warn!("{error}; waiting for it to come back");
-                }
-                std::thread::sleep(RECONNECT_PAUSE);
-            }
-            result => break result,
-        }
-    };
+    let result = until_gone(args.run.reconnect, stop, |outage| {
+        let both = open(&devices)?;
+        outage.is_over();
+        forwarder.drive(both.each_ref().map(|transport| &**transport))
+    });
     forwarder.reporter.end(&forwarder.traffic);
     result
 }
@@ -133,7 +103,7 @@ impl<'a> Forwarder<'a> {
         Self {
             args,
             stop,
-            reporter: Reporter::new(&args.report, "forward"),
+            reporter: Reporter::new(&args.run.report, "forward"),
             lanes: Default::default(),
             moved: Traffic { copied_bytes: Some(0), ..Traffic::default() },
             ended: Tally::default(),
@@ -144,7 +114,7 @@ impl<'a> Forwarder<'a> {
 
     /// Drives two devices until the program is to end (`Ok`) or one is gone.
     fn drive(&mut self, transports: [&dyn Transport; 2]) -> Result<(), ProgramError> {
-        let interrupt = self.args.wait.wait.needs_interrupts();
+        let interrupt = self.args.run.wait.wait.needs_interrupts();
         let [one, other] = transports;
         let mut both = [Session::new(one, interrupt)?, Session::new(other, interrupt)?];
         let result = self.serve(&mut both);
@@ -160,8 +130,8 @@ impl<'a> Forwarder<'a> {
     }
 
     fn serve(&mut self, both: &mut [Session<'_>; 2]) -> Result<(), ProgramError> {
-        let mut idle = Idle::new(self.args.wait);
-        let mut unrest = Unrest::new(self.args.unrest);
+        let mut idle = Idle::new(self.args.run.wait);
+        let mut unrest = Unrest::new(self.args.run.unrest);
         let mut rounds = 0_u32;
         let mut checked = Instant::now();
         loop {
@@ -180,7 +150,7 @@ impl<'a> Forwarder<'a> {
                 both.iter().for_each(Session::follow_doorbell);
                 self.count(both);
                 let running = self.reporter.tick(&self.traffic);
-                let over = self.args.seconds.is_some_and(|seconds| running.as_secs_f64() >= seconds);
+                let over = self.args.run.is_over(running);
                 if enough || over || self.stop.is_requested() {
                     return Ok(());
                 }

@@ -11,6 +11,7 @@
 //! | [`vfio_owner`] | an owner's driver in its guest, behind the guest's IOMMU |
 //! | [`confine`] | try whether a peer is confined to what its owner maps |
 //! | [`peer_loop`] | the main loop of the peers |
+//! | [`run`], [`owner_args`] | what several of them can be told, and do alike |
 //! | [`device`], [`wire`], [`waiting`], [`stop`], [`traffic`], [`quiet`] | its parts |
 //! | [`quantity`] | numbers of the command line |
 //! | [`pattern`], [`source`] | packets that can be checked |
@@ -28,12 +29,14 @@ pub mod forward;
 pub mod generate;
 mod live;
 pub mod owner;
+pub mod owner_args;
 pub mod owner_forward;
 pub mod pattern;
 pub mod peer_loop;
 pub mod ping;
 pub mod quantity;
 pub mod quiet;
+pub mod run;
 mod session;
 pub mod show;
 pub mod sink;

@@ -1,18 +1,19 @@
 //! `owner`: an owner without a VM, which sends, receives and checks packets.
 
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
 
 use super::ProgramError;
+use super::owner_args::{MemoryArgs, RingArgs};
 use super::pattern::Checker;
 use super::ping::Ping;
-use super::quantity::{address, mebibytes, seconds};
+use super::run::{LAST_PACKETS, LAST_SLEEP, LONGEST_SLEEP, ROUNDS, RunArgs, stop_on_signals, until_gone};
 use super::sink::Check;
 use super::source::{Source, SourceArgs};
 use super::stop::Stop;
-use super::traffic::{ReportArgs, Reporter, Traffic};
-use super::unrest::{Unrest, UnrestArgs};
-use super::waiting::{Idle, Sleeps, Wait, WaitArgs};
+use super::traffic::{Reporter, Traffic};
+use super::unrest::Unrest;
+use super::waiting::{Idle, Sleeps};
 use super::wire::{BURST, Sent};
 use crate::net::owner::BufferMapping;
 use crate::net::{OwnerConfig, OwnerLayout, OwnerPort, PacketBurst, receive_vring, transmit_vring};
@@ -59,13 +60,9 @@ pub struct OwnerArgs {
     /// What to do
     #[arg(long = "mode", value_enum, default_value_t)]
     pub work: Work,
-    /// How to find out about work: `poll` looks all the time, `interrupt` sleeps until
-    /// notified, `adaptive` looks for so long after the last packet (50 us) and then sleeps
-    #[arg(long, default_value_t, value_name = "poll|interrupt|adaptive[=MICROSECONDS]")]
-    pub wait: Wait,
-    /// When polling has found nothing for a while, sleep this long between looks
-    #[arg(long, default_value_t = 0, value_name = "MICROSECONDS")]
-    pub idle_us: u64,
+    /// How to run.
+    #[command(flatten)]
+    pub run: RunArgs,
     /// What to send.
     #[command(flatten)]
     pub source: SourceArgs,
@@ -76,33 +73,15 @@ pub struct OwnerArgs {
     /// Queue pairs; packets are sent over all in turn
     #[arg(long, default_value_t = 1)]
     pub pairs: u16,
-    /// Entries of each ring
-    #[arg(long, default_value_t = 512)]
-    pub ring_size: u16,
-    /// Length of each buffer, bytes: a multiple of 64, of which the first 64 are for the header
-    #[arg(long, default_value_t = OwnerConfig::default().buffer_len)]
-    pub buffer_len: u32,
-    /// Do without VIRTIO_NET_F_MRG_RXBUF
-    #[arg(long)]
-    pub no_mergeable: bool,
+    /// The rings.
+    #[command(flatten)]
+    pub rings: RingArgs,
     /// Transmit long packets by indirect descriptors
     #[arg(long)]
     pub indirect: bool,
-    /// Do without VIRTIO_F_EVENT_IDX
-    #[arg(long)]
-    pub no_event_idx: bool,
-    /// Have packed rings (VIRTIO_F_RING_PACKED)
-    #[arg(long)]
-    pub packed: bool,
-    /// Let the device give buffers back in order only, several at once (VIRTIO_F_IN_ORDER)
-    #[arg(long)]
-    pub in_order: bool,
-    /// Length of the memory, MiB
-    #[arg(long = "memory-mib", default_value = "64", value_name = "MIB", value_parser = mebibytes)]
-    pub memory_len: u64,
-    /// Guest-physical address of the memory
-    #[arg(long, default_value = "0x100000000", value_parser = address)]
-    pub guest_start: u64,
+    /// The memory.
+    #[command(flatten)]
+    pub memory: MemoryArgs,
     /// Have an IOMMU
     #[arg(long, value_enum, default_value_t)]
     pub iommu: IommuUse,
@@ -120,41 +99,17 @@ pub struct OwnerArgs {
     /// Stop and restart the device this often
     #[arg(long, value_name = "MILLISECONDS")]
     pub restart_every_ms: Option<u64>,
-    /// End this many seconds after the first packet
-    #[arg(long, value_parser = seconds)]
-    pub seconds: Option<f64>,
     /// End when so many packets have been sent (and, for echo-check, come back)
     #[arg(long)]
     pub packets: Option<u64>,
-    /// When the broker is gone, wait for it to come back instead of ending
-    #[arg(long)]
-    pub reconnect: bool,
-    /// Whether to pause.
-    #[command(flatten)]
-    pub unrest: UnrestArgs,
-    /// How to report.
-    #[command(flatten)]
-    pub report: ReportArgs,
 }
-
-/// Rounds between two looks at the clock.
-const ROUNDS: u32 = 64;
-/// The longest sleep.
-const LONGEST_SLEEP: Duration = Duration::from_secs(1);
-/// The same when all that is left is to see the last packets home.
-const LAST_SLEEP: Duration = Duration::from_millis(10);
-/// Between two tries to have the broker back.
-const RECONNECT_PAUSE: Duration = Duration::from_millis(200);
-/// How long packets on their way may take at the end.
-const LAST_PACKETS: Duration = Duration::from_secs(2);
 
 /// Runs `owner`.
 ///
 /// # Errors
 /// If the broker does not serve the owner, or is gone.
 pub fn run(args: &OwnerArgs) -> Result<(), ProgramError> {
-    let stop =
-        Stop::on_signals().map_err(|source| ProgramError::System { what: "signal handlers", source })?;
+    let stop = stop_on_signals()?;
     run_until(args, &stop)
 }
 
@@ -207,19 +162,9 @@ impl<'a, A: Addressing> Owner<'a, A> {
         args: &'a OwnerArgs,
         addressing: impl FnOnce(&OwnerMemory, &OwnerLayout) -> Result<A, ProgramError>,
     ) -> Result<Self, ProgramError> {
-        let config = OwnerConfig {
-            pairs: args.pairs,
-            ring_size: args.ring_size,
-            buffer_len: args.buffer_len,
-            mergeable: !args.no_mergeable,
-            indirect: args.indirect,
-            event_idx: !args.no_event_idx,
-            packed: args.packed,
-            in_order: args.in_order,
-            offloads: false,
-        };
-        let memory = OwnerMemory::new(args.memory_len, args.guest_start)
-            .map_err(|source| ProgramError::System { what: "the owner's memory", source })?;
+        let (pairs, indirect) = (args.pairs, args.indirect);
+        let config = OwnerConfig { pairs, indirect, ..args.rings.config() };
+        let memory = args.memory.memory()?;
         let layout = OwnerLayout::new(config, 0, memory.len())?;
         let sources = Source::several(&args.source, args.check, args.pairs);
         let checker = |source: &Source| match args.work {
@@ -234,7 +179,7 @@ impl<'a, A: Addressing> Owner<'a, A> {
             checkers: sources.iter().map(checker).collect(),
             vmm: None,
             ping: match args.work {
-                Work::Ping => Some(Ping::new(args.source.size, args.source.rate, args.wait)?),
+                Work::Ping => Some(Ping::new(args.source.size, args.source.rate, args.run.wait.wait)?),
                 _ => None,
             },
             sources,
@@ -249,27 +194,15 @@ impl<'a, A: Addressing> Owner<'a, A> {
 
     /// Until `stop` is requested, or its work is done.
     fn run(mut self, stop: &Stop) -> Result<(), ProgramError> {
-        let mut reporter = Reporter::new(&self.args.report, "owner");
-        let mut said = false;
-        let result = loop {
-            let gone =
-                match self.connect().map(|()| said = false).and_then(|()| self.serve(&mut reporter, stop)) {
-                    Err(error @ (ProgramError::Owner(_) | ProgramError::BrokerGone { .. }))
-                        if self.args.reconnect =>
-                    {
-                        error
-                    }
-                    result => break result,
-                };
+        let mut reporter = Reporter::new(&self.args.run.report, "owner");
+        let result = until_gone(self.args.run.reconnect, stop, |outage| {
+            let result = self.connect().and_then(|()| {
+                outage.is_over();
+                self.serve(&mut reporter, stop)
+            });
             self.vmm = None;
-            if stop.is_requested() {
-                break Ok(());
-            }
-            if !std::mem::replace(&mut said, true) {
-                tracing::warn!("{gone}; waiting for it to come back");
-            }
-            std::thread::sleep(RECONNECT_PAUSE);
-        };
+            result
+        });
         match &self.ping {
             Some(ping) => reporter.end_with_round_trips(&self.traffic(), &ping.round_trips()),
             None => reporter.end(&self.traffic()),
@@ -298,11 +231,7 @@ impl<'a, A: Addressing> Owner<'a, A> {
         let link = self.addressing.iommu().map(|iommu| IommuLink { iommu: iommu.clone(), protocol });
         let vrings = self.layout.vrings().len() as u16;
         let vmm = OwnerVmm::connect_with(&self.args.socket, vrings, link)?;
-        let missing = self.layout.config().features() & !vmm.offered();
-        if missing != 0 {
-            let socket = self.args.socket.display().to_string();
-            return Err(ProgramError::Features { socket, offered: vmm.offered(), missing });
-        }
+        check_offer(&vmm, &self.args.socket, self.layout.config())?;
         self.vmm = Some(vmm);
         self.start()
     }
@@ -332,8 +261,8 @@ impl<'a, A: Addressing> Owner<'a, A> {
     }
 
     fn serve(&mut self, reporter: &mut Reporter, stop: &Stop) -> Result<(), ProgramError> {
-        let mut idle = Idle::new(WaitArgs { wait: self.args.wait, idle_us: self.args.idle_us });
-        let mut unrest = Unrest::new(self.args.unrest);
+        let mut idle = Idle::new(self.args.run.wait);
+        let mut unrest = Unrest::new(self.args.run.unrest);
         let mut rounds = 0;
         let (mut checked, mut restarted) = (Instant::now(), Instant::now());
         let mut ending: Option<Instant> = None;
@@ -362,7 +291,7 @@ impl<'a, A: Addressing> Owner<'a, A> {
             }
             rounds = 0;
             let running = reporter.tick(&self.traffic());
-            let over = self.args.seconds.is_some_and(|seconds| running.as_secs_f64() >= seconds);
+            let over = self.args.run.is_over(running);
             if (over || enough || stop.is_requested()) && ending.is_none() {
                 ending = Some(Instant::now());
             }
@@ -489,6 +418,15 @@ impl<'a, A: Addressing> Owner<'a, A> {
         {
             tracing::warn!("stopping: {error}");
         }
+    }
+}
+
+/// Whether the broker offers what a driver with this configuration needs.
+pub(super) fn check_offer(vmm: &OwnerVmm, socket: &Path, config: &OwnerConfig) -> Result<(), ProgramError> {
+    let offered = vmm.offered();
+    match config.features() & !offered {
+        0 => Ok(()),
+        missing => Err(ProgramError::Features { socket: socket.display().to_string(), offered, missing }),
     }
 }
 

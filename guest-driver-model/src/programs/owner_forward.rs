@@ -4,16 +4,19 @@
 //! Owns: the memory, both cards' rings in it, and a connection to a broker for each card.
 
 use std::path::PathBuf;
-use std::time::{Duration, Instant};
+use std::time::Instant;
 
 use super::ProgramError;
+use super::owner::check_offer;
+use super::owner_args::{MemoryArgs, RingArgs};
 use super::pattern::{Checker, Generator, SAMPLE, Verdict};
-use super::quantity::{address, frame_len, mebibytes, seconds};
+use super::quantity::frame_len;
+use super::run::{LAST_PACKETS, LAST_SLEEP, LONGEST_SLEEP, ROUNDS, RunArgs, stop_on_signals, until_gone};
 use super::sink::Check;
 use super::stop::Stop;
-use super::traffic::{ReportArgs, Reporter, Traffic};
-use super::unrest::{Unrest, UnrestArgs};
-use super::waiting::{Idle, Sleeps, WaitArgs};
+use super::traffic::{Reporter, Traffic};
+use super::unrest::Unrest;
+use super::waiting::{Idle, Sleeps};
 use super::wire::BURST;
 use crate::net::crossover::Crossover;
 use crate::net::{OwnerConfig, receive_vring, transmit_vring};
@@ -26,27 +29,12 @@ pub struct OwnerForwardArgs {
     /// An owner socket of a broker. To be given twice, once for each card
     #[arg(long, value_name = "PATH", required = true)]
     pub socket: Vec<PathBuf>,
-    /// How to wait.
+    /// How to run.
     #[command(flatten)]
-    pub wait: WaitArgs,
-    /// Entries of each ring
-    #[arg(long, default_value_t = 256)]
-    pub ring_size: u16,
-    /// Length of each buffer, bytes: a multiple of 64, of which the first 64 are for the header
-    #[arg(long, default_value_t = OwnerConfig::default().buffer_len)]
-    pub buffer_len: u32,
-    /// Do without VIRTIO_NET_F_MRG_RXBUF
-    #[arg(long)]
-    pub no_mergeable: bool,
-    /// Do without VIRTIO_F_EVENT_IDX
-    #[arg(long)]
-    pub no_event_idx: bool,
-    /// Have packed rings (VIRTIO_F_RING_PACKED)
-    #[arg(long)]
-    pub packed: bool,
-    /// Let the devices give buffers back in order only, several at once (VIRTIO_F_IN_ORDER)
-    #[arg(long)]
-    pub in_order: bool,
+    pub run: RunArgs,
+    /// The rings.
+    #[command(flatten)]
+    pub rings: RingArgs,
     /// Start with so many packets on their way by each card, at most half a ring: they go round for as
     /// long as the peer passes them on
     #[arg(long, default_value_t = 0, value_name = "PACKETS")]
@@ -57,39 +45,14 @@ pub struct OwnerForwardArgs {
     /// How to judge packets, one in 64 bursts
     #[arg(long, value_enum, default_value_t = Check::None)]
     pub check: Check,
-    /// Length of the memory, MiB
-    #[arg(long = "memory-mib", default_value = "64", value_name = "MIB", value_parser = mebibytes)]
-    pub memory_len: u64,
-    /// Guest-physical address of the memory
-    #[arg(long, default_value = "0x100000000", value_parser = address)]
-    pub guest_start: u64,
-    /// End this many seconds after the first packet
-    #[arg(long, value_parser = seconds)]
-    pub seconds: Option<f64>,
+    /// The memory.
+    #[command(flatten)]
+    pub memory: MemoryArgs,
     /// End when so many packets have been passed on, both ways together
     #[arg(long)]
     pub packets: Option<u64>,
-    /// When a broker is gone, wait for it to come back instead of ending
-    #[arg(long)]
-    pub reconnect: bool,
-    /// Whether to pause.
-    #[command(flatten)]
-    pub unrest: UnrestArgs,
-    /// How to report.
-    #[command(flatten)]
-    pub report: ReportArgs,
 }
 
-/// Rounds between two looks at the clock.
-const ROUNDS: u32 = 64;
-/// The longest sleep.
-const LONGEST_SLEEP: Duration = Duration::from_secs(1);
-/// The same when all that is left is to see the last packets home.
-const LAST_SLEEP: Duration = Duration::from_millis(10);
-/// Between two tries to have a broker back.
-const RECONNECT_PAUSE: Duration = Duration::from_millis(200);
-/// How long packets on their way may take at the end.
-const LAST_PACKETS: Duration = Duration::from_secs(2);
 /// The vrings of a card.
 const VRINGS: [u16; 2] = [receive_vring(0), transmit_vring(0)];
 
@@ -98,8 +61,7 @@ const VRINGS: [u16; 2] = [receive_vring(0), transmit_vring(0)];
 /// # Errors
 /// If a broker does not serve the owner, or is gone.
 pub fn run(args: &OwnerForwardArgs) -> Result<(), ProgramError> {
-    let stop =
-        Stop::on_signals().map_err(|source| ProgramError::System { what: "signal handlers", source })?;
+    let stop = stop_on_signals()?;
     run_until(args, &stop)
 }
 
@@ -112,25 +74,15 @@ pub fn run_until(args: &OwnerForwardArgs, stop: &Stop) -> Result<(), ProgramErro
         return Err(ProgramError::NotTwo { given: args.socket.len() });
     };
     let mut owner = Owner::new(args)?;
-    let mut reporter = Reporter::new(&args.report, "owner-forward");
-    let mut said = false;
-    let result = loop {
-        let gone =
-            match owner.connect().map(|()| said = false).and_then(|()| owner.serve(&mut reporter, stop)) {
-                Err(error @ (ProgramError::Owner(_) | ProgramError::BrokerGone { .. })) if args.reconnect => {
-                    error
-                }
-                result => break result,
-            };
+    let mut reporter = Reporter::new(&args.run.report, "owner-forward");
+    let result = until_gone(args.run.reconnect, stop, |outage| {
+        let result = owner.connect().and_then(|()| {
+            outage.is_over();
+            owner.serve(&mut reporter, stop)
+        });
         owner.vmms.clear();
-        if stop.is_requested() {
-            break Ok(());
-        }
-        if !std::mem::replace(&mut said, true) {
-            tracing::warn!("{gone}; waiting for it to come back");
-        }
-        std::thread::sleep(RECONNECT_PAUSE);
-    };
+        result
+    });
     reporter.end(&owner.traffic());
     result
 }
@@ -165,18 +117,8 @@ fn crossover(
 
 impl<'a> Owner<'a> {
     fn new(args: &'a OwnerForwardArgs) -> Result<Self, ProgramError> {
-        let config = OwnerConfig {
-            pairs: 1,
-            ring_size: args.ring_size,
-            buffer_len: args.buffer_len,
-            mergeable: !args.no_mergeable,
-            event_idx: !args.no_event_idx,
-            packed: args.packed,
-            in_order: args.in_order,
-            ..OwnerConfig::default()
-        };
-        let memory = OwnerMemory::new(args.memory_len, args.guest_start)
-            .map_err(|source| ProgramError::System { what: "the owner's memory", source })?;
+        let config = args.rings.config();
+        let memory = args.memory.memory()?;
         let crossover = crossover(args, config, &memory)?;
         let traffic = Traffic { copied_bytes: Some(0), ..Traffic::default() };
         Ok(Self {
@@ -202,11 +144,7 @@ impl<'a> Owner<'a> {
     fn connect(&mut self) -> Result<(), ProgramError> {
         for socket in &self.args.socket {
             let vmm = OwnerVmm::connect(socket, VRINGS.len() as u16)?;
-            let missing = self.config.features() & !vmm.offered();
-            if missing != 0 {
-                let socket = socket.display().to_string();
-                return Err(ProgramError::Features { socket, offered: vmm.offered(), missing });
-            }
+            check_offer(&vmm, socket, &self.config)?;
             self.vmms.push(vmm);
         }
         self.start()
@@ -233,8 +171,8 @@ impl<'a> Owner<'a> {
     }
 
     fn serve(&mut self, reporter: &mut Reporter, stop: &Stop) -> Result<(), ProgramError> {
-        let mut idle = Idle::new(self.args.wait);
-        let mut unrest = Unrest::new(self.args.unrest);
+        let mut idle = Idle::new(self.args.run.wait);
+        let mut unrest = Unrest::new(self.args.run.unrest);
         let mut rounds = 0;
         let mut checked = Instant::now();
         let mut ending: Option<Instant> = None;
@@ -260,7 +198,7 @@ impl<'a> Owner<'a> {
             }
             rounds = 0;
             let running = reporter.tick(&self.traffic());
-            let over = self.args.seconds.is_some_and(|seconds| running.as_secs_f64() >= seconds);
+            let over = self.args.run.is_over(running);
             if (over || enough || stop.is_requested()) && ending.is_none() {
                 ending = Some(Instant::now());
             }

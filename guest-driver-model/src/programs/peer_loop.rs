@@ -7,47 +7,28 @@ use std::time::{Duration, Instant};
 
 use super::ProgramError;
 use super::device::DeviceArgs;
-use super::quantity::seconds;
+use super::run::{LONGEST_SLEEP, ROUNDS, RunArgs, stop_on_signals, until_gone};
 use super::session::Session;
 use super::stop::Stop;
 use super::tally::Tally;
-use super::traffic::{ReportArgs, Reporter, Traffic};
-use super::unrest::{Unrest, UnrestArgs};
-use super::waiting::{Idle, WaitArgs};
+use super::traffic::{Reporter, Traffic};
+use super::unrest::Unrest;
+use super::waiting::Idle;
 use super::wire::Wire;
-use crate::transport::{Transport, TransportError};
+use crate::transport::Transport;
 
-/// Rounds between two looks at the clock.
-pub(super) const ROUNDS: u32 = 64;
-/// The longest sleep. Nothing but the look at the clock depends on it: who sleeps is woken
-/// for each packet.
-pub(super) const LONGEST_SLEEP: Duration = Duration::from_secs(1);
-/// Between two tries to have the device back.
-pub(super) const RECONNECT_PAUSE: Duration = Duration::from_millis(200);
 /// What all peer programs can be told.
 #[derive(Clone, Debug, Default, clap::Args)]
 pub struct PeerArgs {
     /// The device.
     #[command(flatten)]
     pub device: DeviceArgs,
-    /// How to wait.
+    /// How to run.
     #[command(flatten)]
-    pub wait: WaitArgs,
-    /// Whether to pause.
-    #[command(flatten)]
-    pub unrest: UnrestArgs,
-    /// How to report.
-    #[command(flatten)]
-    pub report: ReportArgs,
-    /// End this many seconds after the first packet
-    #[arg(long, value_parser = seconds)]
-    pub seconds: Option<f64>,
+    pub run: RunArgs,
     /// End after this many packets, sent and received together
     #[arg(long)]
     pub packets: Option<u64>,
-    /// When the broker is gone, wait for it to come back instead of ending
-    #[arg(long)]
-    pub reconnect: bool,
 }
 
 /// What a program does with the packets.
@@ -95,8 +76,7 @@ pub trait PeerProgram {
 /// # Errors
 /// If the device cannot be had, or is gone.
 pub fn run(args: &PeerArgs, name: &'static str, program: &mut dyn PeerProgram) -> Result<(), ProgramError> {
-    let stop =
-        Stop::on_signals().map_err(|source| ProgramError::System { what: "signal handlers", source })?;
+    let stop = stop_on_signals()?;
     run_until(args, name, program, &stop)
 }
 
@@ -111,28 +91,12 @@ pub fn run_until(
     stop: &Stop,
 ) -> Result<(), ProgramError> {
     let mut peer = Peer::new(args, name, stop);
-    let mut said = false;
-    let result = loop {
-        let result = args.device.open().and_then(|transport| {
-            said = false;
-            tracing::info!(device = transport.name(), "the device is started");
-            peer.drive(&*transport, program)
-        });
-        match result {
-            Err(
-                error @ ProgramError::Transport(TransportError::Gone { .. } | TransportError::Broker { .. }),
-            ) if args.reconnect => {
-                if stop.is_requested() {
-                    break Ok(());
-                }
-                if !std::mem::replace(&mut said, true) {
-                    tracing::warn!("{error}; waiting for it to come back");
-                }
-                std::thread::sleep(RECONNECT_PAUSE);
-            }
-            result => break result,
-        }
-    };
+    let result = until_gone(args.run.reconnect, stop, |outage| {
+        let transport = args.device.open()?;
+        outage.is_over();
+        tracing::info!(device = transport.name(), "the device is started");
+        peer.drive(&*transport, program)
+    });
     peer.reporter.end(&traffic(program, peer.tally));
     result
 }
@@ -164,7 +128,7 @@ struct Peer<'a> {
 
 impl<'a> Peer<'a> {
     fn new(args: &'a PeerArgs, name: &'static str, stop: &'a Stop) -> Self {
-        Self { args, stop, tally: Tally::default(), reporter: Reporter::new(&args.report, name) }
+        Self { args, stop, tally: Tally::default(), reporter: Reporter::new(&args.run.report, name) }
     }
 
     /// Drives one device until the program is to end (`Ok`) or the device is gone.
@@ -173,7 +137,7 @@ impl<'a> Peer<'a> {
         transport: &dyn Transport,
         program: &mut dyn PeerProgram,
     ) -> Result<(), ProgramError> {
-        let mut session = Session::new(transport, self.args.wait.wait.needs_interrupts())?;
+        let mut session = Session::new(transport, self.args.run.wait.wait.needs_interrupts())?;
         let result = self.serve(&mut session, program);
         program.link_lost();
         self.tally += session.tally();
@@ -186,8 +150,8 @@ impl<'a> Peer<'a> {
         session: &mut Session<'_>,
         program: &mut dyn PeerProgram,
     ) -> Result<(), ProgramError> {
-        let mut idle = Idle::new(self.args.wait);
-        let mut unrest = Unrest::new(self.args.unrest);
+        let mut idle = Idle::new(self.args.run.wait);
+        let mut unrest = Unrest::new(self.args.run.unrest);
         let mut rounds = 0_u32;
         let mut checked = Instant::now();
         loop {
@@ -210,7 +174,7 @@ impl<'a> Peer<'a> {
                 session.follow_doorbell();
                 program.check()?;
                 let running = self.reporter.tick(&traffic(program, self.tally + session.tally()));
-                let over = self.args.seconds.is_some_and(|seconds| running.as_secs_f64() >= seconds);
+                let over = self.args.run.is_over(running);
                 if enough || over || self.stop.is_requested() {
                     return Ok(());
                 }

@@ -8,8 +8,9 @@ use vhost_pci_device::abi::{self, queue_of_vring};
 
 use super::ProgramError;
 use super::live::Live;
-use super::peer_loop::{LONGEST_SLEEP, PeerProgram};
+use super::peer_loop::PeerProgram;
 use super::quiet::Quiet;
+use super::run::LONGEST_SLEEP;
 use super::tally::Tally;
 use super::waiting::sleep;
 use super::wire::{Wire, receiving_pairs};

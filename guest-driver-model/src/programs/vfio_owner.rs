@@ -2,15 +2,17 @@
 //! its rings and buffers once, by VFIO, behind the guest's IOMMU, and nothing else of
 //! the guest is ever the card's. Sends, receives and checks packets.
 
-use std::time::{Duration, Instant};
+use std::time::Instant;
 
 use serde_json::json;
 
 use super::ProgramError;
 use super::confine::secret::Secret;
 use super::owner::Work;
+use super::owner_args::BufferArgs;
 use super::pattern::Checker;
 use super::quantity::seconds;
+use super::run::{LAST_PACKETS, ROUNDS, stop_on_signals};
 use super::sink::Check;
 use super::source::{Source, SourceArgs};
 use super::stop::Stop;
@@ -33,18 +35,12 @@ pub struct CardArgs {
     /// Entries of each ring
     #[arg(long, default_value_t = 64)]
     pub ring_size: u16,
-    /// Length of each buffer, bytes: a multiple of 64, of which the first 64 are for the header
-    #[arg(long, default_value_t = OwnerConfig::default().buffer_len)]
-    pub buffer_len: u32,
-    /// Do without VIRTIO_NET_F_MRG_RXBUF
-    #[arg(long)]
-    pub no_mergeable: bool,
+    /// Their buffers.
+    #[command(flatten)]
+    pub buffers: BufferArgs,
     /// Transmit long packets by indirect descriptors
     #[arg(long)]
     pub indirect: bool,
-    /// Do without VIRTIO_F_EVENT_IDX
-    #[arg(long)]
-    pub no_event_idx: bool,
 }
 
 /// What `vfio-owner` can be told.
@@ -83,10 +79,6 @@ pub struct VfioOwnerArgs {
 const IOVA: u64 = 0x1000_0000;
 /// From there on pages that are no part of the port.
 pub(super) const EXTRA_IOVA: u64 = 0x2000_0000;
-/// Rounds between two looks at the clock.
-const ROUNDS: u32 = 64;
-/// How long packets on their way may take at the end.
-const LAST_PACKETS: Duration = Duration::from_secs(2);
 
 /// A started card with a port on it. Fields in the order of release: a card that is
 /// reset reaches nothing any more.
@@ -101,15 +93,7 @@ pub(super) struct CardPort {
 impl CardPort {
     /// Maps rings and buffers, and starts the card.
     pub fn start(args: &CardArgs) -> Result<Self, ProgramError> {
-        let config = OwnerConfig {
-            pairs: 1,
-            ring_size: args.ring_size,
-            buffer_len: args.buffer_len,
-            mergeable: !args.no_mergeable,
-            indirect: args.indirect,
-            event_idx: !args.no_event_idx,
-            ..OwnerConfig::default()
-        };
+        let config = OwnerConfig { indirect: args.indirect, ..args.buffers.config(args.ring_size) };
         let address = Some(args.device.as_str()).filter(|address| *address != "auto");
         let mut card = Card::open(address)?;
         let layout = OwnerLayout::new(config, 0, EXTRA_IOVA - IOVA)?;
@@ -134,8 +118,7 @@ impl CardPort {
 /// # Errors
 /// If there is no card to be had, or it breaks a ring.
 pub fn run(args: &VfioOwnerArgs) -> Result<(), ProgramError> {
-    let stop =
-        Stop::on_signals().map_err(|source| ProgramError::System { what: "signal handlers", source })?;
+    let stop = stop_on_signals()?;
     let mut owner = VfioOwner::start(args)?;
     let mut reporter = Reporter::new(&args.report, "vfio-owner");
     let result = owner.serve(&mut reporter, &stop);

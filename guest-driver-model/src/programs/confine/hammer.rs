@@ -10,7 +10,7 @@ use super::secret::Secret;
 use super::window::{Window, name};
 use crate::programs::ProgramError;
 use crate::programs::device::DeviceArgs;
-use crate::programs::stop::Stop;
+use crate::programs::run::stop_on_signals;
 use crate::shm::{SharedMemory, ShmError};
 use crate::translate::Access;
 
@@ -41,8 +41,7 @@ const MARK: u64 = 0xbad0_bad0 << 32;
 /// # Errors
 /// If the device cannot be had, or does not map what the owner lets its card reach.
 pub fn run(args: &HammerArgs) -> Result<(), ProgramError> {
-    let stop =
-        Stop::on_signals().map_err(|source| ProgramError::System { what: "signal handlers", source })?;
+    let stop = stop_on_signals()?;
     let transport = args.device.open()?;
     let mut window = Window::open(&*transport)?;
     let page = map(&mut window, MAILBOX_IOVA, Mailbox::LEN)?;

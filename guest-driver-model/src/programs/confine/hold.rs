@@ -6,7 +6,7 @@ use std::time::Duration;
 
 use super::secret::Secret;
 use crate::programs::ProgramError;
-use crate::programs::stop::Stop;
+use crate::programs::run::stop_on_signals;
 use crate::transport::sys::mapping::MappedRange;
 
 /// What `hold` can be told.
@@ -23,7 +23,7 @@ pub struct HoldArgs {
 /// If there is no page to be had.
 pub fn run(args: &HoldArgs) -> Result<(), ProgramError> {
     let system = |what| move |source| ProgramError::System { what, source };
-    let stop = Stop::on_signals().map_err(system("signal handlers"))?;
+    let stop = stop_on_signals()?;
     let page = Arc::new(MappedRange::locked_pages(Secret::LEN as usize).map_err(system("a locked page"))?);
     let page = page.shared();
     Secret::new(args.secret).fill(&page)?;

@@ -9,6 +9,7 @@ use serde_json::json;
 use super::mailbox::{Mailbox, Round, Turn};
 use super::secret::Secret;
 use crate::programs::ProgramError;
+use crate::programs::run::stop_on_signals;
 use crate::programs::stop::Stop;
 use crate::programs::vfio_owner::{CardArgs, CardPort, EXTRA_IOVA};
 use crate::shm::{SharedMemory, ShmError};
@@ -53,8 +54,7 @@ struct Seen {
 /// # Errors
 /// If there is no card to be had, or the peer does not take its turn.
 pub fn run(args: &RevokeArgs) -> Result<(), ProgramError> {
-    let system = |what| move |source| ProgramError::System { what, source };
-    let stop = Stop::on_signals().map_err(system("signal handlers"))?;
+    let stop = stop_on_signals()?;
     let card = CardPort::start(&args.card)?;
     let pages = card.card.pages(Secret::LEN)?;
     let memory = pages.memory();
