@@ -7,8 +7,11 @@
 //! | `given_up` | what the kernel says of the process, and `status` |
 //! | `works` | links of every kind under the filter |
 //! | `forbidden` | what ends the process, or is refused |
+//! | `admission` | who may join a link |
 #![allow(clippy::unwrap_used, clippy::panic)]
 
+#[path = "confinement/admission.rs"]
+mod admission;
 #[path = "confinement/bench.rs"]
 mod bench;
 #[path = "confinement/forbidden.rs"]

@@ -34,6 +34,8 @@ fn config(folder: &Path) -> Config {
         offloads: false,
         wiring: WiringPolicy::Direct,
         doorbell_socket: None,
+        owner_admission: Default::default(),
+        peer_admission: Default::default(),
     };
     Config {
         control_socket: folder.join("control"),

@@ -99,6 +99,29 @@ pub struct LinkConfig {
     pub wiring: WiringPolicy,
     /// Where the peer's VMM connects its `ivshmem-doorbell`, if it has one.
     pub doorbell_socket: Option<PathBuf>,
+    /// Who may be the owner.
+    pub owner_admission: Admission,
+    /// Who may be the peer, and its doorbell function.
+    pub peer_admission: Admission,
+}
+
+/// Who may join a link on one side, of those whom the socket's mode lets connect. If it names
+/// nobody, all of them.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct Admission {
+    /// These users may,
+    pub users: Vec<Account>,
+    /// and who is in one of these groups.
+    pub groups: Vec<Account>,
+}
+
+/// A user or a group.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Account {
+    /// By name, which the host knows.
+    Name(String),
+    /// By number.
+    Number(u32),
 }
 
 /// How a link's notifications go.
@@ -311,6 +334,26 @@ doorbell_socket = "e"
         has("line 31:", "absolute");
         has("line 1:", "control_socket");
         assert!(found.windows(2).all(|w| line(&w[0]) <= line(&w[1])));
+    }
+
+    #[test]
+    fn users_and_groups_are_named_or_numbered_and_an_empty_list_is_a_mistake() {
+        let with = |keys: &str| parse(&format!("{GOOD}{keys}\n"));
+        let link = with("owner_users = [\"vm1\", 1001]\npeer_groups = [\"kvm\"]").unwrap().links.remove(0);
+        let users = vec![Account::Name("vm1".into()), Account::Number(1001)];
+        assert_eq!(link.owner_admission, Admission { users, groups: Vec::new() });
+        assert_eq!(link.peer_admission.groups, [Account::Name("kvm".into())]);
+        assert!(link.peer_admission.users.is_empty());
+        for (keys, words) in [
+            ("owner_users = []", "owner_users names nobody"),
+            ("owner_groups = [4294967295]", "not a user's or group's number"),
+            ("peer_users = [-1]", "not a user's or group's number"),
+            ("peer_users = [true]", "names in quotes or numbers"),
+            ("peer_groups = \"kvm\"", "is a list"),
+        ] {
+            let found = with(keys).unwrap_err();
+            assert!(found.len() == 1 && found[0].line == 9 && found[0].message.contains(words), "{found:?}");
+        }
     }
 
     fn line(mistake: &str) -> usize {

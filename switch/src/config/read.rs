@@ -11,9 +11,9 @@ use toml::de::{DeTable, DeValue};
 use vhost_pci_device::abi;
 
 use super::{
-    Config, Confine, DEFAULT_CONFIRM_TIMEOUT, DEFAULT_MAX_MAPPINGS, DEFAULT_MEMORY_REGIONS, DEFAULT_WINDOW,
-    LinkConfig, MAX_MAX_MAPPINGS, MAX_MEMORY_REGIONS, MAX_QUEUE_PAIRS, MAX_SOCKET_PATH, MAX_WINDOW, Mistake,
-    OneWay, Profile, WiringPolicy, parse_size,
+    Account, Admission, Config, Confine, DEFAULT_CONFIRM_TIMEOUT, DEFAULT_MAX_MAPPINGS,
+    DEFAULT_MEMORY_REGIONS, DEFAULT_WINDOW, LinkConfig, MAX_MAX_MAPPINGS, MAX_MEMORY_REGIONS,
+    MAX_QUEUE_PAIRS, MAX_SOCKET_PATH, MAX_WINDOW, Mistake, OneWay, Profile, WiringPolicy, parse_size,
 };
 
 /// Confirmation timeouts that make sense, milliseconds.
@@ -169,6 +169,8 @@ impl<'t> Reader<'t> {
                 "wiring is \"relay\": no doorbell function would be used; leave doorbell_socket out",
             );
         }
+        let owner_admission = self.admission(&mut table, "owner_users", "owner_groups");
+        let peer_admission = self.admission(&mut table, "peer_users", "peer_groups");
         self.unknown(
             table,
             &[
@@ -184,6 +186,10 @@ impl<'t> Reader<'t> {
                 "offloads",
                 "wiring",
                 "doorbell_socket",
+                "owner_users",
+                "owner_groups",
+                "peer_users",
+                "peer_groups",
             ],
         );
         Some(LinkConfig {
@@ -199,6 +205,8 @@ impl<'t> Reader<'t> {
             offloads: offloads?,
             wiring: wiring?,
             doorbell_socket: doorbell_socket?,
+            owner_admission: owner_admission?,
+            peer_admission: peer_admission?,
         })
     }
 
@@ -270,6 +278,47 @@ impl<'t> Reader<'t> {
             self.mistake(line, format!("wiring is \"{name}\"; it must be one of \"{known}\""));
         }
         found
+    }
+
+    fn admission(&mut self, table: &mut Table<'t>, users: &str, groups: &str) -> Option<Admission> {
+        let (users, groups) = (self.accounts(table, users), self.accounts(table, groups));
+        Some(Admission { users: users?, groups: groups? })
+    }
+
+    /// A list of names and numbers; empty if the key is not there.
+    fn accounts(&mut self, table: &mut Table<'t>, key: &str) -> Option<Vec<Account>> {
+        let Some((line, value)) = table.entries.remove(key) else { return Some(Vec::new()) };
+        let DeValue::Array(array) = value.into_inner() else {
+            self.mistake(line, format!("{key} is a list, as in {key} = [\"vm1\", 1001]"));
+            return None;
+        };
+        if array.is_empty() {
+            let who = "leave it out to admit whoever the socket's mode lets connect";
+            self.mistake(line, format!("{key} names nobody: {who}"));
+            return None;
+        }
+        let mut accounts = Vec::new();
+        for element in array {
+            accounts.push(match element.into_inner() {
+                DeValue::String(name) => Account::Name(name.into_owned()),
+                // The last number stands for "none" (chown(2)).
+                DeValue::Integer(number) => match u32::from_str_radix(number.as_str(), number.radix()) {
+                    Ok(number) if number != u32::MAX => Account::Number(number),
+                    _ => {
+                        self.mistake(
+                            line,
+                            format!("{key}: {} is not a user's or group's number", number.as_str()),
+                        );
+                        return None;
+                    }
+                },
+                _ => {
+                    self.mistake(line, format!("{key} has names in quotes or numbers"));
+                    return None;
+                }
+            });
+        }
+        Some(accounts)
     }
 
     fn socket(&mut self, table: &mut Table<'t>, key: &str) -> Option<PathBuf> {

@@ -21,6 +21,16 @@ pub enum Fault {
     /// Two front-ends want the same place.
     #[error("a second VMM connected and was turned away: the first has to leave before")]
     Occupied,
+    /// Somebody connected who may not join.
+    #[error(
+        "process {pid} of user {uid} was turned away: the configuration does not let this user join here"
+    )]
+    NotPermitted {
+        /// The process.
+        pid: i32,
+        /// Its user.
+        uid: u32,
+    },
     /// A side asked for features that were not offered.
     #[error("features {0:#x} were acknowledged but not offered")]
     Features(u64),
@@ -101,6 +111,7 @@ impl Fault {
             Self::Unsupported(_) => "unsupported",
             Self::OutOfOrder(_) => "out_of_order",
             Self::Occupied => "occupied",
+            Self::NotPermitted { .. } => "not_permitted",
             Self::Features(_) => "features",
             Self::Memory(_) | Self::Map(_) => "memory_region",
             Self::Descriptor(_) => "descriptor",

@@ -366,6 +366,15 @@ pub enum Event {
     Connected(Side),
     /// A second front-end connected beside the one that is served, and was turned away.
     TurnedAway(Side),
+    /// Somebody connected who may not join, and was turned away.
+    NotPermitted {
+        /// Where: a side's name, or `doorbell`.
+        door: &'static str,
+        /// The process.
+        pid: i32,
+        /// Its user.
+        uid: u32,
+    },
     /// A front-end asks.
     Request(Side, Request),
     /// A front-end's session ended, with the fault if one ended it.

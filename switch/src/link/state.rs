@@ -169,6 +169,9 @@ impl Link {
                 self.peer = Some(PeerSession::new(&self.config));
             }
             Event::TurnedAway(side) => self.count(&Fault::Occupied, side.name(), &mut effects),
+            Event::NotPermitted { door, pid, uid } => {
+                self.count(&Fault::NotPermitted { pid, uid }, door, &mut effects);
+            }
             Event::Request(Side::Owner, request) => self.owner_request(request, now, &mut effects),
             Event::Request(Side::Peer, request) => self.peer_request(request, now, &mut effects),
             Event::Disconnected(side, fault) => {

@@ -16,6 +16,7 @@ use nix::time::{ClockId, clock_gettime};
 use thiserror::Error;
 use tracing::{info, warn};
 
+use super::admission::{Caller, Rule, UnknownAccount};
 use super::driver::LinkDriver;
 use super::limits;
 use super::port::Substitute;
@@ -40,6 +41,9 @@ pub enum BrokerError {
     /// A socket cannot be listened on.
     #[error(transparent)]
     Socket(#[from] SocketError),
+    /// Who may join a link cannot be told.
+    #[error(transparent)]
+    Admission(#[from] UnknownAccount),
     /// A link's configuration is impossible.
     #[error("link '{link}': {fault}")]
     Link {
@@ -68,8 +72,8 @@ pub enum BrokerError {
 
 /// What a listening socket is for.
 enum Purpose {
-    Link(LinkPort, Side),
-    Doorbell(LinkPort),
+    Link(LinkPort, Side, Rule),
+    Doorbell(LinkPort, Rule),
     Control,
 }
 
@@ -122,10 +126,11 @@ impl Broker {
             config.links.iter().map(|link| LinkPort::new(&link.name, substitute.clone())).collect();
         let mut listeners = vec![(bind(&config.control_socket)?, Purpose::Control)];
         for (link, port) in config.links.iter().zip(&ports) {
-            listeners.push((bind(&link.owner_socket)?, Purpose::Link(port.clone(), Side::Owner)));
-            listeners.push((bind(&link.peer_socket)?, Purpose::Link(port.clone(), Side::Peer)));
+            let (owner, peer) = (Rule::new(link, Side::Owner)?, Rule::new(link, Side::Peer)?);
+            listeners.push((bind(&link.owner_socket)?, Purpose::Link(port.clone(), Side::Owner, owner)));
+            listeners.push((bind(&link.peer_socket)?, Purpose::Link(port.clone(), Side::Peer, peer.clone())));
             if let Some(socket) = &link.doorbell_socket {
-                listeners.push((bind(socket)?, Purpose::Doorbell(port.clone())));
+                listeners.push((bind(socket)?, Purpose::Doorbell(port.clone(), peer)));
             }
         }
         Ok(Bound { config: config.clone(), substitute, ports, listeners })
@@ -262,11 +267,16 @@ impl Acceptor {
             (Ok(Some(stream)), _) if limits::is_short(number(&stream), limits::limit()) => {
                 self.say_short("a connection is turned away");
             }
-            (Ok(Some(stream)), purpose) => match purpose {
-                Purpose::Link(port, side) => port.send(Input::Connected { side: *side, stream }),
-                Purpose::Doorbell(port) => port.send(Input::DoorbellConnected(stream)),
-                Purpose::Control => {}
-            },
+            (Ok(Some(stream)), Purpose::Link(port, side, rule)) => {
+                if permits(port, side.name(), rule, &stream) {
+                    port.send(Input::Connected { side: *side, stream });
+                }
+            }
+            (Ok(Some(stream)), Purpose::Doorbell(port, rule)) => {
+                if permits(port, "doorbell", rule, &stream) {
+                    port.send(Input::DoorbellConnected(stream));
+                }
+            }
             (Err(error), _) if error.raw_os_error() == Some(nix::Error::EMFILE as i32) => {
                 self.say_short("a connection waits");
                 // It is still there: do not spin on it.
@@ -289,6 +299,21 @@ impl Acceptor {
                 "{what}: nearly all of the {limit} descriptors that the broker may have are in use; {}",
                 limits::REMEDY
             );
+        }
+    }
+}
+
+/// Whether who connected may join; the link is told of who may not.
+fn permits(port: &LinkPort, door: &'static str, rule: &Rule, stream: &UnixStream) -> bool {
+    match Caller::of(stream) {
+        Ok(caller) if rule.admits(&caller, stream) => true,
+        Ok(caller) => {
+            port.send(Input::NotPermitted { door, caller });
+            false
+        }
+        Err(error) => {
+            warn!(%error, door, "the kernel does not say who connected, who is turned away");
+            false
         }
     }
 }

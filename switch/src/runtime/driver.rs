@@ -155,6 +155,9 @@ impl LinkDriver {
                     self.run_effects(Vec::new());
                 }
             }
+            Input::NotPermitted { door, caller } => {
+                self.apply(Event::NotPermitted { door, pid: caller.pid, uid: caller.uid });
+            }
             Input::DoorbellConnected(stream) => self.doorbell_connected(stream),
             Input::Doorbell { channel, word } => {
                 let known = self.doorbell_function.as_ref().is_some_and(|(open, _)| *open == channel);

@@ -13,9 +13,11 @@
 //! | [`relay`] | the thread of a link that passes notifications on |
 //! | [`limits`] | how many descriptors links take |
 //! | [`sockets`] | listening sockets and who may connect |
-//! | `sys` | a question to the kernel, in `unsafe` code |
+//! | [`admission`] | who of those may join |
+//! | `sys` | questions to the kernel, in `unsafe` code |
 //! | [`broker`] | puts it all together and takes it down again |
 
+pub mod admission;
 pub mod areas;
 pub mod backend_message;
 pub mod broker;
@@ -98,6 +100,13 @@ pub enum Input {
         session: SessionId,
         /// Which of its channels.
         channel: ChannelId,
+    },
+    /// Somebody connected who may not join, and was turned away.
+    NotPermitted {
+        /// Where: a side's name, or `doorbell`.
+        door: &'static str,
+        /// Who.
+        caller: admission::Caller,
     },
     /// A VMM connected the link's doorbell function.
     DoorbellConnected(UnixStream),

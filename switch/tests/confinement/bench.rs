@@ -28,6 +28,8 @@ pub enum Who {
     Tester,
     /// Nobody; the tester, where that is not root.
     Nobody,
+    /// A user of this number in nobody's group; likewise.
+    Number(u32),
 }
 
 impl Who {
@@ -36,12 +38,13 @@ impl Who {
             _ if !geteuid().is_root() => None,
             Self::Tester => None,
             Self::Nobody => Some(NOBODY),
+            Self::Number(number) => Some(number),
         }
     }
 
     fn user_of(self, command: &mut Command) {
         if let Some(number) = self.number() {
-            command.uid(number).gid(number);
+            command.uid(number).gid(NOBODY);
         }
     }
 }
@@ -63,7 +66,7 @@ impl Place {
         }
         fs::set_permissions(folder.path(), fs::Permissions::from_mode(0o755)).unwrap();
         if let Some(number) = who.number() {
-            let owner = (Some(Uid::from_raw(number)), Some(Gid::from_raw(number)));
+            let owner = (Some(Uid::from_raw(number)), Some(Gid::from_raw(NOBODY)));
             chown(folder.path(), owner.0, owner.1).unwrap();
         }
         Self { folder, program, who }
@@ -259,7 +262,7 @@ pub struct Guest {
 }
 
 impl Guest {
-    fn start(mut command: Command, args: &[&str]) -> Self {
+    pub fn start(mut command: Command, args: &[&str]) -> Self {
         command.args(args).stdout(Stdio::piped()).stderr(Stdio::inherit());
         let mut child = command.spawn().unwrap();
         let stdout = BufReader::new(child.stdout.take().unwrap());

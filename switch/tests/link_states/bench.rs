@@ -76,6 +76,8 @@ pub fn config() -> LinkConfig {
         offloads: false,
         wiring: WiringPolicy::Direct,
         doorbell_socket: None,
+        owner_admission: Default::default(),
+        peer_admission: Default::default(),
     }
 }
 
