@@ -61,7 +61,7 @@ pub trait Contender {
     fn sizes(&self, asked: &[usize]) -> Vec<usize> {
         asked.to_vec()
     }
-    /// Looks at every byte of some packets where the receiver does not do so while it runs.
+    /// Looks whether all of some packets that differ arrive, once each and with every byte.
     ///
     /// # Errors
     /// If that cannot be done: why, with the logs of what failed.

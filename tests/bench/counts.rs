@@ -36,8 +36,9 @@ const WINDOW: Duration = Duration::from_secs(1);
 /// What was counted.
 #[derive(Clone, Debug, Serialize)]
 pub struct Counts {
-    /// Packets that passed meanwhile.
+    /// Packets that passed while allocations and searches were counted, and while system calls were.
     pub packets: u64,
+    pub packets_during_calls: u64,
     /// By the owner and by the peer, all threads of each, without those of the next line.
     pub system_calls: [u64; 2],
     /// Times that they gave up their processor as nothing had come for a thousand looks: the other
@@ -142,7 +143,7 @@ fn take_once(counter: Counter) -> Result<Counts> {
     owner.process().wait_log("the owner's device is started", SOON)?;
     thread::sleep(WARM_UP);
     let allocations = [owner.allocations()?, link.peer_allocations()?];
-    let (searches, from) = (link.searches()?, link.received()?);
+    let (searches, warm) = (link.searches()?, link.received()?);
     let pids = [owner.pid(), link.pids()[0]];
     let mut counters = Vec::new();
     for (at, pid) in pids.into_iter().enumerate() {
@@ -152,6 +153,8 @@ fn take_once(counter: Counter) -> Result<Counts> {
     let [_, broker] = link.pids();
     let all = [&pids[..], &[broker], &counters.iter().map(Process::pid).collect::<Vec<_>>()].concat();
     thread::sleep(ATTACH);
+    // System calls are counted from now on, the rest since it was warm.
+    let from = link.received()?;
     let (begin, ticks) = (Instant::now(), Ticks::now(&all)?);
     let mut to = from;
     while to.packets - from.packets < PACKETS || begin.elapsed() < WINDOW {
@@ -166,7 +169,8 @@ fn take_once(counter: Counter) -> Result<Counts> {
     }
     let allocations = [owner.allocations()? - allocations[0], link.peer_allocations()? - allocations[1]];
     let mut counts = Counts {
-        packets: to.packets - from.packets,
+        packets: to.packets - warm.packets,
+        packets_during_calls: to.packets - from.packets,
         system_calls: [0; 2],
         yields: [0; 2],
         counted_by: counter.name(),

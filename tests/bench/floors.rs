@@ -10,12 +10,12 @@ use anyhow::{Context, Result};
 
 use crate::contender::{Contender, Count, Kind, Running};
 use crate::host::{RECEIVER, SENDER, pin_this_thread};
-use crate::sys;
+use crate::sys::{self, Ask};
 
 /// Messages sent and received at a time.
 const BATCH: usize = 32;
 /// Slots of the ring and of the working set that is copied: as many as our owner's ring has.
-const SLOTS: usize = 256;
+const SLOTS: usize = 512;
 /// Sizes that are copied whatever is asked for.
 const MEMCPY_SIZES: [usize; 5] = [64, 256, 1500, 9000, 65_536];
 /// Bytes of a buffer of our owner's.
@@ -28,9 +28,32 @@ const END: u8 = 2;
 /// A copy out of as many buffers as a ring has into those of a burst, by one processor.
 pub struct Memcpy;
 
-/// A single-producer single-consumer ring of cache lines, into which the one side copies and out
-/// of which the other side does.
-pub struct Spsc;
+/// A bare ring, single producer and single consumer: slots of whole cache lines, into which the one side
+/// copies and out of which the other side does.
+pub struct Spsc {
+    name: &'static str,
+    about: &'static str,
+    ask: Ask,
+}
+
+/// All that are measured.
+pub const RINGS: [Spsc; 2] = [
+    Spsc {
+        name: "SPSC ring",
+        about: "two threads, 512 slots of whole cache lines, batches of 32, a copy into it and a copy out of it",
+        ask: Ask::Never,
+    },
+    Spsc {
+        name: "SPSC ring, lines asked for",
+        about: "the same, and the producer asks for the lines that it will write 16 lines, or a slot, before",
+        ask: Ask::Ahead(16),
+    },
+];
+
+/// Whether a contender of this name is a bare ring of packets.
+pub fn is_ring(name: &str) -> bool {
+    RINGS.iter().any(|ring| ring.name == name)
+}
 
 impl Contender for Memcpy {
     fn name(&self) -> &'static str {
@@ -38,7 +61,7 @@ impl Contender for Memcpy {
     }
 
     fn about(&self) -> &'static str {
-        "one processor copies out of 256 buffers into 64, all in its own caches if they fit"
+        "one processor copies out of 512 buffers into 64, all in its own caches if they fit"
     }
 
     fn kind(&self) -> Kind {
@@ -79,11 +102,11 @@ impl Contender for Memcpy {
 
 impl Contender for Spsc {
     fn name(&self) -> &'static str {
-        "SPSC ring"
+        self.name
     }
 
     fn about(&self) -> &'static str {
-        "two threads, 256 slots of whole cache lines, batches of 32, a copy into it and a copy out of it"
+        self.about
     }
 
     fn kind(&self) -> Kind {
@@ -91,37 +114,25 @@ impl Contender for Spsc {
     }
 
     fn start(&self, size: usize) -> Result<Box<dyn Running>> {
-        let (mut producer, mut consumer) = sys::ring(SLOTS, size);
-        let mut threads = Threads::default();
-        threads.spawn(
-            RECEIVER,
+        let (mut producer, mut consumer) = sys::ring(SLOTS, size, self.ask);
+        let receive = move || {
+            let mut into = vec![0; BATCH * size];
             move || {
-                let mut into = vec![0; BATCH * size];
-                move || {
-                    let count = consumer.receive(&mut into);
-                    black_box(&into);
-                    count
-                }
-            },
-            size,
-        );
-        threads.spawn(
-            SENDER,
+                let count = consumer.receive(&mut into);
+                black_box(&into);
+                count
+            }
+        };
+        let send = move || {
+            let from = vec![1; BATCH * size];
             move || {
-                let from = vec![1; BATCH * size];
-                move || {
-                    producer.send(black_box(&from));
-                    0
-                }
-            },
-            size,
-        );
-        Ok(Box::new(threads))
+                producer.send(black_box(&from));
+                0
+            }
+        };
+        Ok(Box::new(Threads::pair(receive, send, size)))
     }
 }
-
-/// Its name.
-pub const LINES: &str = "SPSC ring of lines";
 
 /// The same ring with messages of one cache line, each copied by two instructions where the processor
 /// has them.
@@ -129,7 +140,7 @@ pub struct SpscLines;
 
 impl Contender for SpscLines {
     fn name(&self) -> &'static str {
-        LINES
+        "SPSC ring of lines"
     }
 
     fn about(&self) -> &'static str {
@@ -145,33 +156,24 @@ impl Contender for SpscLines {
     }
 
     fn start(&self, size: usize) -> Result<Box<dyn Running>> {
-        let (mut producer, mut consumer) = sys::ring(SLOTS, size);
+        let (mut producer, mut consumer) = sys::ring(SLOTS, size, Ask::Never);
         let copy = sys::LineCopy::new().context("this processor has no AVX-512")?;
-        let mut threads = Threads::default();
-        threads.spawn(
-            RECEIVER,
+        let receive = move || {
+            let mut into = vec![[0; sys::LINE]; BATCH];
             move || {
-                let mut into = vec![[0; sys::LINE]; BATCH];
-                move || {
-                    let count = consumer.receive_lines(&mut into, copy);
-                    black_box(&into);
-                    count
-                }
-            },
-            size,
-        );
-        threads.spawn(
-            SENDER,
+                let count = consumer.receive_lines(&mut into, copy);
+                black_box(&into);
+                count
+            }
+        };
+        let send = move || {
+            let from = vec![[1; sys::LINE]; BATCH];
             move || {
-                let from = vec![[1; sys::LINE]; BATCH];
-                move || {
-                    producer.send_lines(black_box(&from), copy);
-                    0
-                }
-            },
-            size,
-        );
-        Ok(Box::new(threads))
+                producer.send_lines(black_box(&from), copy);
+                0
+            }
+        };
+        Ok(Box::new(Threads::pair(receive, send, size)))
     }
 }
 
@@ -195,6 +197,18 @@ struct Threads {
 }
 
 impl Threads {
+    /// One that receives and one that sends, each on its processor.
+    fn pair<Receive: FnMut() -> usize, Sends: FnMut() -> usize>(
+        receive: impl FnOnce() -> Receive + Send + 'static,
+        send: impl FnOnce() -> Sends + Send + 'static,
+        size: usize,
+    ) -> Self {
+        let mut threads = Self::default();
+        threads.spawn(RECEIVER, receive, size);
+        threads.spawn(SENDER, send, size);
+        threads
+    }
+
     /// A thread on a processor. What `make` makes there is called over and over and says how many
     /// messages have arrived.
     fn spawn<Work: FnMut() -> usize>(

@@ -29,6 +29,7 @@ impl Link {
         let content = match content {
             Content::Pattern => "pattern",
             Content::Testpmd => "testpmd",
+            Content::Sequence => "sequence",
         };
         let mut command = this_program(RECEIVER, "peer")?;
         command.arg("--socket").arg(broker.peer_socket(0)).arg("--board").arg(broker.path("board"));

@@ -11,7 +11,8 @@
 //! | `latency`, `counts` | round trips of packets; system calls, allocations, translations |
 //! | `allocations` | how often a process that is measured allocates |
 //! | `broker`, `link`, `peer`, `board` | a broker, a link, our receiver's process, and its counters |
-//! | `content` | whether DPDK's pairs deliver what they were given |
+//! | `content` | whether packets arrive: all, once each, every byte |
+//! | `ends` | both owners of a closed loop |
 //! | `testpmd` | DPDK's program, as sender or receiver |
 //! | `sys` | a bare ring: the only `unsafe` |
 //! | `report`, `ratios`, `plot` | the table and the JSON object; the SVG |
@@ -23,6 +24,7 @@ mod contender;
 mod content;
 mod counts;
 mod dpdk;
+mod ends;
 mod floors;
 mod host;
 mod latency;
@@ -93,7 +95,7 @@ enum Role {
 }
 
 /// Rounds, unless told otherwise; those of a quick run end by the clock if it comes to that.
-const ROUNDS: u32 = 6;
+const ROUNDS: u32 = 5;
 const QUICK_ROUNDS: u32 = 3;
 /// Ends before this, all in all, as a start takes up to 5 seconds.
 const QUICK: Duration = Duration::from_secs(285);
@@ -132,10 +134,9 @@ fn contenders() -> Vec<Box<dyn Contender>> {
     let mut all = boxed(ours::OURS);
     all.extend(boxed(dpdk::PAIRS));
     all.extend(boxed(ours::INTO_OURS));
-    all.extend(boxed(switch::OURS));
-    all.extend(boxed(switch::VHOST));
+    all.extend(boxed(switch::LOOPS));
     all.extend(boxed([floors::Memcpy]));
-    all.extend(boxed([floors::Spsc]));
+    all.extend(boxed(floors::RINGS));
     all.extend(boxed([floors::SpscLines]));
     all
 }
@@ -174,8 +175,12 @@ fn compare(cli: &Cli) -> Result<()> {
         .map(|path| Ok((path, File::create(path).with_context(|| path.display().to_string())?)));
     let svg = svg.transpose().map_err(|error: anyhow::Error| error.context("--svg"))?;
     let begin = Instant::now();
+    let sizes: Vec<_> = sizes.iter().map(|size| usize::from(*size)).collect();
+    let longest = sizes.iter().copied().max().into_iter().collect();
     let plan = Plan {
-        sizes: sizes.iter().map(|size| usize::from(*size)).collect(),
+        // The longest packets have the most that can go wrong.
+        content: if cli.quick { longest } else { sizes.clone() },
+        sizes,
         rounds: cli.rounds.unwrap_or(if cli.quick { QUICK_ROUNDS } else { ROUNDS }) as usize,
         windows: if cli.quick { QUICK_WINDOWS } else { WINDOWS },
         until: cli.quick.then_some(begin + QUICK),

@@ -39,6 +39,8 @@ const SLACK: u64 = 256;
 pub struct Plan {
     /// Packet sizes, bytes.
     pub sizes: Vec<usize>,
+    /// Those whose content is compared before the rounds.
+    pub content: Vec<usize>,
     /// Rounds.
     pub rounds: usize,
     /// Windows of a contender a start.
@@ -111,7 +113,8 @@ impl Measured {
             let why = match (self.dropped.get(&of), ended) {
                 (Some(count), _) => {
                     format!(
-                        "all of its {count} windows were dropped, as others used more than {MOST_OTHERS} % of a processor"
+                        "all of its {count} windows were dropped, as others used more than \
+                         {MOST_OTHERS} % of a processor"
                     )
                 }
                 (None, Some(ended)) => format!("{ended} before its turn"),
@@ -182,13 +185,14 @@ pub fn measure(contenders: &[Box<dyn Contender>], plan: &Plan, stop: &Stop) -> M
     measured
 }
 
-/// Looks at the packets of those who do not do so while they run. Who loses or changes one is left
-/// out.
+/// Looks at packets that differ. Who loses or changes one is left out.
 fn check_content(contenders: &[Box<dyn Contender>], plan: &Plan, (measured, stop): (&mut Measured, &Stop)) {
     for (at, contender) in contenders.iter().enumerate() {
-        // The longest packets have the most that can go wrong.
-        for size in plan.sizes.iter().copied().max().into_iter().filter(|_| !stop.is_requested()) {
-            let name = contender.name();
+        for size in &plan.content {
+            if stop.is_requested() {
+                return;
+            }
+            let (size, name) = (*size, contender.name());
             match contender.check_content(size) {
                 Ok(None) => {}
                 Ok(Some(verdict)) => {

@@ -7,10 +7,11 @@ use vhost_pci_tests::Process;
 
 use crate::broker::guest;
 use crate::contender::{Contender, Count, Kind, Running, Verdict, signal_all};
+use crate::content;
 use crate::host::SENDER;
 use crate::link::Link;
 use crate::peer::{Content, Contract};
-use crate::testpmd::{Role, Testpmd};
+use crate::testpmd::{DEEP, Role, Testpmd};
 
 /// Our owner into our peer.
 pub struct Ours {
@@ -30,7 +31,7 @@ pub const OURS: [Ours; 4] = [
     Ours {
         name: "ours copy",
         about: "our owner, which writes every byte of each packet, -> our peer, which takes a private copy of \
-                each; split rings",
+                each; split rings of 512",
         kind: Kind::Ours,
         contract: Contract::Copy,
         rings: &[],
@@ -70,6 +71,10 @@ impl Contender for Ours {
 
     fn kind(&self) -> Kind {
         self.kind
+    }
+
+    fn check_content(&self, size: usize) -> Result<Option<Verdict>> {
+        content::of_ours(size, self.contract, self.rings).map(Some)
     }
 
     fn start(&self, size: usize) -> Result<Box<dyn Running>> {
@@ -129,7 +134,8 @@ pub struct IntoOurs {
 pub const INTO_OURS: [IntoOurs; 2] = [
     IntoOurs {
         name: "virtio-user into ours, split",
-        about: "net_virtio_user -> our peer, which takes a private copy of each packet; split ring",
+        about: "net_virtio_user -> our peer, which takes a private copy of each packet; split ring \
+                of 1024, bursts of 32",
         options: SPLIT,
     },
     IntoOurs {
@@ -152,10 +158,14 @@ impl Contender for IntoOurs {
         Kind::Mixed
     }
 
+    fn check_content(&self, size: usize) -> Result<Option<Verdict>> {
+        content::into_ours(size, self.options).map(Some)
+    }
+
     fn start(&self, size: usize) -> Result<Box<dyn Running>> {
         let link = Link::open(size, Content::Testpmd, Contract::Copy)?;
         let device = format!("net_virtio_user0,path={},{}", link.owner_socket().display(), self.options);
-        let owner = Testpmd::start(&link.path(""), Role::Sender(size), &[device])?;
+        let owner = Testpmd::start(&link.path(""), Role::Sender(size), DEEP, &[device])?;
         Ok(Box::new(IntoOursRunning { owner, link }))
     }
 }
@@ -164,6 +174,7 @@ impl Contender for IntoOurs {
 pub const SPLIT: &str = "queue_size=1024";
 /// With packed ones, and whatever else makes it faster.
 pub const PACKED: &str = "queue_size=1024,packed_vq=1,in_order=1,mrg_rxbuf=0,vectorized=1";
+pub const PACKED_256: &str = "queue_size=256,packed_vq=1,in_order=1,mrg_rxbuf=0,vectorized=1";
 
 struct IntoOursRunning {
     owner: Testpmd,

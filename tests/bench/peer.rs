@@ -8,7 +8,7 @@ use std::path::PathBuf;
 use anyhow::{Context, Result, anyhow};
 use guest_driver_model::net::{LentBurst, PacketBurst};
 use guest_driver_model::programs::device::DeviceArgs;
-use guest_driver_model::programs::pattern::Checker;
+use guest_driver_model::programs::pattern::{Checker, Verdict};
 use guest_driver_model::programs::peer_loop::{self, PeerArgs, PeerProgram};
 use guest_driver_model::programs::traffic::Traffic;
 use guest_driver_model::programs::wire::{BURST, Wire};
@@ -51,6 +51,8 @@ pub enum Content {
     Pattern,
     /// Testpmd's: IPv4 headers have a checksum.
     Testpmd,
+    /// Our generator's, each once and in order: all are looked at.
+    Sequence,
 }
 
 /// What the process is told.
@@ -85,6 +87,7 @@ pub fn run(args: Args) -> Result<()> {
         size: args.size,
         content: args.content,
         bursts: 0,
+        checker: Checker::new(),
         numbers: Numbers::default(),
     };
     let device = DeviceArgs { socket: Some(args.socket), ..DeviceArgs::default() };
@@ -105,11 +108,16 @@ struct Counting {
     size: usize,
     content: Content,
     bursts: u64,
+    /// Of a sequence.
+    checker: Checker,
     numbers: Numbers,
 }
 
 impl PeerProgram for Counting {
     fn poll(&mut self, wire: &mut Wire<'_>) -> usize {
+        if self.content == Content::Sequence {
+            return self.poll_sequence(wire);
+        }
         let sample = self.next_sample();
         let (size, content, numbers) = (self.size, self.content, &mut self.numbers);
         let received = match &mut self.burst {
@@ -154,6 +162,40 @@ impl PeerProgram for Counting {
 }
 
 impl Counting {
+    /// Looks at every byte of each packet, and at which it is.
+    #[cold]
+    fn poll_sequence(&mut self, wire: &mut Wire<'_>) -> usize {
+        let (size, checker, numbers) = (self.size, &mut self.checker, &mut self.numbers);
+        let received = match &mut self.burst {
+            Burst::Copied(burst) => {
+                let received = wire.receive(0, burst);
+                for frame in burst.frames() {
+                    numbers.count(frame.len(), size);
+                    checker.check(frame);
+                }
+                received
+            }
+            Burst::Lent(burst) => {
+                let lent = wire.lend(0, burst);
+                for packet in burst.iter() {
+                    numbers.count(packet.len(), size);
+                    let mut frame = [0; LONGEST];
+                    let len = packet.read(0, &mut frame);
+                    checker.check(frame.get(..len).unwrap_or_default());
+                }
+                wire.give_back(0, burst);
+                lent
+            }
+        };
+        if received > 0 {
+            let Verdict { intact, corrupted, lost, reordered, .. } = checker.verdict();
+            numbers.sampled = intact + corrupted;
+            numbers.corrupted = corrupted + lost + reordered;
+            self.board.write(numbers);
+        }
+        received
+    }
+
     /// Which packet of the next burst is looked at, modulo its length, if one is: another place
     /// each time.
     fn next_sample(&self) -> Option<usize> {
@@ -183,6 +225,8 @@ impl Numbers {
                 self.headers += 1;
                 is_testpmds(frame)
             }
+            // Not looked at here.
+            Content::Sequence => return,
         };
         self.corrupted += u64::from(!whole);
     }

@@ -1,10 +1,12 @@
-//! The figures as a picture: a panel a class, a group of bars a packet size, the best set-up of each
-//! kind of contender as a bar, whiskers from its slowest window to its fastest, and what the hardware
-//! allows as lines. Plain SVG, on white, so that it can be read on a dark page, too.
+//! The figures as a picture: two panels a class, pairs and forwarders, a group of bars a packet
+//! size, the best set-up of each kind of contender as a bar, whiskers from its slowest window to its
+//! fastest, and what the hardware allows as lines. Plain SVG, on white, so that it can be read on a dark
+//! page, too.
 
 use std::fmt::Write;
 
 use crate::contender::Kind;
+use crate::floors;
 use crate::probe::Class;
 use crate::report::Row;
 
@@ -53,7 +55,16 @@ pub fn svg(rows: &[Row]) -> String {
         classes.retain(|(class, _)| *class != Class::Mixed);
     }
     let legend = 20.0 + LEGEND_LINE * (kinds.len() + 1).div_ceil(LEGEND_COLUMNS) as f64;
-    let height = legend + classes.len() as f64 * (ABOVE + FIELD + BELOW);
+    let mut panels = Vec::new();
+    for (class, bars) in classes {
+        for part in PARTS {
+            let bars: Vec<_> = bars.iter().copied().filter(|row| (part.has)(row.kind)).collect();
+            if !bars.is_empty() {
+                panels.push((class, part, bars));
+            }
+        }
+    }
+    let height = legend + panels.len() as f64 * (ABOVE + FIELD + BELOW);
     let mut text = String::new();
     // Writing to a string does not fail.
     let _ = writeln!(
@@ -63,10 +74,11 @@ pub fn svg(rows: &[Row]) -> String {
          fill=\"#111111\">\n<rect width=\"100%\" height=\"100%\" fill=\"#ffffff\"/>"
     );
     draw_legend(&kinds, &mut text);
-    for (nth, (class, bars)) in classes.into_iter().enumerate() {
+    for (nth, (class, part, bars)) in panels.into_iter().enumerate() {
         let top = legend + nth as f64 * (ABOVE + FIELD + BELOW) + ABOVE;
-        let floors = floors.iter().copied().filter(|row| row.class == class).collect();
-        Panel { top, class, bars, floors }.draw(&kinds, &sizes, &mut text);
+        let floors = floors.iter().copied().filter(|row| part.has_floor && row.class == class).collect();
+        let kinds: Vec<_> = kinds.iter().copied().filter(|kind| (part.has)(*kind)).collect();
+        Panel { top, class, part, bars, floors }.draw(&kinds, &sizes, &mut text);
     }
     text + "</svg>\n"
 }
@@ -106,19 +118,44 @@ fn colour(kind: Kind) -> &'static str {
     at.and_then(|at| COLOURS.get(at)).copied().unwrap_or(FLOOR_COLOUR)
 }
 
+/// What has a panel of its own.
+#[derive(Clone, Copy)]
+struct Part {
+    title: &'static str,
+    has: fn(Kind) -> bool,
+    /// What a bare ring reaches is beside it.
+    has_floor: bool,
+}
+
+const PARTS: [Part; 2] = [
+    Part {
+        title: "one sender, one receiver",
+        has: |kind| !matches!(kind, Kind::OurSwitch | Kind::Switch),
+        has_floor: true,
+    },
+    Part {
+        title: "a forwarder between two owners, both ways together",
+        has: |kind| matches!(kind, Kind::OurSwitch | Kind::Switch),
+        has_floor: false,
+    },
+];
+
 /// One class.
 struct Panel<'a> {
     /// Of the bars' field.
     top: f64,
     class: Class,
+    part: Part,
     bars: Vec<&'a Row>,
     floors: Vec<&'a Row>,
 }
 
 impl Panel<'_> {
     fn draw(&self, kinds: &[Kind], sizes: &[usize], text: &mut String) {
-        let ring =
-            |size: usize| self.floors.iter().find(|row| row.size == size && row.contender == "SPSC ring");
+        let ring = |size: usize| {
+            let rings = self.floors.iter().filter(|row| row.size == size && floors::is_ring(row.contender));
+            rings.max_by(|one, other| one.median.total_cmp(&other.median))
+        };
         let rings = sizes.iter().filter_map(|size| ring(*size)).map(|row| row.median);
         let highest = self.bars.iter().map(|row| row.max).chain(rings).fold(1.0, f64::max);
         let step = step(highest);
@@ -127,9 +164,10 @@ impl Panel<'_> {
         let right = WIDTH - RIGHT;
         let _ = writeln!(
             text,
-            "<text x=\"{LEFT}\" y=\"{}\" font-size=\"14\" font-weight=\"bold\">million packets a second, one core each \
-             side; processors {} each other</text>",
+            "<text x=\"{LEFT}\" y=\"{}\" font-size=\"14\" font-weight=\"bold\">{}: million packets a second, one \
+             core a side; processors {} each other</text>",
             self.top - 30.0,
+            self.part.title,
             match self.class {
                 Class::Near => "near",
                 Class::Middle => "neither near nor far from",

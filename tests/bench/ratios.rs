@@ -162,8 +162,7 @@ const IN_PLACE: Which = |_, kind| kind == Kind::InPlace;
 const MEMIF: Which = |_, kind| kind == Kind::Memif;
 const VHOST: Which = |_, kind| kind == Kind::Vhost;
 const PEER: Which = |_, kind| matches!(kind, Kind::Memif | Kind::Vhost);
-const RING: Which =
-    |name, kind| kind == Kind::Floor && name.starts_with("SPSC ring") && name != floors::LINES;
+const RING: Which = |name, _| floors::is_ring(name);
 const INTO_OURS: Which = |_, kind| kind == Kind::Mixed;
 const OUR_SWITCH: Which = |_, kind| kind == Kind::OurSwitch;
 const SWITCH: Which = |_, kind| kind == Kind::Switch;
@@ -245,10 +244,11 @@ fn of_counts(counts: Result<&Counts, &str>) -> [(&'static str, Ratio); 3] {
         }
     };
     let calls = of(
-        |counts| counts.system_calls.iter().sum::<u64>() as f64 / counts.packets as f64,
+        |counts| counts.system_calls.iter().sum::<u64>() as f64 / counts.packets_during_calls as f64,
         Target::AtMost(NOTHING),
         |counts| {
-            let Counts { packets, counted_by, system_calls_by_name, others_percent, .. } = counts;
+            let Counts { packets_during_calls: packets, counted_by, .. } = counts;
+            let Counts { system_calls_by_name, others_percent, .. } = counts;
             let calls = system_calls_by_name.join(", ");
             format!(
                 "in {packets} packets, by {counted_by}: {calls}; others used {others_percent:.0} % of a processor"

@@ -1,7 +1,6 @@
 //! The least that a ring between two processors can be: one producer, one consumer, an index each
 //! on a line of its own, and slots that are whole cache lines. The only `unsafe` of this program.
 
-use std::arch::x86_64::{_mm512_load_si512, _mm512_loadu_si512, _mm512_store_si512, _mm512_storeu_si512};
 use std::cell::UnsafeCell;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
@@ -44,23 +43,48 @@ impl Ring {
         self.lines.as_ptr().wrapping_add(index).cast_mut().cast()
     }
 
-    /// Copies a message. The length is known to the compiler where it matters.
+    /// Copies a message.
     ///
     /// # Safety
     /// `from` can be read and `to` be written for `self.len` bytes, which do not overlap, and
     /// nobody else touches them meanwhile.
     #[inline]
     unsafe fn copy(&self, from: *const u8, to: *mut u8) {
-        let len = if self.len == LINE { LINE } else { self.len };
         // SAFETY: the caller's.
         unsafe {
-            if len == LINE {
+            if self.len == LINE {
+                // A length that the compiler knows is a copy without a call.
                 std::ptr::copy_nonoverlapping(from, to, LINE);
             } else {
-                std::ptr::copy_nonoverlapping(from, to, len);
+                std::ptr::copy_nonoverlapping(from, to, self.len);
             }
         }
     }
+
+    /// Asks the processor for the lines of a slot, which is about to be written.
+    #[inline]
+    fn prefetch_write(&self, at: u64) {
+        #[cfg(target_arch = "x86_64")]
+        for line in 0..self.stride {
+            let line = self.slot(at).wrapping_add(line * LINE);
+            // By name, as the intrinsic may become a prefetch for reading.
+            // SAFETY: it changes no memory and does not fault.
+            unsafe {
+                std::arch::asm!("prefetchw [{line}]", line = in(reg) line, options(nostack, preserves_flags, readonly));
+            }
+        }
+        #[cfg(not(target_arch = "x86_64"))]
+        let _ = at;
+    }
+}
+
+/// How the producer gets the lines that it writes.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Ask {
+    /// When it writes them.
+    Never,
+    /// So many lines before, in whole slots.
+    Ahead(usize),
 }
 
 /// The sending end.
@@ -69,6 +93,8 @@ pub struct Producer {
     head: u64,
     /// As last seen.
     tail: u64,
+    /// Slots between the one that is written and the one whose lines are asked for, if they are.
+    ahead: Option<u64>,
 }
 
 /// The receiving end.
@@ -80,7 +106,7 @@ pub struct Consumer {
 }
 
 /// A ring of so many slots, brought up to a power of two, for messages of so many bytes.
-pub fn ring(slots: usize, len: usize) -> (Producer, Consumer) {
+pub fn ring(slots: usize, len: usize, ask: Ask) -> (Producer, Consumer) {
     let (count, stride) = (slots.next_power_of_two(), len.div_ceil(LINE).max(1));
     let lines = (0..count * stride).map(|_| Line(UnsafeCell::new([0; LINE]))).collect();
     let ring = Arc::new(Ring {
@@ -91,7 +117,11 @@ pub fn ring(slots: usize, len: usize) -> (Producer, Consumer) {
         stride,
         count: count as u64,
     });
-    (Producer { ring: Arc::clone(&ring), head: 0, tail: 0 }, Consumer { ring, tail: 0, head: 0 })
+    let ahead = match ask {
+        Ask::Never => None,
+        Ask::Ahead(lines) => Some((lines / stride).max(1) as u64),
+    };
+    (Producer { ring: Arc::clone(&ring), head: 0, tail: 0, ahead }, Consumer { ring, tail: 0, head: 0 })
 }
 
 impl Producer {
@@ -104,6 +134,9 @@ impl Producer {
         }
         let count = wanted.min(self.ring.count - (self.head - self.tail));
         for (message, at) in messages.chunks_exact(self.ring.len).zip(self.head..self.head + count) {
+            if let Some(ahead) = self.ahead {
+                self.ring.prefetch_write(at + ahead);
+            }
             // SAFETY: `message` has `len` bytes, and so has the slot, which `tail` has passed.
             unsafe { self.ring.copy(message.as_ptr(), self.ring.slot(at)) };
         }
@@ -144,7 +177,11 @@ pub struct LineCopy(());
 impl LineCopy {
     /// If it does.
     pub fn new() -> Option<Self> {
-        std::is_x86_feature_detected!("avx512f").then_some(Self(()))
+        #[cfg(target_arch = "x86_64")]
+        let has = std::is_x86_feature_detected!("avx512f");
+        #[cfg(not(target_arch = "x86_64"))]
+        let has = false;
+        has.then_some(Self(()))
     }
 }
 
@@ -152,12 +189,19 @@ impl Producer {
     /// As [`Self::send`], of a ring of lines.
     pub fn send_lines(&mut self, messages: &[[u8; LINE]], _: LineCopy) -> usize {
         assert_eq!(self.ring.len, LINE);
-        // SAFETY: `LineCopy` says that the processor has AVX-512.
-        unsafe { self.send_lines_avx512(messages) }
+        #[cfg(target_arch = "x86_64")]
+        {
+            // SAFETY: `LineCopy` says that the processor has AVX-512.
+            unsafe { self.send_lines_avx512(messages) }
+        }
+        #[cfg(not(target_arch = "x86_64"))]
+        self.send(messages.as_flattened())
     }
 
+    #[cfg(target_arch = "x86_64")]
     #[target_feature(enable = "avx512f")]
     fn send_lines_avx512(&mut self, messages: &[[u8; LINE]]) -> usize {
+        use std::arch::x86_64::{_mm512_loadu_si512, _mm512_store_si512};
         let wanted = messages.len() as u64;
         if self.ring.count - (self.head - self.tail) < wanted {
             // Acquire: pairs with the store of `tail` in `receive_lines`.
@@ -184,12 +228,19 @@ impl Consumer {
     /// As [`Self::receive`], of a ring of lines.
     pub fn receive_lines(&mut self, into: &mut [[u8; LINE]], _: LineCopy) -> usize {
         assert_eq!(self.ring.len, LINE);
-        // SAFETY: `LineCopy` says that the processor has AVX-512.
-        unsafe { self.receive_lines_avx512(into) }
+        #[cfg(target_arch = "x86_64")]
+        {
+            // SAFETY: `LineCopy` says that the processor has AVX-512.
+            unsafe { self.receive_lines_avx512(into) }
+        }
+        #[cfg(not(target_arch = "x86_64"))]
+        self.receive(into.as_flattened_mut())
     }
 
+    #[cfg(target_arch = "x86_64")]
     #[target_feature(enable = "avx512f")]
     fn receive_lines_avx512(&mut self, into: &mut [[u8; LINE]]) -> usize {
+        use std::arch::x86_64::{_mm512_load_si512, _mm512_storeu_si512};
         if self.head == self.tail {
             // Acquire: pairs with the store of `head` in `send_lines`.
             self.head = self.ring.head.0.load(Ordering::Acquire);
@@ -217,8 +268,10 @@ mod tests {
 
     #[test]
     fn messages_arrive_whole_and_in_order() {
-        for len in [64, 100, 1500] {
-            let (mut producer, mut consumer) = ring(8, len);
+        for (len, ask) in
+            [(64, Ask::Never), (100, Ask::Ahead(16)), (1500, Ask::Never), (1500, Ask::Ahead(16))]
+        {
+            let (mut producer, mut consumer) = ring(8, len, ask);
             let sender = std::thread::spawn(move || {
                 let mut next = 0_u32;
                 while next < 10_000 {
@@ -246,7 +299,7 @@ mod tests {
     #[test]
     fn lines_arrive_whole_and_in_order() {
         let Some(copy) = LineCopy::new() else { return };
-        let (mut producer, mut consumer) = ring(8, LINE);
+        let (mut producer, mut consumer) = ring(8, LINE, Ask::Never);
         let (mut sent, mut received, mut into) = (0_u8, 0_u8, [[0; LINE]; 5]);
         for _ in 0..1000 {
             let lines: [_; 3] = std::array::from_fn(|at| [sent.wrapping_add(at as u8); LINE]);

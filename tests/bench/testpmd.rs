@@ -37,9 +37,21 @@ pub enum Role {
     Forwarder,
 }
 
-/// Bursts that each end of a loop begins with: as many packets as nearly fill a ring of 1024, which
-/// is best for DPDK's forwarder and for ours.
-const FILL: usize = 28;
+/// How many packets are under way.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Depth {
+    /// Entries of each ring.
+    pub ring: usize,
+    /// Packets of a burst.
+    pub burst: usize,
+    /// Packets that each end of a loop begins with.
+    pub fill: usize,
+}
+
+/// Rings that are nearly full.
+pub const DEEP: Depth = Depth { ring: 1024, burst: 32, fill: 896 };
+/// What stays in a processor's second cache, whatever the packets' size: as our owners have.
+pub const SHALLOW: Depth = Depth { ring: 256, burst: 32, fill: 128 };
 
 /// A running one.
 pub struct Testpmd {
@@ -48,12 +60,13 @@ pub struct Testpmd {
     output: PipeReader,
     /// All that it has written.
     text: String,
+    depth: Depth,
 }
 
 impl Testpmd {
     /// Starts it with a port a device, in a directory that is its alone or at least no other's of
     /// its role. It forwards when this returns.
-    pub fn start(dir: &Path, role: Role, devices: &[String]) -> Result<Self> {
+    pub fn start(dir: &Path, role: Role, depth: Depth, devices: &[String]) -> Result<Self> {
         let (name, processor) = match role {
             Role::Sender(_) => ("sender", SENDER),
             Role::Receiver => ("receiver", RECEIVER),
@@ -79,8 +92,10 @@ impl Testpmd {
         if !matches!(role, Role::Ends(_)) {
             command.arg("--auto-start");
         }
-        command.args(["--nb-cores=1", "--burst=32", "--mbcache=512", "--total-num-mbufs=16384"]);
-        command.args(["--rxd=1024", "--txd=1024", "--no-flush-rx", "--no-mlockall"]);
+        let Depth { ring, burst, .. } = depth;
+        command.args(["--nb-cores=1", "--mbcache=512", "--total-num-mbufs=16384", "--no-flush-rx"]);
+        command.args([format!("--burst={burst}"), format!("--rxd={ring}"), format!("--txd={ring}")]);
+        command.arg("--no-mlockall");
         match role {
             Role::Sender(size) => command.args(["--forward-mode=txonly", &format!("--txpkts={size}")]),
             Role::Receiver => command.arg("--forward-mode=rxonly"),
@@ -89,7 +104,7 @@ impl Testpmd {
         };
         command.stdin(input).stdout(their_output);
         let process = Process::spawn_with_pipes(name, command, &dir.join(format!("{name}.log")))?;
-        let mut testpmd = Self { process, input: our_input, output, text: String::new() };
+        let mut testpmd = Self { process, input: our_input, output, text: String::new(), depth };
         testpmd.read_until_prompt(START)?;
         Ok(testpmd)
     }
@@ -106,7 +121,8 @@ impl Testpmd {
 
     /// Puts packets into the loop whose ends it is, and forwards from then on.
     pub fn fill_loop(&mut self) -> Result<()> {
-        self.ask(&format!("start tx_first {FILL}")).map(drop)
+        let Depth { burst, fill, .. } = self.depth;
+        self.ask(&format!("start tx_first {}", fill / burst)).map(drop)
     }
 
     /// Forwards from now on, if it did not from the start.

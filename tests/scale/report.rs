@@ -3,7 +3,7 @@
 use std::fmt::Write;
 use std::time::Duration;
 
-use serde::Serialize;
+use serde::{Serialize, Serializer};
 
 use crate::broker::Usage;
 use crate::fronts::Time;
@@ -25,8 +25,8 @@ pub struct Report {
     pub links: u32,
     /// Of these, those that were up together (all but the one kept for traffic).
     pub links_up: u32,
-    /// How each came up.
-    #[serde(skip)]
+    /// How each came up: summed up by side.
+    #[serde(serialize_with = "by_side")]
     pub times: Vec<Time>,
     /// A broker with one link, to which nobody is connected.
     pub few: Usage,
@@ -44,6 +44,43 @@ pub struct Report {
     pub idled: Usage,
     /// One link was busy.
     pub busy: Vec<Busy>,
+}
+
+/// How long links took to come up, by which side came second.
+#[derive(Debug, Serialize)]
+struct Times {
+    links: usize,
+    median_ms: f64,
+    p99_ms: f64,
+    longest_ms: f64,
+    /// Not within [`SOON_MS`].
+    late: usize,
+}
+
+impl Times {
+    fn of(times: &[Time], peer_second: bool) -> Option<Self> {
+        let mut ms: Vec<_> =
+            times.iter().filter(|time| time.peer_second == peer_second).map(|time| time.ms).collect();
+        ms.sort_by(f64::total_cmp);
+        let last = *ms.last()?;
+        let at = |part: f64| ms.get((ms.len() as f64 * part) as usize).copied().unwrap_or(last);
+        Some(Self {
+            links: ms.len(),
+            median_ms: at(0.5),
+            p99_ms: at(0.99),
+            longest_ms: last,
+            late: ms.iter().filter(|ms| **ms >= SOON_MS).count(),
+        })
+    }
+}
+
+fn by_side<S: Serializer>(times: &[Time], serializer: S) -> Result<S::Ok, S::Error> {
+    #[derive(Serialize)]
+    struct Sides {
+        owner_second: Option<Times>,
+        peer_second: Option<Times>,
+    }
+    Sides { owner_second: Times::of(times, false), peer_second: Times::of(times, true) }.serialize(serializer)
 }
 
 impl Report {
@@ -119,18 +156,11 @@ impl Report {
         for (peer_second, name) in
             [(false, "up, from the owner's connection"), (true, "up, from the peer's connection")]
         {
-            let mut ms: Vec<_> = self
-                .times
-                .iter()
-                .filter(|time| time.peer_second == peer_second)
-                .map(|time| time.ms)
-                .collect();
-            ms.sort_by(f64::total_cmp);
-            let at = |part: f64| {
-                ms.get(((ms.len() as f64 * part) as usize).min(ms.len().saturating_sub(1))).copied()
+            let Some(Times { median_ms: median, p99_ms: p99, longest_ms: max, late, .. }) =
+                Times::of(&self.times, peer_second)
+            else {
+                continue;
             };
-            let late = ms.iter().filter(|ms| **ms >= SOON_MS).count();
-            let [median, p99, max] = [0.5, 0.99, 1.0].map(|part| at(part).unwrap_or(f64::NAN));
             line(
                 name,
                 format!(
@@ -194,5 +224,24 @@ impl Report {
             );
         }
         text
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    #![allow(clippy::unwrap_used)]
+    use super::*;
+
+    #[test]
+    fn times_are_summed_up_by_side() {
+        let times: Vec<_> = (1..=100)
+            .flat_map(|ms| [(true, f64::from(ms)), (false, f64::from(ms) / 100.0)])
+            .map(|(peer_second, ms)| Time { peer_second, ms })
+            .collect();
+        let Times { links, median_ms, p99_ms, longest_ms, late } = Times::of(&times, true).unwrap();
+        assert_eq!((links, median_ms, p99_ms, longest_ms, late), (100, 51.0, 100.0, 100.0, 91));
+        let value = by_side(&times, serde_json::value::Serializer).unwrap();
+        assert_eq!(value["owner_second"]["longest_ms"], 1.0);
+        assert!(Times::of(&[], true).is_none());
     }
 }
