@@ -385,6 +385,8 @@ fn what_is_held_for_a_pair_or_an_owner_that_is_gone_is_dropped_and_counted() {
             } else {
                 // It is gone and there again before anybody looks.
                 other = right.start(6);
+                assert_asleep(&left);
+                assert_eq!(other.rx_burst(0, &mut PacketBurst::default(), 64), Ok(0));
             }
             cross((&left, &mut one, 0), (&right, &mut other, 0), 50);
             // Nor do they come when it has that pair again.
