@@ -9,7 +9,12 @@
 //! - Words (indices, flags, descriptors) are read and written by *atomic*
 //!   operations of exactly the field's size. Each call is one access: the compiler
 //!   may neither repeat nor split it. A caller that keeps the result in a local has
-//!   therefore fetched the field once.
+//!   therefore fetched the field once. Only a slot of a packed ring is stored by one store
+//!   over several of its fields (`PackedSlots`), which the other side loads one by one. No
+//!   language has a rule for that, but the other side is no part of this program, and the
+//!   processor has: an aligned store of 8 bytes (on x86-64 with AVX, of 16) is one store,
+//!   so that a load of any part of it finds all of it done or nothing, and it is ordered
+//!   against other loads and stores like one of any size.
 //! - Bulk bytes (packets, indirect tables) are moved by a plain `memcpy`, between
 //!   two empty `asm!` blocks that may, for all the compiler knows, rewrite all of
 //!   memory. The stores of the other VM are no accesses of this program; the
@@ -302,10 +307,10 @@ impl SharedMemory {
     }
 
     /// Asks the processor for the cache line at an offset, which is about to be read. An offset
-    /// outside of the memory does nothing.
+    /// outside of the memory is harmless.
     #[inline]
     pub fn prefetch_read(&self, offset: u64) {
-        #[cfg(target_arch = "x86_64")]
+        #[cfg(all(target_arch = "x86_64", not(miri)))]
         {
             use std::arch::x86_64::{_MM_HINT_T0, _mm_prefetch};
             let at = self.base.as_ptr().wrapping_add(offset as usize);
@@ -315,10 +320,10 @@ impl SharedMemory {
     }
 
     /// Asks the processor for the cache line at an offset, which is about to be written whole
-    /// or in part. An offset outside of the memory does nothing.
+    /// or in part. An offset outside of the memory is harmless.
     #[inline]
     pub fn prefetch_write(&self, offset: u64) {
-        #[cfg(target_arch = "x86_64")]
+        #[cfg(all(target_arch = "x86_64", not(miri)))]
         {
             let at = self.base.as_ptr().wrapping_add(offset as usize);
             // By name, as the intrinsic becomes a prefetch for reading where the compiler
@@ -341,28 +346,35 @@ impl SharedMemory {
     }
 }
 
-/// One aligned 16-bit word, checked once: a ring's index or flags.
-#[derive(Clone, Debug)]
-pub(crate) struct Word16 {
+/// One aligned 16-bit word, checked once, in what keeps its memory mapped.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct SharedWord<K> {
     at: NonNull<u8>,
-    _memory: SharedMemory,
+    _keep: K,
 }
 
-// SAFETY: an address inside the memory that `_memory` keeps, which is Send.
-unsafe impl Send for Word16 {}
+/// A ring's index or flags.
+pub(crate) type Word16 = SharedWord<SharedMemory>;
+/// The flags of a slot of a packed virtqueue.
+pub(crate) type SlotFlags<'a> = SharedWord<&'a PackedSlots>;
+
+// SAFETY: an address inside the memory that `_keep` keeps, which is Send.
+unsafe impl<K: Send> Send for SharedWord<K> {}
 // SAFETY: accessed by atomics only.
-unsafe impl Sync for Word16 {}
+unsafe impl<K: Sync> Sync for SharedWord<K> {}
 
 impl Word16 {
     /// Checks bounds and alignment, once.
     pub(crate) fn new(memory: &SharedMemory, offset: u64) -> Result<Self, ShmError> {
-        Ok(Self { at: memory.word(offset, 2)?, _memory: memory.clone() })
+        Ok(Self { at: memory.word(offset, 2)?, _keep: memory.clone() })
     }
+}
 
+impl<K> SharedWord<K> {
     #[inline]
     fn atomic(&self) -> &AtomicU16 {
-        // SAFETY: `new` checked bounds and alignment and `_memory` keeps it mapped.
-        // An atomic may change under its reference.
+        // SAFETY: `Word16::new` and `PackedSlots::flags`, who alone make one, checked bounds and
+        // alignment, and `_keep` keeps it mapped. An atomic may change under its reference.
         unsafe { AtomicU16::from_ptr(self.at.as_ptr().cast()) }
     }
 
@@ -497,6 +509,8 @@ impl Slots<16> {
 pub(crate) struct PackedSlots {
     base: NonNull<u8>,
     count: u16,
+    /// An aligned store of 16 bytes is one store.
+    at_once: bool,
     _memory: SharedMemory,
 }
 
@@ -512,10 +526,14 @@ impl PackedSlots {
     pub(crate) fn new(memory: &SharedMemory, offset: u64, count: u16) -> Result<Self, ShmError> {
         let count = count.max(1);
         let base = memory.range(offset, u64::from(count) * Self::STRIDE as u64)?;
-        if !base.addr().get().is_multiple_of(Self::STRIDE / 2) {
-            return Err(ShmError::Misaligned { offset, align: Self::STRIDE / 2 });
+        if !base.addr().get().is_multiple_of(Self::STRIDE) {
+            return Err(ShmError::Misaligned { offset, align: Self::STRIDE });
         }
-        Ok(Self { base, count, _memory: memory.clone() })
+        #[cfg(all(target_arch = "x86_64", not(miri)))]
+        let at_once = std::arch::is_x86_feature_detected!("avx");
+        #[cfg(not(all(target_arch = "x86_64", not(miri))))]
+        let at_once = false;
+        Ok(Self { base, count, at_once, _memory: memory.clone() })
     }
 
     #[inline]
@@ -529,7 +547,7 @@ impl PackedSlots {
     #[inline]
     pub(crate) fn flags(&self, index: u16) -> SlotFlags<'_> {
         // SAFETY: the slot has 16 bytes.
-        SlotFlags { at: unsafe { self.slot(index).add(14) }, _slots: self }
+        SharedWord { at: unsafe { self.slot(index).add(14) }, _keep: self }
     }
 
     /// Relaxed loads of all but the flags: address, length, id.
@@ -538,7 +556,7 @@ impl PackedSlots {
         let at = self.slot(index);
         trace::note(at, 14);
         let at = at.as_ptr();
-        // SAFETY: the slot has 16 bytes and is aligned to 8, see `new`.
+        // SAFETY: the slot has 16 bytes and is aligned to 16, see `new`.
         let (addr, len, id) = unsafe {
             (
                 AtomicU64::from_ptr(at.cast()),
@@ -568,36 +586,36 @@ impl PackedSlots {
     #[inline]
     pub(crate) fn store_rest(&self, index: u16, len: u32, id: u16, flags: u16, order: Ordering) {
         let rest = u64::from(len) | u64::from(id) << 32 | u64::from(flags) << 48;
-        // SAFETY: the slot has 16 bytes and is aligned to 8, see `new`.
+        // SAFETY: the slot has 16 bytes and is aligned to 16, see `new`.
         let word = unsafe { AtomicU64::from_ptr(self.slot(index).as_ptr().add(8).cast()) };
         word.store(rest.to_le(), order);
     }
-}
 
-/// The flags of a slot of a packed virtqueue.
-#[derive(Clone, Copy, Debug)]
-pub(crate) struct SlotFlags<'a> {
-    at: NonNull<u8>,
-    _slots: &'a PackedSlots,
-}
-
-impl SlotFlags<'_> {
+    /// The same of the whole slot, address included, where the processor can: elsewhere the address
+    /// comes first, and whoever dies between the two leaves a slot that is neither.
     #[inline]
-    fn atomic(&self) -> &AtomicU16 {
-        // SAFETY: `PackedSlots::flags` made the address from a slot that is in bounds and
-        // aligned to 8. An atomic may change under its reference.
-        unsafe { AtomicU16::from_ptr(self.at.as_ptr().cast()) }
-    }
-
-    #[inline]
-    pub(crate) fn load(&self, order: Ordering) -> u16 {
-        trace::note(self.at, 2);
-        u16::from_le(self.atomic().load(order))
-    }
-
-    #[inline]
-    pub(crate) fn store(&self, value: u16, order: Ordering) {
-        self.atomic().store(value.to_le(), order);
+    pub(crate) fn store_whole(&self, index: u16, addr: u64, rest: (u32, u16, u16), order: Ordering) {
+        let (len, id, flags) = rest;
+        #[cfg(all(target_arch = "x86_64", not(miri)))]
+        if self.at_once {
+            use std::arch::x86_64::_mm_set_epi64x;
+            let rest = u64::from(len) | u64::from(id) << 32 | u64::from(flags) << 48;
+            // SAFETY: the slot has 16 bytes and is aligned to 16, see `new`. With AVX that makes it
+            // one store, whatever else looks on (Intel's manual, volume 3, 9.1.1; AMD's, volume 2,
+            // 7.3.2). Each store of this processor is a release, and the compiler, which does not
+            // know what the block writes, moves no access across it.
+            unsafe {
+                std::arch::asm!(
+                    "movdqa xmmword ptr [{at}], {value}",
+                    at = in(reg) self.slot(index).as_ptr(),
+                    value = in(xmm_reg) _mm_set_epi64x(rest as i64, addr as i64),
+                    options(nostack, preserves_flags),
+                );
+            }
+            return;
+        }
+        self.store_addr(index, addr);
+        self.store_rest(index, len, id, flags, order);
     }
 }
 

@@ -160,7 +160,7 @@ fn slots_in_flight_are_not_taken_again_whatever_their_flags_say() {
     }
     device.flush_used();
     for slot in 0..4 {
-        assert_eq!(ring.slot(slot), (1, 7, 0, AVAIL | USED | WRITE));
+        assert_eq!(ring.slot(slot), (IOVA + DATA, 7, 0, AVAIL | USED | WRITE));
     }
     assert_eq!(ring.left(), 1 << 15, "the second lap starts");
 }
@@ -246,7 +246,7 @@ fn a_batch_in_order_is_one_used_descriptor_unless_something_was_written() {
     let ids = serve(&mut device, 8, 9);
     device.flush_used();
     for (slot, id) in (5..8).zip(ids) {
-        assert_eq!(ring.slot(slot), (1, 9, id, AVAIL | USED | WRITE));
+        assert_eq!(ring.slot(slot), (IOVA + DATA, 9, id, AVAIL | USED | WRITE));
     }
     assert_eq!(reap(&mut driver), Ok(vec![5, 6, 7]));
     // Each flush has one of its own, and without VIRTIO_F_IN_ORDER each chain.
@@ -263,6 +263,45 @@ fn a_batch_in_order_is_one_used_descriptor_unless_something_was_written() {
     serve(&mut device, 3, 0);
     device.flush_used();
     assert_eq!([0, 1, 2].map(|slot| ring.slot(slot).3), [AVAIL | USED; 3]);
+}
+
+/// Half of a slot was stored: what is still available is still its driver's.
+#[test]
+fn a_slot_of_which_a_dead_device_half_stored_a_part_is_served_as_its_driver_filled_it() {
+    let ring = Ring::new(8, PACKED);
+    let (mut driver, mut device) = (ring.driver(), ring.device().unwrap());
+    post(&mut driver, 0..4, true);
+    let before: Vec<_> = (0..4).map(|slot| ring.slot(slot)).collect();
+    serve(&mut device, 4, 9);
+    device.flush_used();
+    ring.leave(0);
+    // All of the addresses of the flush are there, and nothing else.
+    for (slot, (_, len, id, flags)) in (0..).zip(before) {
+        ring.put_at(ring.places.desc + 16 * slot, (ring.slot(slot as u16).0, len, id, flags));
+    }
+    let mut burst = ChainBurst::default();
+    assert_eq!(ring.device().unwrap().pop_burst(8, Direction::DeviceWrites, &mut burst), Ok(4));
+    assert!(burst.iter().all(|chain| chain.segments[0].iova == IOVA + DATA));
+}
+
+/// Addresses from 1 on are numbers of slots, too.
+#[test]
+fn a_used_slot_says_how_far_the_next_is_where_its_address_would_say_otherwise() {
+    for (addr, left) in [(0, 1), (1, 1), (5, 1), (0xffff, 1), (0x1_0000, 0x1_0000), (0x1_0003, 0x1_0003)] {
+        let mut ring = Ring::new(8, PACKED);
+        ring.mappings.insert(0, Mapping { iova: 0, len: 0x2_0000, ..ring.views.mapping() });
+        let slot = |slot: u64| ring.places.desc + 16 * slot;
+        ring.put_at(slot(0), (addr, 64, 0, AVAIL));
+        ring.put_at(slot(1), (addr, 64, 1, AVAIL | NEXT));
+        ring.put_at(slot(2), (IOVA + DATA, 64, 1, AVAIL));
+        ring.put_at(slot(3), (IOVA + DATA, 64, 2, AVAIL));
+        let mut device = ring.device().unwrap();
+        assert_eq!(serve(&mut device, 2, 0), [0, 1], "{addr:#x}");
+        device.flush_used();
+        assert_eq!([ring.slot(0).0, ring.slot(1).0], [left, 2], "{addr:#x}");
+        ring.leave(0);
+        assert_eq!(serve(&mut ring.device().unwrap(), 8, 0), [2], "{addr:#x}");
+    }
 }
 
 /// One side of it dies between any two stores of a flush: nothing is lost, and nothing comes
@@ -402,6 +441,41 @@ fn a_call_comes_for_the_descriptor_that_was_named_and_for_no_other() {
             assert_eq!(driver.set_calls(false), Ok(true));
             assert!(!complete(1));
             assert_eq!(reap(&mut driver).unwrap().len(), 6);
+        }
+    }
+}
+
+#[test]
+fn a_kick_for_a_published_descriptor_comes_whatever_is_added_behind_it() {
+    for features in [PACKED, RingFeatures { packed: false, ..PACKED }] {
+        for behind in 0..4 {
+            let ring = Ring::new(8, features);
+            let (mut driver, mut device) = (ring.driver(), ring.device().unwrap());
+            post(&mut driver, 0..5, false);
+            assert!(driver.needs_kick());
+            serve(&mut device, 5, 0);
+            device.flush_used();
+            assert_eq!(reap(&mut driver), Ok(vec![0, 1, 2, 3, 4]));
+            // A device that names the next descriptor (2.8.14).
+            if features.packed {
+                ring.views.owner.store_u32(ring.places.used, 1 << 15 | 5 | 2 << 16).unwrap();
+            } else {
+                assert_eq!(device.set_kicks(true), Ok(false));
+            }
+            post(&mut driver, 5..6, false);
+            for token in 6..6 + behind {
+                driver.add(&[Buffer::readable(DATA, 64)], token).unwrap();
+            }
+            assert!(driver.needs_kick(), "{behind} behind it");
+            assert!(!driver.needs_kick());
+            // And for none of what is not the device's yet.
+            let ahead = 6 | 1 << 15 | 2 << 16;
+            if features.packed {
+                ring.views.owner.store_u32(ring.places.used, ahead).unwrap();
+                assert!(!driver.needs_kick());
+                driver.publish();
+                assert_eq!(driver.needs_kick(), behind > 0);
+            }
         }
     }
 }

@@ -6,7 +6,7 @@
 
 use std::sync::atomic::{Ordering, fence};
 
-use crate::shm::{SlotFlags, Word16};
+use crate::shm::SharedWord;
 
 /// A 16-bit word that both sides of a ring reach.
 pub trait Word {
@@ -22,43 +22,35 @@ pub trait Word {
     fn full_barrier();
 }
 
-macro_rules! shared_words {
-    ($($word:ty),*) => {$(
-        impl Word for $word {
-            #[inline]
-            fn load(&self) -> u16 {
-                // Relaxed: the callers put a full barrier before it, or need
-                // no order.
-                <$word>::load(self, Ordering::Relaxed)
-            }
+impl<K> Word for SharedWord<K> {
+    #[inline]
+    fn load(&self) -> u16 {
+        // Relaxed: the callers put a full barrier before it, or need no order.
+        SharedWord::load(self, Ordering::Relaxed)
+    }
 
-            #[inline]
-            fn load_acquire(&self) -> u16 {
-                // Acquire: pairs with the other side's `store_release` of the same word.
-                <$word>::load(self, Ordering::Acquire)
-            }
+    #[inline]
+    fn load_acquire(&self) -> u16 {
+        // Acquire: pairs with the other side's `store_release` of the same word.
+        SharedWord::load(self, Ordering::Acquire)
+    }
 
-            #[inline]
-            fn store(&self, value: u16) {
-                // Relaxed: flags; the callers put a full barrier after it
-                // where order matters.
-                <$word>::store(self, value, Ordering::Relaxed);
-            }
+    #[inline]
+    fn store(&self, value: u16) {
+        // Relaxed: flags; the callers put a full barrier after it where order matters.
+        SharedWord::store(self, value, Ordering::Relaxed);
+    }
 
-            #[inline]
-            fn store_release(&self, value: u16) {
-                // Release: pairs with the other side's `load_acquire` of the same word.
-                <$word>::store(self, value, Ordering::Release);
-            }
+    #[inline]
+    fn store_release(&self, value: u16) {
+        // Release: pairs with the other side's `load_acquire` of the same word.
+        SharedWord::store(self, value, Ordering::Release);
+    }
 
-            #[inline]
-            fn full_barrier() {
-                // SeqCst: pairs with the other side's full barrier between its own store and
-                // load of the same two words, see `ring::split::index`.
-                fence(Ordering::SeqCst);
-            }
-        }
-    )*};
+    #[inline]
+    fn full_barrier() {
+        // SeqCst: pairs with the other side's full barrier between its own store and load of
+        // the same two words, see `ring::split::index`.
+        fence(Ordering::SeqCst);
+    }
 }
-
-shared_words!(Word16, SlotFlags<'_>);

@@ -30,7 +30,8 @@ impl Engine {
         Self::Library
     }
 
-    /// Copies `len` bytes. Each byte is loaded once.
+    /// Copies `len` bytes. What arrives of a byte is what one load found, where the library's moves
+    /// overlap, too.
     ///
     /// # Safety
     /// `from` is valid for loads and `to` for stores of `len` bytes, and they do not

@@ -10,9 +10,10 @@
 //! After each flush the place is left in the device's event suppression area, in the field
 //! that names a descriptor: drivers do not look at it unless the flags say so, which they
 //! never do here. A flush is stored from its last used descriptor to its first, for which the
-//! driver waits, and each of them says in its unused `addr` how far the next is. So a
-//! successor that comes upon slots that are used already, since its predecessor died in the
-//! middle of a flush, or before it left its place, knows to step over them.
+//! driver waits, and each of them says in its unused `addr` how far the next is: an address
+//! that is no such number stays, and stands for the next slot. So a successor that comes upon
+//! slots that are used already, since its predecessor died in the middle of a flush, or before
+//! it left its place, knows to step over them; and what is not used yet still has its address.
 //!
 //! A ring that breaks the rules yields a [`Fault`] and is dead until it is made anew.
 //! Chains that were popped before the fault was met stay good and can be completed.
@@ -44,8 +45,16 @@ struct Used {
     written: u32,
     /// Slots to the next one.
     slots: u16,
+    /// Its address is no number of slots.
+    is_far: bool,
     /// The next chain may be reported instead of this one, and this one with it.
     open: bool,
+}
+
+/// Whether an address cannot be taken for a number of slots.
+#[inline]
+fn is_far(addr: u64) -> bool {
+    addr > u64::from(u16::MAX)
 }
 
 /// What a burst of usual chains ended for.
@@ -210,7 +219,8 @@ impl PackedDevice {
     fn step_over_used(&mut self) -> Option<u16> {
         loop {
             let (distance, ..) = self.slots.load(self.next.slot());
-            let distance = u16::try_from(distance).unwrap_or(0).clamp(1, self.size);
+            let distance = u16::try_from(distance).ok().filter(|distance| (1..=self.size).contains(distance));
+            let distance = distance.unwrap_or(1);
             self.next = self.next.advanced(distance, self.size);
             self.steps = self.steps.saturating_sub(distance);
             (self.completed, self.flushed) = (self.next, self.next);
@@ -256,7 +266,8 @@ impl PackedDevice {
             let mut slots = 0;
             match self.pop_chain((at, first), room, direction, burst, mark, &mut slots) {
                 Ok(id) => {
-                    self.popped.add(Popped { id, slots, read_only: direction == Direction::DeviceReads });
+                    let read_only = direction == Direction::DeviceReads;
+                    self.popped.add(Popped { id, slots, read_only, is_far: is_far(first.addr) });
                     self.next = at.advanced(slots, self.size);
                     self.taken += slots;
                     popped += 1;
@@ -299,7 +310,7 @@ impl PackedDevice {
                 _ => break Ended::Unusual(first),
             };
             burst.push_one(id, segment);
-            self.popped.add(Popped { id, slots: 1, read_only: !segment.writable });
+            self.popped.add(Popped { id, slots: 1, read_only: !segment.writable, is_far: is_far(addr) });
             next = next.advanced(1, self.size);
             taken += 1;
             popped += 1;
@@ -442,7 +453,7 @@ impl PackedDevice {
 
     #[inline]
     pub(crate) fn push_used(&mut self, head: u16, written: u32) {
-        let Some(Popped { slots, read_only, .. }) = self.popped.push_used(head) else {
+        let Some(Popped { slots, read_only, is_far, .. }) = self.popped.push_used(head) else {
             debug_assert!(false, "a chain completed that was not popped");
             return;
         };
@@ -451,9 +462,9 @@ impl PackedDevice {
         let open = self.in_order && read_only && written == 0;
         match self.used.last_mut() {
             Some(last) if last.open => {
-                *last = Used { at: last.at, id: head, written, slots: last.slots + slots, open };
+                *last = Used { id: head, written, slots: last.slots + slots, open, ..*last };
             }
-            _ => self.used.push(Used { at: self.completed, id: head, written, slots, open }),
+            _ => self.used.push(Used { at: self.completed, id: head, written, slots, is_far, open }),
         }
         self.completed = self.completed.advanced(slots, self.size);
     }
@@ -480,10 +491,14 @@ impl PackedDevice {
 
     #[inline]
     fn store_used(slots: &PackedSlots, used: &Used, order: Ordering) {
-        let flags = used.at.used_flags() | if used.written > 0 { Descriptor::WRITE } else { 0 };
-        // For a successor only: 2.8.4 has it unused.
-        slots.store_addr(used.at.slot(), used.slots.into());
-        slots.store_rest(used.at.slot(), used.written, used.id, flags, order);
+        let Used { at, id, written, .. } = *used;
+        let flags = at.used_flags() | if written > 0 { Descriptor::WRITE } else { 0 };
+        // The address is for a successor only: 2.8.4 has it unused. Never before the flags: a
+        // slot that is available still has the address that its driver gave it.
+        match used.slots == 1 && used.is_far {
+            true => slots.store_rest(at.slot(), written, id, flags, order),
+            false => slots.store_whole(at.slot(), used.slots.into(), (written, id, flags), order),
+        }
     }
 
     #[inline]

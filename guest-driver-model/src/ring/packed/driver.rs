@@ -283,7 +283,9 @@ impl PackedDriver {
 
     #[inline]
     pub(crate) fn needs_kick(&mut self) -> bool {
-        self.kicks.needs_notification(self.next, self.size)
+        // What was added since is not the device's yet, and no reason for a kick.
+        let unpublished = self.unpublished.map_or(0, |unpublished| unpublished.slots);
+        self.kicks.needs_notification(self.next.put_back(unpublished, self.size), self.size)
     }
 
     pub(crate) fn set_calls(&mut self, enabled: bool) -> Result<bool, DriverFault> {
