@@ -114,6 +114,13 @@ fn a_header_is_not_passed_on_and_a_packet_that_is_none_is_dropped() {
 }
 
 #[test]
+fn cards_with_offloads_are_refused() {
+    let config = OwnerConfig { ring_size: 8, offloads: true, ..OwnerConfig::default() };
+    let refused = Crossover::new(&TwoViews::new(1 << 20).owner, config, IOVA);
+    assert_eq!(refused.err(), Some(CrossoverError::Offloads));
+}
+
+#[test]
 fn injected_packets_go_round_for_as_long_as_they_are_sent_back() {
     let views = TwoViews::new(16 << 20);
     let config = OwnerConfig { ring_size: 16, buffer_len: 192, ..OwnerConfig::default() };

@@ -125,6 +125,25 @@ fn what_is_not_returned_is_lent_again(config: OwnerConfig) {
 }
 
 #[test]
+fn who_has_not_returned_a_burst_is_told_not_to_sleep() {
+    for packed in [false, true] {
+        let Joined { mut owner, mut peer, .. } = join(OwnerConfig { packed, ..OwnerConfig::default() });
+        send(&mut owner, &frames(3, 60));
+        let mut burst = LentBurst::default();
+        assert_eq!(peer.rx_lend(0, &mut burst, 32), Ok(3));
+        assert_eq!(peer.set_kicks(1, true), Ok(true), "three are to be had");
+        assert_eq!((peer.set_kicks(0, true), peer.set_kicks(1, false)), (Ok(true), Ok(false)));
+        drop(burst);
+        assert_eq!(peer.set_kicks(1, true), Ok(true), "as before");
+        let mut burst = LentBurst::default();
+        assert_eq!(peer.rx_lend(0, &mut burst, 32), Ok(3));
+        assert_eq!(peer.set_kicks(1, true), Ok(true));
+        assert_eq!(peer.rx_return(&mut burst), Ok(3), "to ask takes nothing from who has it");
+        assert_eq!(peer.set_kicks(1, true), Ok(false));
+    }
+}
+
+#[test]
 fn a_burst_goes_back_only_to_the_port_and_pair_that_lent_it() {
     let Joined { mut owner, mut peer, views, snapshot, .. } =
         join(OwnerConfig { pairs: 2, ..OwnerConfig::default() });

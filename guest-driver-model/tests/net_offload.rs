@@ -9,7 +9,7 @@ use std::time::Duration;
 use guest_driver_model::control::{Nobody, Outcome};
 use guest_driver_model::net::forward::{End, forward_burst, forward_burst_by};
 use guest_driver_model::net::{
-    HEADER_LEN, Lane, NetHeader, OwnerConfig, OwnerPort, Packet, PacketBurst, PeerPort, PeerQueue,
+    HEADER_LEN, Lane, LentBurst, NetHeader, OwnerConfig, OwnerPort, Packet, PacketBurst, PeerPort, PeerQueue,
 };
 use net_support::device::{Mode, apart};
 use net_support::{Joined, LinkWriter, frame, join, link_page};
@@ -228,8 +228,9 @@ fn each_offload_counts_by_itself_and_a_segmentation_only_with_the_checksum() {
         (GUEST_TSO6, six, None),
         (GUEST_TSO6, CSUM, Some(false)),
     ] {
+        // The owner's port shows all that it gets.
         let config = OwnerConfig::default();
-        let Joined { mut owner, views, layout, .. } = join(config);
+        let Joined { mut owner, views, layout, .. } = join(OwnerConfig { offloads: true, ..config });
         let infos = layout.infos(net_support::IOVA);
         LinkWriter::new(config.features() | features, vec![views.mapping()], infos).write(&views.window);
         let page = link_page(&views.window);
@@ -263,6 +264,96 @@ fn an_owner_that_accepts_less_gets_from_another_what_it_accepts() {
     assert_eq!(got.iter().map(|(_, frame)| frame.len()).collect::<Vec<_>>(), [60, 154, 1054, 1054, 554, 155]);
     let payload: Vec<u8> = got[2..5].iter().flat_map(|(_, frame)| frame[54..].to_vec()).collect();
     assert_eq!(payload, sent[2].1[54..]);
+}
+
+/// 5.1.6.2.2: a device ignores flags of a driver that are none of a driver's.
+#[test]
+fn flags_that_a_driver_has_no_right_to_go_no_further_by_any_way() {
+    let accepts = OwnerConfig { offloads: true, ..OwnerConfig::default() };
+    let Joined { mut owner, peer: mut from, views, layout, .. } = join(accepts);
+    let Joined { owner: mut sink, peer: mut to, .. } = join(accepts);
+    let short = tcp(100);
+    for header in [CSUM, NetHeader::default()] {
+        for way in 0..3_u64 {
+            assert_eq!(owner.tx_burst(0, [Packet { header, frame: &short }]), Ok(1));
+            // NEEDS_CSUM stays what it is; DATA_VALID and all others are a device's.
+            for slot in 0..u64::from(accepts.ring_size) {
+                let at = layout.vrings()[1].buffers + slot * u64::from(accepts.buffer_len);
+                let flags = 0xfe | header.flags;
+                views
+                    .owner
+                    .write(at + 64 - HEADER_LEN as u64, &NetHeader { flags, ..header }.to_bytes())
+                    .unwrap();
+            }
+            match way {
+                0 => {
+                    let mut burst = PacketBurst::default();
+                    assert_eq!(from.rx_burst(0, &mut burst, 64), Ok(1));
+                    assert_eq!(burst.packet(0).unwrap().header, header);
+                }
+                1 => {
+                    let mut burst = LentBurst::default();
+                    assert_eq!(from.rx_lend(0, &mut burst, 64), Ok(1));
+                    assert_eq!(burst.packet(0).unwrap().header(), header);
+                    assert_eq!(from.rx_return(&mut burst), Ok(1));
+                }
+                _ => {
+                    let done = forward_burst(first(&mut from), first(&mut to), &mut Lane::default(), 64);
+                    assert_eq!(done.unwrap().packets, 1);
+                    assert_eq!(take(&mut sink), [(header, short.clone())]);
+                }
+            }
+        }
+    }
+}
+
+/// Without offloads a header says nothing, whatever is in it, but how many buffers there are.
+#[test]
+fn a_device_that_leaves_what_its_driver_did_not_accept_is_not_believed() {
+    let said = NetHeader { num_buffers: 1, ..LONG };
+    for (mergeable, offloads) in [(false, false), (true, false), (true, true)] {
+        let config = OwnerConfig { mergeable, offloads, ..OwnerConfig::default() };
+        let Joined { mut owner, mut peer, views, layout, .. } = join(config);
+        assert_eq!(peer.tx_burst(0, [tcp(100).as_slice()]), Ok(1));
+        let at = layout.vrings()[0].buffers + 64 - HEADER_LEN as u64;
+        views.owner.write(at, &said.to_bytes()).unwrap();
+        let mut burst = PacketBurst::default();
+        assert_eq!(owner.rx_burst(0, &mut burst, 64), Ok(1));
+        let expected = if offloads { said } else { NetHeader { num_buffers: 1, ..NetHeader::default() } };
+        assert_eq!(burst.packet(0).unwrap().header, expected);
+    }
+}
+
+/// The owner says into how many pieces a packet is to be cut: it is not to have memory for it.
+#[test]
+fn packets_are_cut_one_after_the_other_as_there_is_room_for_their_pieces() {
+    let accepts = OwnerConfig { ring_size: 64, buffer_len: 2048, offloads: true, ..OwnerConfig::default() };
+    let Joined { mut owner, peer: mut from, .. } = join(accepts);
+    let Joined { owner: mut sink, peer: mut to, .. } =
+        join(OwnerConfig { ring_size: 16, ..OwnerConfig::default() });
+    let tiny = NetHeader { gso_size: 48, ..LONG };
+    // 21 pieces each; one that cannot be cut; one that needs not be.
+    let mut cannot = tcp(1000);
+    cannot[14] = 0x46;
+    let sent = [(tiny, tcp(1000)), (tiny, tcp(1001)), (tiny, cannot), (CSUM, tcp(7)), (tiny, tcp(1002))];
+    assert_eq!(owner.tx_burst(0, packets(&sent)), Ok(5));
+    let (mut lane, mut got, mut sum) = (Lane::default(), Vec::new(), (0, 0, 0, 0));
+    for round in 0..10 {
+        let done = forward_burst(first(&mut from), first(&mut to), &mut lane, 64).unwrap();
+        sum = (sum.0 + done.taken, sum.1 + done.packets, sum.2 + done.dropped, sum.3 + done.copied_bytes);
+        // Packets that wait, and not their pieces.
+        assert!(lane.held() <= 5, "round {round}: {}", lane.held());
+        assert_eq!(lane.waits_for_room(), lane.held() > 0);
+        got.extend(take(&mut sink));
+    }
+    assert_eq!((sum.0, sum.1, sum.2, lane.held()), (5, 64, 1, 0));
+    let lens = |frames: &[Owned]| frames.iter().map(|(_, frame)| frame.len() as u64).sum::<u64>();
+    let cut = lens(&got) - sent[3].1.len() as u64;
+    assert_eq!(sum.3, lens(&sent) + cut + lens(&got), "taken, cut, and sent");
+    assert!(got.iter().all(|(header, frame)| header.is_plain() && is_whole(frame)));
+    let payload: Vec<u8> = got.iter().flat_map(|(_, frame)| frame[54..].to_vec()).collect();
+    let expected = [0, 1, 3, 4].iter().flat_map(|at: &usize| sent[*at].1[54..].to_vec());
+    assert!(payload.into_iter().eq(expected));
 }
 
 #[test]

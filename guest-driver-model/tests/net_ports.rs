@@ -5,7 +5,7 @@ mod net_support;
 
 use guest_driver_model::link::VringInfo;
 use guest_driver_model::net::peer::PortError;
-use guest_driver_model::net::{MAX_FRAME, OwnerConfig, OwnerPort, PacketBurst, PeerPort};
+use guest_driver_model::net::{HEADER_LEN, MAX_FRAME, OwnerConfig, OwnerPort, PacketBurst, PeerPort};
 use guest_driver_model::ring::{Buffer, DriverRing};
 use net_support::{HandRing, IOVA, Joined, LinkWriter, WRITE, frame, join, link_page, pass};
 use proptest::collection::vec;
@@ -117,6 +117,24 @@ fn a_frame_that_no_buffer_can_take_is_dropped_and_counted() {
     assert_eq!(peer.counters().tx_drops, 2);
     assert_eq!(owner.tx_burst(0, [long.as_slice(), &endless]), Ok(2));
     assert_eq!(owner.counters().tx_drops, 2);
+}
+
+#[test]
+fn what_is_longer_than_any_frame_is_no_packet_however_many_buffers_it_takes() {
+    for mergeable in [false, true] {
+        let config = OwnerConfig { buffer_len: 1 << 17, ring_size: 4, mergeable, ..OwnerConfig::default() };
+        let Joined { mut owner, mut peer, views, layout, .. } = join(config);
+        let longest = frame(1, MAX_FRAME);
+        assert_eq!(peer.tx_burst(0, [longest.as_slice(), &longest]), Ok(2));
+        // The device says that there is a byte more in the first.
+        let used = layout.vrings()[0].places.used;
+        assert_eq!(views.owner.load_u32(used + 8), Ok((HEADER_LEN + MAX_FRAME) as u32));
+        views.owner.store_u32(used + 8, (HEADER_LEN + MAX_FRAME + 1) as u32).unwrap();
+        let mut burst = PacketBurst::default();
+        assert_eq!(owner.rx_burst(0, &mut burst, 8), Ok(1), "mergeable: {mergeable}");
+        assert_eq!(burst.packet(0).unwrap().frame, longest);
+        assert_eq!((owner.counters().rx_packets, owner.counters().rx_drops), (1, 1));
+    }
 }
 
 #[test]

@@ -21,8 +21,8 @@ struct Line([u8; LINE]);
 /// A packet: received, or to be transmitted.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Packet<'burst> {
-    /// The header that came with it; all zero where none of its fields was negotiated. The other side
-    /// wrote it: `tx_burst` judges it, and who does anything else by it has to
+    /// The header that came with it; all zero where no offload was negotiated, but for `num_buffers` of
+    /// what a device sent. The other side wrote it: `tx_burst` judges it, and who does anything else by it has to
     /// ([`NetHeader::checked`]).
     pub header: NetHeader,
     /// The Ethernet frame.
@@ -194,12 +194,11 @@ impl PacketBurst {
             .map(NetHeader::from_bytes)
     }
 
-    /// Ends the packet being received: header and frame are `len` bytes. `headers`: the header
-    /// has something to say.
+    /// Ends the packet being received: header and frame are `len` bytes, and what the header has to
+    /// say is this.
     #[inline]
-    pub(crate) fn finish(&mut self, len: usize, headers: bool) {
+    pub(crate) fn finish(&mut self, len: usize, header: NetHeader) {
         debug_assert!(len >= HEADER_LEN);
-        let header = self.pending_header().filter(|_| headers).unwrap_or_default();
         self.entries.push(Entry { start: self.tail + LINE, len: len - HEADER_LEN, header });
         self.tail += (HEADER_AT + len).next_multiple_of(LINE);
     }

@@ -92,6 +92,11 @@ pub enum CrossoverError {
         /// The longest that fits, bytes.
         room: usize,
     },
+    /// The configuration has offloads.
+    #[error(
+        "two cards that pass packets on without their headers can accept no offloads: set `offloads` to false"
+    )]
+    Offloads,
 }
 
 impl Crossover {
@@ -99,7 +104,8 @@ impl Crossover {
     /// Addresses given to the devices are `iova_base` + offset in the memory.
     ///
     /// # Errors
-    /// If the memory is too small for two cards like this.
+    /// If the memory is too small for two cards like this, or if they were to have offloads: what a
+    /// header says of its packet would be lost.
     pub fn new(memory: &SharedMemory, config: OwnerConfig, iova_base: u64) -> Result<Self, CrossoverError> {
         Self::with_packets(memory, config, iova_base, &[])
     }
@@ -116,6 +122,9 @@ impl Crossover {
         iova_base: u64,
         packets: &[&[u8]],
     ) -> Result<Self, CrossoverError> {
+        if config.offloads {
+            return Err(CrossoverError::Offloads);
+        }
         let config = OwnerConfig { pairs: 1, ..config };
         let first = OwnerLayout::new(config, 0, memory.len())?;
         let second = OwnerLayout::new(config, first.end(), memory.len())?;

@@ -11,8 +11,8 @@
 //!
 //! The header before a packet is made anew. What A's left to its receiver is left to B, if both
 //! owners' drivers accepted that. If B's did not, the burst is received into private memory, too,
-//! and there the checksum is completed, or the packet cut. The bytes of frames are moved, and not
-//! looked at otherwise.
+//! and there the checksum is completed, or the packet cut: one at a time, since A says into how many
+//! pieces. The bytes of frames are moved, and not looked at otherwise.
 
 use vhost_pci_device::abi::FaultKind;
 
@@ -23,7 +23,7 @@ use super::offload::Judged;
 use super::peer::{MAX_BURST, PeerQueue};
 use super::reach::{LiveVring, Reach};
 use super::receive::packet_len;
-use super::segment::cut_all;
+use super::segment::{cut, is_long};
 use super::transmit::Transmitter;
 use crate::control::{Exchange, Nobody};
 use crate::ring::{Chain, ChainBurst, Direction, Fault, OnMiss, Place, Segment};
@@ -69,9 +69,12 @@ pub enum ForwardFault {
 pub struct Lane {
     /// Chains of A, for the time of a burst.
     chains: ChainBurst,
-    /// What was taken in private, and how much of it is done with.
+    /// What was taken in private, and how many of them are done with.
     held: PacketBurst,
     sent: usize,
+    /// The next one, if it is cut, and how many of its pieces are done with.
+    pieces: PacketBurst,
+    sent_pieces: usize,
     /// The last burst ended for want of B's buffers, or of B's queue.
     blocked: bool,
 }
@@ -82,14 +85,16 @@ impl Default for Lane {
             chains: ChainBurst::with_capacity(MAX_BURST),
             held: PacketBurst::default(),
             sent: 0,
+            pieces: PacketBurst::default(),
+            sent_pieces: 0,
             blocked: false,
         }
     }
 }
 
 impl Lane {
-    /// Packets that were taken from A and that B does not have yet: 0 unless an IOMMU demands
-    /// copies.
+    /// Packets that were taken from A and that B does not have yet, or not all of: 0 unless an IOMMU
+    /// demands copies, or B accepts less than A.
     pub fn held(&self) -> usize {
         self.held.len().saturating_sub(self.sent)
     }
@@ -104,7 +109,8 @@ impl Lane {
     pub fn clear(&mut self) -> usize {
         let held = self.held();
         self.held.clear();
-        self.sent = 0;
+        self.pieces.clear();
+        (self.sent, self.sent_pieces) = (0, 0);
         self.blocked = false;
         held
     }
@@ -199,28 +205,55 @@ fn in_private(
         forwarded.taken = received.map_err(ForwardFault::From)?;
         forwarded.taken_bytes = lane.held.frames().map(|frame| frame.len() as u64).sum();
         forwarded.copied_bytes = forwarded.taken_bytes;
-        if let Some(pieces) = cut_all(&lane.held, to.queue.offloads()) {
-            forwarded.copied_bytes += pieces.frames().map(|frame| frame.len() as u64).sum::<u64>();
-            lane.held = pieces;
-        }
     }
     if lane.held() > 0 {
         let before = to.queue.counters();
-        let done = to.queue.tx_burst_by(to.exchange, lane.held.iter().skip(lane.sent));
-        match done {
-            Ok(done) => lane.sent += done,
-            // What was taken is told of first; the fault shows again with the next burst.
-            Err(_) if forwarded.taken > 0 => {}
-            Err(fault) => return Err(ForwardFault::To(fault)),
-        }
+        let sent = send_held(lane, to, &mut forwarded);
         let after = to.queue.counters();
         forwarded.packets = (after.tx_packets - before.tx_packets) as usize;
         forwarded.bytes = after.tx_bytes - before.tx_bytes;
         forwarded.dropped = (after.tx_drops - before.tx_drops) as usize;
         forwarded.copied_bytes += forwarded.bytes;
+        match sent {
+            // What was done is told of first; the fault shows again with the next burst.
+            Err(fault) if forwarded.is_nothing() => return Err(ForwardFault::To(fault)),
+            _ => {}
+        }
     }
     lane.blocked = lane.held() > 0;
     Ok(forwarded)
+}
+
+/// Transmits what is held until B has no room: what goes as it is in one go, and each other packet in
+/// its pieces.
+fn send_held(lane: &mut Lane, to: &mut End<'_>, forwarded: &mut Forwarded) -> Result<(), Fault> {
+    let offloads = to.queue.offloads();
+    while let Some(next) = lane.held.packet(lane.sent) {
+        if lane.pieces.is_empty() && is_long(&next, offloads) {
+            cut(next, &mut lane.pieces);
+            lane.sent_pieces = 0;
+            forwarded.copied_bytes += lane.pieces.frames().map(|frame| frame.len() as u64).sum::<u64>();
+        }
+        if !lane.pieces.is_empty() {
+            let left = lane.pieces.iter().skip(lane.sent_pieces);
+            lane.sent_pieces += to.queue.tx_burst_by(to.exchange, left)?;
+            if lane.sent_pieces < lane.pieces.len() {
+                return Ok(());
+            }
+            lane.pieces.clear();
+            lane.sent += 1;
+            continue;
+        }
+        // The next one, if it cannot be cut, is refused like all else that B does not accept.
+        let left = lane.held.iter().skip(lane.sent + 1);
+        let count = 1 + left.take_while(|packet| !is_long(packet, offloads)).count();
+        let done = to.queue.tx_burst_by(to.exchange, lane.held.iter().skip(lane.sent).take(count))?;
+        lane.sent += done;
+        if done < count {
+            return Ok(());
+        }
+    }
+    Ok(())
 }
 
 /// Whose vring broke in a burst.

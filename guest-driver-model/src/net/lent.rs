@@ -60,6 +60,11 @@ impl Lender {
         std::mem::take(&mut self.out)
     }
 
+    /// Whether chains are out.
+    pub(super) fn is_out(&self) -> bool {
+        self.out > 0
+    }
+
     fn begin(&mut self, chains: usize) -> Ticket {
         self.ticket.loan += 1;
         self.out = chains;
@@ -185,12 +190,13 @@ impl LentPacket<'_> {
         self.len == 0
     }
 
-    /// A private copy of the header that comes with the packet, as the owner wrote it: what it says is
-    /// to be [checked](NetHeader::checked), and where no offload was accepted it says nothing.
+    /// A private copy of the header that comes with the packet, as the owner wrote it, but for flags
+    /// that are no driver's to set: what it says is to be [checked](NetHeader::checked), and where no
+    /// offload was accepted it says nothing.
     pub fn header(&self) -> NetHeader {
         let mut bytes = [0; HEADER_LEN];
         self.copy_out(0, &mut bytes);
-        NetHeader::from_bytes(&bytes)
+        NetHeader::from_bytes(&bytes).of_driver()
     }
 
     /// A private copy of the first `N` bytes of the frame, zeros behind its end. Bytes may be other

@@ -84,7 +84,7 @@ fn copy_packet(
         burst.push(header, frame, |room| window.read(offset + HEADER_LEN as u64, room)).map_err(outside)?;
     } else {
         copy_out(window, chain, burst).map_err(outside)?;
-        burst.finish(len, false);
+        burst.finish(len, NetHeader::default());
         if headers {
             burst.read_header(burst.len() - 1);
         }

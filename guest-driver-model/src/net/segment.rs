@@ -27,22 +27,18 @@ struct Headers {
     payload: usize,
 }
 
-/// Cuts those packets of a burst that a receiver of these offloads does not accept in one piece. The
-/// burst is `None` if there are none. What is no TCP segment stays what it is.
-pub(super) fn cut_all(burst: &PacketBurst, offloads: Offloads) -> Option<PacketBurst> {
-    let is_long = |packet: &Packet<'_>| {
-        !packet.header.is_plain() && offloads.judge(packet.header, packet.frame.len()) == Judged::Cut
-    };
-    if !burst.iter().any(|packet| is_long(&packet)) {
-        return None;
+/// Whether a receiver of these offloads does not accept the packet in one piece.
+pub(super) fn is_long(packet: &Packet<'_>, offloads: Offloads) -> bool {
+    !packet.header.is_plain() && offloads.judge(packet.header, packet.frame.len()) == Judged::Cut
+}
+
+/// Makes `pieces` the segments of a packet, of which there can be more than a thousand: who cuts one
+/// at a time has no more than these, whatever the other side says. None of what is no TCP segment.
+pub(super) fn cut(packet: Packet<'_>, pieces: &mut PacketBurst) {
+    pieces.clear();
+    if append(packet, pieces).is_none() {
+        pieces.clear();
     }
-    let mut pieces = PacketBurst::default();
-    for packet in burst.iter() {
-        if !is_long(&packet) || cut(packet, &mut pieces).is_none() {
-            push(&mut pieces, packet.header, &[packet.frame]);
-        }
-    }
-    Some(pieces)
 }
 
 fn push(burst: &mut PacketBurst, header: NetHeader, parts: &[&[u8]]) {
@@ -59,7 +55,7 @@ fn push(burst: &mut PacketBurst, header: NetHeader, parts: &[&[u8]]) {
 }
 
 /// Appends the segments of a packet, whose header has been checked. `None` if it is no TCP segment.
-fn cut(packet: Packet<'_>, pieces: &mut PacketBurst) -> Option<()> {
+fn append(packet: Packet<'_>, pieces: &mut PacketBurst) -> Option<()> {
     let header = packet.header.checked(packet.frame.len())?;
     let places = headers(packet.frame, usize::from(header.csum_start))?;
     let (first, payload) = packet.frame.split_at_checked(places.payload)?;
@@ -221,6 +217,24 @@ mod tests {
         let words = [sum(addresses), 6, tcp.len() as u16, sum(tcp)];
         let words: Vec<u8> = words.iter().flat_map(|word| word.to_be_bytes()).collect();
         (lengths && sum(&words) == 0xffff, frame.len() - tcp.len())
+    }
+
+    /// All packets of a burst, cut; `None` if there is nothing to be cut.
+    fn cut_all(burst: &PacketBurst, offloads: Offloads) -> Option<PacketBurst> {
+        let mut all = PacketBurst::default();
+        let (mut pieces, mut is_any_long) = (PacketBurst::default(), false);
+        for packet in burst.iter() {
+            pieces.clear();
+            if is_long(&packet, offloads) {
+                is_any_long = true;
+                cut(packet, &mut pieces);
+            }
+            if pieces.is_empty() {
+                push(&mut all, packet.header, &[packet.frame]);
+            }
+            pieces.iter().for_each(|piece| push(&mut all, piece.header, &[piece.frame]));
+        }
+        is_any_long.then_some(all)
     }
 
     #[test]

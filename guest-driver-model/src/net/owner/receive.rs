@@ -5,7 +5,7 @@
 use super::BufferMapping;
 use crate::net::Counters;
 use crate::net::burst::PacketBurst;
-use crate::net::header::{HEADER_LEN, MAX_FRAME};
+use crate::net::header::{HEADER_LEN, MAX_FRAME, NetHeader};
 use crate::net::layout::{HEADER_AT, OwnerConfig};
 use crate::ring::{Buffer, Completion, DriverFault, DriverRing};
 use crate::shm::{SharedMemory, ShmError};
@@ -19,6 +19,8 @@ pub(super) struct Receiver<M> {
     buffers: u64,
     buffer_len: u32,
     mergeable: bool,
+    /// Offloads were negotiated.
+    headers: bool,
     completions: Vec<Completion>,
 }
 
@@ -37,6 +39,7 @@ impl<M: BufferMapping> Receiver<M> {
             buffers,
             buffer_len: config.buffer_len,
             mergeable: config.mergeable,
+            headers: config.offloads,
             completions: Vec::with_capacity(usize::from(size)),
         };
         for buffer in 0..u64::from(size) {
@@ -90,7 +93,8 @@ impl<M: BufferMapping> Receiver<M> {
             let (taken, len) = self.copy_packet(at, burst);
             match len {
                 Some(len) => {
-                    burst.finish(len, true);
+                    let header = self.header(burst);
+                    burst.finish(len, header);
                     received += 1;
                     counters.rx_bytes += (len - HEADER_LEN) as u64;
                 }
@@ -112,11 +116,12 @@ impl<M: BufferMapping> Receiver<M> {
     /// buffers it took (at least 1), and its length with header if it is whole.
     #[inline]
     fn copy_packet(&mut self, at: usize, burst: &mut PacketBurst) -> (usize, Option<usize>) {
-        let Some(mut filled) = self.copy_buffer(at, burst, 0).filter(|len| *len >= HEADER_LEN) else {
+        let possible = HEADER_LEN..=HEADER_LEN + MAX_FRAME;
+        let Some(mut filled) = self.copy_buffer(at, burst, 0).filter(|len| possible.contains(len)) else {
             return (1, None);
         };
         if !self.mergeable {
-            return (1, Some(filled).filter(|len| *len <= HEADER_LEN + MAX_FRAME));
+            return (1, Some(filled));
         }
         // From the private copy: the header in the buffer may have changed meanwhile.
         let count = burst.pending_header().map_or(0, |header| usize::from(header.num_buffers));
@@ -131,12 +136,23 @@ impl<M: BufferMapping> Receiver<M> {
         }
         for more in 1..count {
             let len = self.copy_buffer(at + more, burst, filled);
-            match len.map(|len| filled + len).filter(|total| *total <= HEADER_LEN + MAX_FRAME) {
+            match len.map(|len| filled + len).filter(|total| possible.contains(total)) {
                 Some(total) => filled = total,
                 None => return (count, None),
             }
         }
         (count, Some(filled))
+    }
+
+    /// What the header of the packet being received has to say: without offloads only the number of
+    /// its buffers.
+    #[inline]
+    fn header(&self, burst: &PacketBurst) -> NetHeader {
+        let said = burst.pending_header().unwrap_or_default();
+        match self.headers {
+            true => said,
+            false => NetHeader { num_buffers: said.num_buffers, ..NetHeader::default() },
+        }
     }
 
     /// Copies one buffer behind the `filled` bytes of its packet. Returns its length.

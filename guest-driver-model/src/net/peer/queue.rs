@@ -379,11 +379,11 @@ impl PeerQueue {
 
     /// Asks the owner's driver for kicks of the vring, which is one of this pair's, or not to
     /// kick. Returns whether chains are waiting already: who gets `true` must not sleep. To be asked
-    /// for before each sleep.
+    /// for before each sleep. Packets that are lent are waiting: who forgot them gets them by the
+    /// next [`rx_lend`](Self::rx_lend), for which nobody kicks any more.
     pub fn set_kicks(&mut self, vring: u16, enabled: bool) -> Result<bool, Fault> {
-        match self.live(vring)? {
-            Some(live) => live.ring.set_kicks(enabled),
-            None => Ok(false),
-        }
+        let Some(live) = self.live(vring)? else { return Ok(false) };
+        let waiting = live.ring.set_kicks(enabled)?;
+        Ok(waiting || enabled && live.lender.is_out())
     }
 }
