@@ -9,13 +9,11 @@
 //! looked at once where VIRTIO_NET_F_MRG_RXBUF was negotiated.
 
 use super::header::HEADER_LEN;
-use super::layout::{OwnerConfig, OwnerLayout};
+use super::layout::{HEADER_AT, OwnerConfig, OwnerLayout};
 use super::{LayoutError, receive_vring, transmit_vring};
 use crate::ring::{Buffer, Completion, DriverFault, DriverRing, RingPlaces};
 use crate::shm::{SharedMemory, ShmError};
 
-/// Where the header is in a buffer: at the end of a cache line, so that the frame begins the next.
-const HEADER_AT: u64 = 64 - HEADER_LEN as u64;
 /// What comes before a packet that is transmitted: no offload, and `num_buffers` 0 (5.1.6.2).
 const HEADER: [u8; HEADER_LEN] = [0; HEADER_LEN];
 
@@ -320,12 +318,12 @@ impl Crossover {
 impl Card {
     #[inline]
     fn place(&self, buffer_len: u32, buffer: u16) -> u64 {
-        self.buffers + u64::from(buffer) * u64::from(buffer_len) + HEADER_AT
+        self.buffers + u64::from(buffer) * u64::from(buffer_len) + HEADER_AT as u64
     }
 
     #[inline]
     fn post(&mut self, buffer_len: u32, buffer: u16) {
-        // A layout's buffers have more than 64 bytes, or none that fits behind the header.
+        // A layout's buffers have room behind their header.
         let room = buffer_len - HEADER_AT as u32;
         let added =
             self.receive.add_one(Buffer::writable(self.place(buffer_len, buffer), room), buffer.into());

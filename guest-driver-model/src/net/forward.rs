@@ -128,6 +128,8 @@ pub struct End<'a> {
 pub(super) struct Origin<'a> {
     pub(super) live: &'a mut LiveVring,
     pub(super) reach: Reach<'a>,
+    /// For the time of the burst.
+    pub(super) chains: &'a mut ChainBurst,
     pub(super) counters: &'a mut Counters,
 }
 
@@ -291,7 +293,7 @@ fn in_place(
     }
     // What is copied, and where to, is with the owners' processors: all lines are on their way before
     // the first is waited for.
-    chains.prefetch(from.reach.window);
+    chains.prefetch(HEADER_LEN, from.reach.window);
     to.prefetch(popped);
     let mut done = Forwarded::default();
     let (mut pushed, mut broken, mut is_other) = (0, None, false);
@@ -460,11 +462,8 @@ impl Destination<'_> {
     #[inline]
     fn prefetch(&self, count: usize) {
         let Transmitter { posted, cursor, .. } = &*self.transmitter;
-        for chain in posted.iter().skip(*cursor).take(count) {
-            if let Some(Segment { place: Place::Window(offset), .. }) = chain.segments.first() {
-                self.reach.window.prefetch_write(*offset);
-                self.reach.window.prefetch_write(offset + HEADER_LEN as u64);
-            }
+        for at in *cursor..(cursor + count).min(posted.len()) {
+            posted.prefetch_write(at, (HEADER_LEN, 1), self.reach.window);
         }
     }
 

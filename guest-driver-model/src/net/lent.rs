@@ -250,7 +250,7 @@ impl LentPacket<'_> {
     }
 }
 
-/// Lends up to `budget` packets of a vring, those first that are out.
+/// Lends up to `budget` packets of a vring, whose last loan has ended.
 #[inline]
 pub(super) fn lend(
     live: &mut LiveVring,
@@ -259,7 +259,6 @@ pub(super) fn lend(
     pair: u16,
     budget: usize,
 ) -> Result<usize, Fault> {
-    live.end_loan();
     burst.clear();
     let chains = &mut burst.chains;
     let popped = match live.ring.miss_policy() {
@@ -278,7 +277,7 @@ pub(super) fn lend(
         (good, burst.needs_copy) = (at, false);
     }
     chains.truncate(good);
-    chains.prefetch(reach.window);
+    chains.prefetch(HEADER_LEN, reach.window);
     live.ring.put_back(popped - good);
     if good == 0 {
         return broken.map_or(Ok(0), |len| Err(live.ring.fail(FaultKind::Length, len)));

@@ -13,6 +13,7 @@
 //! | [`spread`] | which of several pairs a flow goes by |
 //! | [`crossover`] | two cards of an owner, of which each transmits what the other receives |
 //! | `receive` | what the peer's port receives |
+//! | `ethernet` | the header of a frame, as far as anybody looks at it |
 //! | `segment` | cuts a TCP segment that its receiver does not take in one piece |
 //! | `transmit`, `store` | what it transmits: into the window, and beyond it |
 //! | `reach` | what it needs besides the window: the mapping table of now, and the device |
@@ -21,10 +22,22 @@
 //! Vring `2 * pair` is the owner's receive queue, `2 * pair + 1` its transmit queue
 //! (5.1.2). What the owner transmits the peer receives.
 
-use std::ops::Add;
+/// Counts are added field by field.
+macro_rules! counts {
+    ($counts:ident { $($field:ident),* }) => {
+        impl std::ops::Add for $counts {
+            type Output = Self;
+
+            fn add(self, other: Self) -> Self {
+                Self { $($field: self.$field + other.$field),* }
+            }
+        }
+    };
+}
 
 pub mod burst;
 pub mod crossover;
+mod ethernet;
 pub mod forward;
 pub mod header;
 pub mod layout;
@@ -78,20 +91,7 @@ pub struct Counters {
     pub tx_drops: u64,
 }
 
-impl Add for Counters {
-    type Output = Self;
-
-    fn add(self, other: Self) -> Self {
-        Self {
-            rx_packets: self.rx_packets + other.rx_packets,
-            rx_bytes: self.rx_bytes + other.rx_bytes,
-            rx_drops: self.rx_drops + other.rx_drops,
-            tx_packets: self.tx_packets + other.tx_packets,
-            tx_bytes: self.tx_bytes + other.tx_bytes,
-            tx_drops: self.tx_drops + other.tx_drops,
-        }
-    }
-}
+counts!(Counters { rx_packets, rx_bytes, rx_drops, tx_packets, tx_bytes, tx_drops });
 
 #[cfg(test)]
 mod fetch_tests;

@@ -5,7 +5,7 @@
 //! Owns: the state of the table that both rings of a queue go by, and when to ask again for
 //! what was not to be had. Never copies a packet.
 
-use std::ops::{Add, AddAssign};
+use std::ops::AddAssign;
 use std::time::{Duration, Instant};
 
 use super::lent::Lender;
@@ -40,21 +40,7 @@ pub struct Demand {
     pub table_reads: u64,
 }
 
-impl Add for Demand {
-    type Output = Self;
-
-    fn add(self, other: Self) -> Self {
-        Self {
-            maps: self.maps + other.maps,
-            fetched: self.fetched + other.fetched,
-            fetched_bytes: self.fetched_bytes + other.fetched_bytes,
-            stored: self.stored + other.stored,
-            stored_bytes: self.stored_bytes + other.stored_bytes,
-            put_off: self.put_off + other.put_off,
-            table_reads: self.table_reads + other.table_reads,
-        }
-    }
-}
+counts!(Demand { maps, fetched, fetched_bytes, stored, stored_bytes, put_off, table_reads });
 
 impl AddAssign for Demand {
     fn add_assign(&mut self, other: Self) {

@@ -31,7 +31,7 @@ pub(super) fn receive(
     }
     let (ring, headers) = (&mut live.ring, live.headers);
     let popped = ring.pop_burst(budget, Direction::DeviceReads, chains)?;
-    chains.prefetch(reach.window);
+    chains.prefetch(HEADER_LEN, reach.window);
     let first = burst.len();
     let (mut received, mut bytes, mut broken) = (0, 0, None);
     for chain in chains.iter() {

@@ -4,12 +4,10 @@
 //! it was checked.
 
 use super::burst::{Packet, PacketBurst};
+use super::ethernet::{self, IPV4, IPV6};
 use super::header::NetHeader;
 use super::offload::{Judged, Offloads, sum};
 
-const VLAN_TAGS: [[u8; 2]; 2] = [[0x81, 0x00], [0x88, 0xa8]];
-const IPV4: [u8; 2] = [0x08, 0x00];
-const IPV6: [u8; 2] = [0x86, 0xdd];
 const TCP: u8 = 6;
 const FIN_PSH: u8 = 0x09;
 const CWR: u8 = 0x80;
@@ -74,13 +72,8 @@ fn append(packet: Packet<'_>, pieces: &mut PacketBurst) -> Option<()> {
 
 /// Finds the headers; `None` if they are not those of TCP, of which `tcp` is the start.
 fn headers(frame: &[u8], tcp: usize) -> Option<Headers> {
-    let mut network = 14;
-    let mut kind: [u8; 2] = *frame.get(12..)?.first_chunk()?;
-    while VLAN_TAGS.contains(&kind) {
-        network += 4;
-        kind = *frame.get(network - 2..)?.first_chunk()?;
-    }
-    let ip = frame.get(network..)?;
+    let (kind, ip) = ethernet::payload(frame)?;
+    let network = frame.len() - ip.len();
     let is_ipv4 = match kind {
         IPV4 => {
             let len = usize::from(ip.first()? & 15) * 4;

@@ -6,6 +6,8 @@
 //! addresses. The hash is Toeplitz's with Microsoft's key, as in most cards' drivers, so that it
 //! can be checked against their published values.
 
+use super::ethernet::{IPV4, IPV6, payload};
+
 /// The key (Microsoft, Verifying the RSS Hash Calculation).
 const KEY: [u8; 40] = [
     0x6d, 0x5a, 0x56, 0xda, 0x25, 0x5b, 0x0e, 0xc2, 0x41, 0x67, 0x25, 0x3d, 0x43, 0xa3, 0x8f, 0xb0, 0xd0,
@@ -43,10 +45,6 @@ const fn table() -> [[u32; 256]; MAX_NAME] {
     table
 }
 
-const VLAN: [[u8; 2]; 2] = [[0x81, 0x00], [0x88, 0xa8]];
-const MAX_TAGS: usize = 2;
-const IPV4: [u8; 2] = [0x08, 0x00];
-const IPV6: [u8; 2] = [0x86, 0xdd];
 /// Protocols that begin with two ports: TCP, UDP.
 const WITH_PORTS: [u8; 2] = [6, 17];
 
@@ -63,19 +61,10 @@ pub fn queue(frame: &[u8], queues: u16) -> u16 {
 /// The hash of a frame's flow. A frame that is cut off belongs to the flow that its bytes name.
 #[inline]
 pub fn hash(frame: &[u8]) -> u32 {
-    let Some((addresses, mut rest)) = frame.split_first_chunk::<12>() else { return 0 };
-    let mut kind = [0; 2];
-    for _ in 0..=MAX_TAGS {
-        let Some((next, after)) = rest.split_first_chunk::<2>() else { break };
-        (kind, rest) = (*next, after);
-        if !VLAN.contains(&kind) {
-            break;
-        }
-        rest = rest.get(2..).unwrap_or_default();
-    }
-    let ip = match kind {
-        IPV4 => ipv4(rest),
-        IPV6 => ipv6(rest),
+    let Some(addresses) = frame.first_chunk::<12>() else { return 0 };
+    let ip = match payload(frame) {
+        Some((IPV4, packet)) => ipv4(packet),
+        Some((IPV6, packet)) => ipv6(packet),
         _ => None,
     };
     ip.unwrap_or_else(|| of_bytes(0, addresses))
@@ -111,6 +100,7 @@ fn of_bytes(at: usize, bytes: &[u8]) -> u32 {
 mod tests {
     #![allow(clippy::unwrap_used)]
     use super::*;
+    use crate::net::ethernet::MAX_TAGS;
     use std::net::{Ipv4Addr, Ipv6Addr};
 
     fn ethernet(tags: usize, kind: [u8; 2], packet: &[u8]) -> Vec<u8> {

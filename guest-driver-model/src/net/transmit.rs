@@ -147,7 +147,7 @@ impl Transmitter {
     ) -> Result<Placed, Fault> {
         let len = HEADER_LEN + frame.len();
         let ahead = if frame.len() <= SHORT { AHEAD } else { LONG_AHEAD };
-        self.posted.prefetch_write(self.cursor + ahead, frame.len(), window);
+        self.posted.prefetch_write(self.cursor + ahead, (HEADER_LEN, frame.len()), window);
         // Nearly all frames: into the next chain, which is one buffer.
         if let Some(Chain { head, segments: [Segment { place: Place::Window(at), len: room, .. }], .. }) =
             self.posted.chain(self.cursor)

@@ -2,7 +2,6 @@
 //! private. What is in here was in shared memory once and is not any more.
 
 use super::walk::Usual;
-use crate::net::HEADER_LEN;
 use crate::shm::SharedMemory;
 use virtio_bindings::virtio_ring::{VRING_DESC_F_INDIRECT, VRING_DESC_F_NEXT, VRING_DESC_F_WRITE};
 
@@ -197,28 +196,28 @@ impl ChainBurst {
         }
     }
 
-    /// Asks the processor for the first cache line of what each chain holds behind a network
-    /// packet's header, so that they come together.
+    /// Asks the processor for the first cache line of what each chain holds behind a header of
+    /// `header` bytes, so that they come together.
     #[inline]
-    pub(crate) fn prefetch(&self, window: &SharedMemory) {
+    pub(crate) fn prefetch(&self, header: usize, window: &SharedMemory) {
         for chain in self.iter() {
             if let Some(Segment { place: Place::Window(offset), .. }) = chain.segments.first() {
-                window.prefetch_read(offset + HEADER_LEN as u64);
+                window.prefetch_read(offset + header as u64);
             }
         }
     }
 
-    /// Asks the processor for the cache lines of the chain at a position in which a network
-    /// packet's header and the first `len` bytes of its frame are to be written.
+    /// Asks the processor for the cache lines of the chain at a position in which a header of
+    /// `header` bytes, and `len` bytes behind it, are to be written.
     #[inline]
-    pub(crate) fn prefetch_write(&self, at: usize, len: usize, window: &SharedMemory) {
+    pub(crate) fn prefetch_write(&self, at: usize, (header, len): (usize, usize), window: &SharedMemory) {
         if let Some(&Segment { place: Place::Window(offset), len: room, .. }) =
             self.chain(at).and_then(|chain| chain.segments.first())
         {
             window.prefetch_write(offset);
-            let frame = offset + HEADER_LEN as u64;
+            let behind = offset + header as u64;
             for line in 0..len.min(room as usize).div_ceil(LINE) {
-                window.prefetch_write(frame + (line * LINE) as u64);
+                window.prefetch_write(behind + (line * LINE) as u64);
             }
         }
     }

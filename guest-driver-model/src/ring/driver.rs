@@ -142,8 +142,7 @@ impl DriverRing {
         features: RingFeatures,
     ) -> Result<Self, ShmError> {
         match features.packed {
-            false => SplitDriver::with_features(vring, places, memory, iova_base, indirect, features)
-                .map(Self::Split),
+            false => SplitDriver::new(vring, places, memory, iova_base, indirect, features).map(Self::Split),
             true => PackedDriver::new(vring, places, memory, iova_base, indirect, features).map(Self::Packed),
         }
     }
@@ -232,4 +231,23 @@ impl DriverRing {
     pub fn reap(&mut self, budget: usize, completions: &mut Vec<Completion>) -> Result<usize, DriverFault> {
         either!(self, ring => ring.reap(budget, completions))
     }
+}
+
+/// How much of a buffer the device writes, bytes, if it can be described in a ring of `size`.
+#[inline]
+pub(super) fn writable_len(pieces: &[Buffer], size: u16) -> Result<u32, AddError> {
+    let (mut len, mut writable_seen) = (0_u32, false);
+    for piece in pieces {
+        if piece.len == 0 || (writable_seen && !piece.writable) {
+            return Err(AddError::Invalid);
+        }
+        writable_seen |= piece.writable;
+        if piece.writable {
+            len = len.saturating_add(piece.len);
+        }
+    }
+    if pieces.is_empty() || pieces.len() > usize::from(size) {
+        return Err(AddError::Invalid);
+    }
+    Ok(len)
 }

@@ -35,7 +35,7 @@ impl<M: BufferMapping> Receiver<M> {
         let mut receiver = Self {
             ring,
             mapping,
-            memory: memory.part(0, memory.len())?,
+            memory: memory.clone(),
             buffers,
             buffer_len: config.buffer_len,
             mergeable: config.mergeable,

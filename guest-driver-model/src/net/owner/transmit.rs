@@ -72,7 +72,7 @@ impl<M: BufferMapping> Transmitter<M> {
         Ok(Self {
             ring,
             mapping,
-            memory: memory.part(0, memory.len())?,
+            memory: memory.clone(),
             buffers,
             max_frame,
             room: config.room(),

@@ -214,16 +214,9 @@ impl PeerQueue {
         burst: &mut PacketBurst,
         budget: usize,
     ) -> Result<usize, Fault> {
-        let Some(live) = self.source.live()? else {
+        let Some(Origin { live, mut reach, chains, counters }) = self.source(exchange)? else {
             return Ok(0);
         };
-        if !self.tables.is_current() {
-            return Ok(0);
-        }
-        live.end_loan();
-        live.follow(&self.tables);
-        let Self { window, tables, demand, chains, counters, .. } = self;
-        let mut reach = Reach { window, tables, exchange, demand };
         receive(live, &mut reach, chains, burst, budget.min(MAX_BURST), counters)
     }
 
@@ -252,16 +245,11 @@ impl PeerQueue {
         burst: &mut LentBurst,
         budget: usize,
     ) -> Result<usize, Fault> {
-        let Some(live) = self.source.live()? else {
+        let pair = self.pair;
+        let Some(Origin { live, mut reach, .. }) = self.source(exchange)? else {
             return Ok(0);
         };
-        if !self.tables.is_current() {
-            return Ok(0);
-        }
-        live.follow(&self.tables);
-        let Self { pair, window, tables, demand, .. } = self;
-        let mut reach = Reach { window, tables, exchange, demand };
-        lend(live, &mut reach, burst, *pair, budget.min(MAX_BURST))
+        lend(live, &mut reach, burst, pair, budget.min(MAX_BURST))
     }
 
     /// Whether what was read of the burst up to now is what the owner transmitted, as far as its
@@ -318,41 +306,34 @@ impl PeerQueue {
         exchange: &mut dyn Exchange,
         packets: impl IntoIterator<Item: Into<Packet<'a>>>,
     ) -> Result<usize, Fault> {
-        let Some(live) = self.target.live()? else {
+        let Some(Destination { live, transmitter, mut reach, counters }) = self.target(exchange)? else {
             return Ok(0);
         };
-        if !self.tables.is_current() {
-            return Ok(0);
-        }
-        if live.follow(&self.tables) {
-            self.transmitter.put_back(&mut live.ring);
-        }
-        let Self { window, tables, demand, transmitter, counters, .. } = self;
         if live.ring.miss_policy() == OnMiss::Fault {
-            let result = transmitter.send(&mut live.ring, window, packets, counters);
+            let result = transmitter.send(&mut live.ring, reach.window, packets, counters);
             live.ring.flush_used();
             return result;
         }
-        let mut reach = Reach { window, tables, exchange, demand };
         transmitter.send_reaching(live, &mut reach, packets, counters)
     }
 
-    /// For one burst that takes what the owner transmitted.
+    /// For one burst that takes what the owner transmitted: of the table of now, with no loan out.
     #[inline]
     pub(in crate::net) fn source<'a>(
         &'a mut self,
         exchange: &'a mut dyn Exchange,
     ) -> Result<Option<Origin<'a>>, Fault> {
-        let Self { window, tables, demand, source, counters, .. } = self;
+        let Self { window, tables, demand, source, chains, counters, .. } = self;
         let Some(live) = source.live()?.filter(|_| tables.is_current()) else {
             return Ok(None);
         };
         live.end_loan();
         live.follow(tables);
-        Ok(Some(Origin { live, reach: Reach { window, tables, exchange, demand }, counters }))
+        let reach = Reach { window, tables, exchange, demand };
+        Ok(Some(Origin { live, reach, chains, counters }))
     }
 
-    /// For one burst into the owner's receive buffers.
+    /// For one burst into the owner's receive buffers: of the table of now.
     #[inline]
     pub(in crate::net) fn target<'a>(
         &'a mut self,

@@ -29,9 +29,9 @@ use super::position::{Position, observe};
 use crate::ring::chain::{ChainBurst, Descriptor, Direction};
 use crate::ring::device::{Fault, MAX_CHAIN};
 use crate::ring::features::RingFeatures;
-use crate::ring::layout::{DESC_LEN, RingConfig};
+use crate::ring::layout::RingConfig;
 use crate::ring::miss::{Finding, Miss, OnMiss};
-use crate::ring::table::copy_table;
+use crate::ring::table::{open_table, wrong};
 use crate::ring::walk::{Broken, Lookup, Stop, Usual, Walk};
 use crate::ring::word::Word;
 use crate::shm::{PackedSlots, SharedMemory, ShmError, Word16};
@@ -419,8 +419,7 @@ impl PackedDevice {
     }
 
     /// Appends the descriptors of an indirect table (2.8.7), which may have `limit` at most:
-    /// one after the other, whatever their NEXT flags say. The table is copied once; no byte
-    /// of it is fetched again.
+    /// one after the other, whatever their NEXT flags say.
     fn pop_table(
         &mut self,
         descriptor: &Descriptor,
@@ -428,23 +427,14 @@ impl PackedDevice {
         walk: &mut Walk,
         burst: &mut ChainBurst,
     ) -> Result<(), Stop> {
-        let wrong = (FaultKind::Indirect, u64::from(descriptor.len));
-        let count = descriptor.len / DESC_LEN;
-        if !self.indirect
-            || descriptor.next().is_some()
-            || count == 0
-            || count > u32::from(limit)
-            || !descriptor.len.is_multiple_of(DESC_LEN)
-        {
-            return Err(wrong.into());
-        }
-        copy_table(&mut self.table, &self.window, &mut self.lookup, descriptor, walk.at)?;
-        let (entries, _) = self.table.as_chunks::<{ DESC_LEN as usize }>();
+        let limit = if self.indirect { limit } else { 0 };
+        let entries =
+            open_table(&mut self.table, &self.window, &mut self.lookup, descriptor, limit, walk.at)?;
         for entry in entries {
             let value = u128::from_le_bytes(*entry);
             let entry = Descriptor::new(value as u64, (value >> 64) as u32, (value >> 112) as u16, 0);
             if entry.is_indirect() {
-                return Err(wrong.into());
+                return Err(wrong(descriptor));
             }
             walk.take(&entry, &mut self.lookup, burst)?;
         }

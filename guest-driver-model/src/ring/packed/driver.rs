@@ -11,7 +11,9 @@ use super::event::{Area, Notifying, Waiting};
 use super::layout::{EVENT_AT, EVENT_LEN, FLAGS_AT, desc_len};
 use super::position::{Position, observe, publish};
 use crate::ring::chain::Descriptor;
-use crate::ring::driver::{AddError, Buffer, Completion, DriverFault, DriverFaultKind, IndirectTables};
+use crate::ring::driver::{
+    AddError, Buffer, Completion, DriverFault, DriverFaultKind, IndirectTables, writable_len,
+};
 use crate::ring::features::RingFeatures;
 use crate::ring::layout::{DESC_LEN, MAX_SIZE, RingPlaces};
 use crate::shm::{PackedSlots, SharedMemory, ShmError, Word16};
@@ -383,23 +385,4 @@ impl PackedDriver {
     fn broken(&mut self, kind: DriverFaultKind, value: u32) -> DriverFault {
         *self.fault.get_or_insert(DriverFault { kind, vring: self.vring, value })
     }
-}
-
-/// How much of a buffer the device writes, bytes, if it can be described in a ring of `size`.
-#[inline]
-fn writable_len(pieces: &[Buffer], size: u16) -> Result<u32, AddError> {
-    let (mut len, mut writable_seen) = (0_u32, false);
-    for piece in pieces {
-        if piece.len == 0 || (writable_seen && !piece.writable) {
-            return Err(AddError::Invalid);
-        }
-        writable_seen |= piece.writable;
-        if piece.writable {
-            len = len.saturating_add(piece.len);
-        }
-    }
-    if pieces.is_empty() || pieces.len() > usize::from(size) {
-        return Err(AddError::Invalid);
-    }
-    Ok(len)
 }

@@ -19,9 +19,9 @@ use super::layout::{FLAGS_AT, INDEX_AT, SLOTS_AT, avail_event, used_event};
 use crate::ring::chain::{ChainBurst, Descriptor, Direction};
 use crate::ring::device::{Fault, MAX_CHAIN};
 use crate::ring::features::RingFeatures;
-use crate::ring::layout::{DESC_LEN, RingConfig};
+use crate::ring::layout::RingConfig;
 use crate::ring::miss::{Finding, Miss, OnMiss};
-use crate::ring::table::copy_table;
+use crate::ring::table::{open_table, wrong};
 use crate::ring::walk::{Broken, Lookup, Stop, Usual, Walk};
 use crate::ring::word::Word;
 use crate::shm::{SharedMemory, ShmError, Slots, Word16};
@@ -59,7 +59,7 @@ impl SplitDevice {
     ///
     /// `features`: what the driver accepted.
     /// Errors: [`FaultKind::Geometry`].
-    pub fn new(
+    pub(crate) fn new(
         vring: u16,
         config: &RingConfig,
         window: &SharedMemory,
@@ -105,48 +105,40 @@ impl SplitDevice {
         })
     }
 
-    /// The same ring, with another answer to a buffer that is not in the mapping table.
-    pub fn on_miss(mut self, on_miss: OnMiss) -> Self {
+    // What is not described here is as `DeviceRing` has it.
+
+    pub(crate) fn on_miss(mut self, on_miss: OnMiss) -> Self {
         self.lookup.on_miss = on_miss;
         self
     }
 
-    /// What the ring does about a buffer that is not in the mapping table.
     #[inline]
-    pub fn miss_policy(&self) -> OnMiss {
+    pub(crate) fn miss_policy(&self) -> OnMiss {
         self.lookup.on_miss
     }
 
-    /// How often a buffer was not in the mapping of the one before, since the table was set.
-    pub fn searches(&self) -> u64 {
+    pub(crate) fn searches(&self) -> u64 {
         self.lookup.translation.searches()
     }
 
-    /// From now on chains are popped by another mapping table. The ring itself stays where
-    /// it is, and what was popped is the caller's to put back.
-    pub fn set_translation(&mut self, translation: Translation) {
+    pub(crate) fn set_translation(&mut self, translation: Translation) {
         self.lookup.translation = translation;
     }
 
-    /// The owner's vring number.
-    pub fn vring(&self) -> u16 {
+    pub(crate) fn vring(&self) -> u16 {
         self.vring
     }
 
-    /// Entries.
-    pub fn size(&self) -> u16 {
+    pub(crate) fn size(&self) -> u16 {
         self.size
     }
 
-    /// Why the ring is dead, if it is.
-    pub fn fault(&self) -> Option<Fault> {
+    pub(crate) fn fault(&self) -> Option<Fault> {
         self.fault
     }
 
-    /// How many chains can be popped: one acquire load of the available index.
-    /// Errors: [`FaultKind::AvailJump`].
     #[inline]
-    pub fn poll_avail(&mut self) -> Result<u16, Fault> {
+    pub(crate) fn poll_avail(&mut self) -> Result<u16, Fault> {
         if let Some(fault) = self.fault {
             return Err(fault);
         }
@@ -162,13 +154,8 @@ impl SplitDevice {
         Ok(new)
     }
 
-    /// Pops up to `budget` chains and appends them to `burst`. Returns how many.
-    ///
-    /// A broken chain ends the burst: the chains before it are returned first, and
-    /// the fault by the next call. So does a chain of which something is missing: what it
-    /// lacks, and what the chains behind it lack, is in [`Self::misses`] afterwards.
     #[inline]
-    pub fn pop_burst(
+    pub(crate) fn pop_burst(
         &mut self,
         budget: usize,
         direction: Direction,
@@ -224,32 +211,25 @@ impl SplitDevice {
         self.ahead = ahead;
     }
 
-    /// What the last burst ended for, if it was not for want of chains.
     #[inline]
-    pub fn misses(&self) -> &[Miss] {
+    pub(crate) fn misses(&self) -> &[Miss] {
         self.lookup.misses.noted()
     }
 
-    /// What was found out about a miss. The next bursts go by it until it is forgotten,
-    /// except where the mapping table says more.
-    pub fn found(&mut self, miss: Miss, finding: Finding) {
+    pub(crate) fn found(&mut self, miss: Miss, finding: Finding) {
         self.lookup.misses.found(miss, finding);
     }
 
-    /// Forgets what was found out.
-    pub fn forget_findings(&mut self) {
+    pub(crate) fn forget_findings(&mut self) {
         self.lookup.misses.forget();
     }
 
-    /// Puts the last `count` popped chains back: the next burst starts with them. They must
-    /// not have been completed.
-    pub fn put_back(&mut self, count: usize) {
+    pub(crate) fn put_back(&mut self, count: usize) {
         debug_assert!(count <= usize::from(self.available.next().wrapping_sub(self.completed.next())));
         self.available.put_back(count as u16);
     }
 
-    /// Takes all used elements back that were pushed and not flushed.
-    pub fn take_back_used(&mut self) {
+    pub(crate) fn take_back_used(&mut self) {
         self.completed.take_back();
     }
 
@@ -310,8 +290,7 @@ impl SplitDevice {
         Err(Stop::Broken((FaultKind::ChainTooLong, u64::from(self.chain_limit))))
     }
 
-    /// Appends the descriptors of an indirect table (2.7.5.3), which may have `limit`
-    /// at most. The table is copied once; no byte of it is fetched again.
+    /// Appends the descriptors of an indirect table (2.7.5.3), which may have `limit` at most.
     fn pop_table(
         &mut self,
         descriptor: &Descriptor,
@@ -319,44 +298,32 @@ impl SplitDevice {
         walk: &mut Walk,
         burst: &mut ChainBurst,
     ) -> Result<(), Stop> {
-        let wrong = (FaultKind::Indirect, u64::from(descriptor.len));
-        let count = descriptor.len / DESC_LEN;
-        if !self.indirect
-            || descriptor.next().is_some()
-            || count == 0
-            || count > u32::from(limit)
-            || !descriptor.len.is_multiple_of(DESC_LEN)
-        {
-            return Err(wrong.into());
-        }
-        // The descriptor's write flag means nothing here (2.7.5.3.2).
-        copy_table(&mut self.table, &self.window, &mut self.lookup, descriptor, walk.at)?;
-        let (entries, _) = self.table.as_chunks::<{ DESC_LEN as usize }>();
+        let limit = if self.indirect { limit } else { 0 };
+        let entries =
+            open_table(&mut self.table, &self.window, &mut self.lookup, descriptor, limit, walk.at)?;
         let mut index = 0_u16;
-        for _ in 0..count {
-            // `index` is below `count`: the first is 0, and the others are checked.
+        for _ in 0..entries.len() {
+            // `index` is below their number: the first is 0, and the others are checked.
             let Some(entry) = entries.get(usize::from(index)) else { break };
             let value = u128::from_le_bytes(*entry);
             let entry = Descriptor::from_halves([value as u64, (value >> 64) as u64]);
             if entry.is_indirect() {
-                return Err(wrong.into());
+                return Err(wrong(descriptor));
             }
             walk.take(&entry, &mut self.lookup, burst)?;
             match entry.next() {
-                Some(next) if u32::from(next) >= count => {
+                Some(next) if usize::from(next) >= entries.len() => {
                     return Err(Stop::Broken((FaultKind::DescriptorIndex, u64::from(next))));
                 }
                 Some(next) => index = next,
                 None => return Ok(()),
             }
         }
-        Err(Stop::Broken((FaultKind::ChainTooLong, u64::from(count))))
+        Err(Stop::Broken((FaultKind::ChainTooLong, entries.len() as u64)))
     }
 
-    /// Gives a popped chain back with the number of bytes that were written to it.
-    /// The driver sees it after [`Self::flush_used`].
     #[inline]
-    pub fn push_used(&mut self, head: u16, written: u32) {
+    pub(crate) fn push_used(&mut self, head: u16, written: u32) {
         let next = self.completed.next();
         debug_assert_ne!(next, self.available.next(), "more chains completed than popped");
         let element = [u32::from(head), written];
@@ -370,24 +337,17 @@ impl SplitDevice {
         self.completed.advance();
     }
 
-    /// Shows all pushed elements to the driver, by one release store of the index.
     #[inline]
-    pub fn flush_used(&mut self) {
+    pub(crate) fn flush_used(&mut self) {
         self.completed.publish();
     }
 
-    /// Whether the driver wants a call for what was flushed since this was last
-    /// asked (2.7.7). Linux drivers of network cards rely on calls of their transmit queues,
-    /// too.
     #[inline]
-    pub fn needs_call(&mut self) -> bool {
+    pub(crate) fn needs_call(&mut self) -> bool {
         self.completed.needs_notification()
     }
 
-    /// Asks the driver for kicks, or not to kick (2.7.10). Returns whether chains are
-    /// waiting already: after enabling, who gets `true` must pop, not sleep. To be enabled
-    /// before each sleep: with VIRTIO_F_EVENT_IDX the driver kicks once for each time.
-    pub fn set_kicks(&mut self, enabled: bool) -> Result<bool, Fault> {
+    pub(crate) fn set_kicks(&mut self, enabled: bool) -> Result<bool, Fault> {
         if enabled {
             self.available.ask_for(1);
         } else {
@@ -396,10 +356,8 @@ impl SplitDevice {
         Ok(self.poll_avail()? > 0)
     }
 
-    /// Marks the ring dead for a rule that only the user of its buffers can check,
-    /// such as [`FaultKind::Length`].
     #[cold]
-    pub fn fail(&mut self, kind: FaultKind, value: u64) -> Fault {
+    pub(crate) fn fail(&mut self, kind: FaultKind, value: u64) -> Fault {
         self.broken((kind, value))
     }
 

@@ -10,7 +10,9 @@ use virtio_bindings::virtio_ring::{VRING_AVAIL_F_NO_INTERRUPT, VRING_USED_F_NO_N
 use super::index::{Consumer, Producer, Wish};
 use super::layout::{FLAGS_AT, INDEX_AT, SLOTS_AT, avail_event, avail_len, desc_len, used_event, used_len};
 use crate::ring::chain::Descriptor;
-use crate::ring::driver::{AddError, Buffer, Completion, DriverFault, DriverFaultKind, IndirectTables};
+use crate::ring::driver::{
+    AddError, Buffer, Completion, DriverFault, DriverFaultKind, IndirectTables, writable_len,
+};
 use crate::ring::features::RingFeatures;
 use crate::ring::layout::{DESC_LEN, MAX_SIZE, RingPlaces};
 use crate::shm::{SharedMemory, ShmError, Slots, Word16};
@@ -58,9 +60,7 @@ pub struct SplitDriver {
 }
 
 impl SplitDriver {
-    /// A fresh ring, with both indices 0, in `memory`. Addresses given to the device
-    /// are `iova_base` + offset in the memory.
-    pub fn with_features(
+    pub(crate) fn new(
         vring: u16,
         places: &RingPlaces,
         memory: &SharedMemory,
@@ -79,19 +79,6 @@ impl SplitDriver {
                 Wish::Flag { word: word(places.avail + FLAGS_AT)?, bit: VRING_AVAIL_F_NO_INTERRUPT as u16 },
             ),
         };
-        let ring = Self::with_wishes(vring, places, memory, iova_base, indirect, (kicks, calls))?;
-        Ok(Self { in_order: features.in_order, ..ring })
-    }
-
-    /// `kicks` is the device's word, `calls` this side's.
-    fn with_wishes(
-        vring: u16,
-        places: &RingPlaces,
-        memory: &SharedMemory,
-        iova_base: u64,
-        indirect: Option<IndirectTables>,
-        (kicks, calls): (Wish<Word16>, Wish<Word16>),
-    ) -> Result<Self, ShmError> {
         // One slot at least, so that no slice below is empty; others than powers of
         // two are rounded down, as `Slots` does.
         let size = 1_u16 << places.size.clamp(1, MAX_SIZE).ilog2();
@@ -113,7 +100,7 @@ impl SplitDriver {
             used: Slots::new(memory, places.used + SLOTS_AT, size)?,
             made_available: Producer::new(Word16::new(memory, places.avail + INDEX_AT)?, kicks, 0),
             completed: Consumer::new(Word16::new(memory, places.used + INDEX_AT)?, calls, 0),
-            in_order: false,
+            in_order: features.in_order,
             done_up_to: None,
             // Neither value is ever written: each slot's first store takes place.
             desc_shadow: vec![[u64::MAX; 2]; entries].into(),
@@ -128,49 +115,29 @@ impl SplitDriver {
         })
     }
 
-    /// The vring's number.
-    pub fn vring(&self) -> u16 {
+    // What is not described here is as `DriverRing` has it.
+
+    pub(crate) fn vring(&self) -> u16 {
         self.vring
     }
 
-    /// Entries.
-    pub fn size(&self) -> u16 {
+    pub(crate) fn size(&self) -> u16 {
         self.size
     }
 
-    /// Free descriptors.
     #[inline]
-    pub fn free(&self) -> u16 {
+    pub(crate) fn free(&self) -> u16 {
         self.free_count
     }
 
-    /// Buffers added and not reaped.
     #[inline]
-    pub fn in_flight(&self) -> u16 {
+    pub(crate) fn in_flight(&self) -> u16 {
         self.in_flight_count
     }
 
-    /// Adds one buffer, made of pieces. The device sees it after [`Self::publish`].
-    /// `token` comes back with its completion.
-    ///
-    /// A buffer of several pieces takes one descriptor and an indirect table if the
-    /// ring has tables of that length, and a descriptor for each piece otherwise.
     #[inline]
-    pub fn add(&mut self, pieces: &[Buffer], token: u64) -> Result<(), AddError> {
-        let mut writable_len = 0_u32;
-        let mut writable_seen = false;
-        for piece in pieces {
-            if piece.len == 0 || (writable_seen && !piece.writable) {
-                return Err(AddError::Invalid);
-            }
-            writable_seen |= piece.writable;
-            if piece.writable {
-                writable_len = writable_len.saturating_add(piece.len);
-            }
-        }
-        if pieces.is_empty() || pieces.len() > usize::from(self.size) {
-            return Err(AddError::Invalid);
-        }
+    pub(crate) fn add(&mut self, pieces: &[Buffer], token: u64) -> Result<(), AddError> {
+        let writable_len = writable_len(pieces, self.size)?;
         let head = self.free_first;
         let table =
             self.indirect.filter(|tables| pieces.len() > 1 && pieces.len() <= usize::from(tables.entries));
@@ -189,9 +156,8 @@ impl SplitDriver {
         Ok(())
     }
 
-    /// [`Self::add`] of a buffer in one piece.
     #[inline]
-    pub fn add_one(&mut self, piece: Buffer, token: u64) -> Result<(), AddError> {
+    pub(crate) fn add_one(&mut self, piece: Buffer, token: u64) -> Result<(), AddError> {
         if piece.len == 0 {
             return Err(AddError::Invalid);
         }
@@ -278,24 +244,17 @@ impl SplitDriver {
         }
     }
 
-    /// Shows all added buffers to the device, by one release store of the index.
     #[inline]
-    pub fn publish(&mut self) {
+    pub(crate) fn publish(&mut self) {
         self.made_available.publish();
     }
 
-    /// Whether the device wants a kick for what was published since this was last
-    /// asked (2.7.10).
     #[inline]
-    pub fn needs_kick(&mut self) -> bool {
+    pub(crate) fn needs_kick(&mut self) -> bool {
         self.made_available.needs_notification()
     }
 
-    /// Asks the device for calls, or not to call (2.7.7). Returns whether completions
-    /// are waiting already: after enabling, who gets `true` must reap, not sleep. To be
-    /// enabled before each sleep: with VIRTIO_F_EVENT_IDX the device calls once for each
-    /// time.
-    pub fn set_calls(&mut self, enabled: bool) -> Result<bool, DriverFault> {
+    pub(crate) fn set_calls(&mut self, enabled: bool) -> Result<bool, DriverFault> {
         if enabled {
             return self.set_calls_after(1);
         }
@@ -303,18 +262,13 @@ impl SplitDriver {
         Ok(self.poll_used()? > 0)
     }
 
-    /// Asks the device to call when `count` completions are waiting, not for each of them,
-    /// if VIRTIO_F_EVENT_IDX was negotiated. As many buffers must be in flight. Returns
-    /// whether they are waiting already.
-    pub fn set_calls_after(&mut self, count: u16) -> Result<bool, DriverFault> {
+    pub(crate) fn set_calls_after(&mut self, count: u16) -> Result<bool, DriverFault> {
         let asked = self.completed.ask_for(count);
         Ok(self.poll_used()? >= asked)
     }
 
-    /// How many buffers the device has given back: one acquire load of the used
-    /// index. Errors: [`DriverFaultKind::UsedJump`].
     #[inline]
-    pub fn poll_used(&mut self) -> Result<u16, DriverFault> {
+    pub(crate) fn poll_used(&mut self) -> Result<u16, DriverFault> {
         if let Some(fault) = self.fault {
             return Err(fault);
         }
@@ -327,11 +281,12 @@ impl SplitDriver {
         Ok(new)
     }
 
-    /// Takes back up to `budget` buffers and appends them to `completions`. Returns
-    /// how many. A broken element ends the burst: the ones before it are returned
-    /// first, and the fault by the next call.
     #[inline]
-    pub fn reap(&mut self, budget: usize, completions: &mut Vec<Completion>) -> Result<usize, DriverFault> {
+    pub(crate) fn reap(
+        &mut self,
+        budget: usize,
+        completions: &mut Vec<Completion>,
+    ) -> Result<usize, DriverFault> {
         if let Some(fault) = self.fault {
             return Err(fault);
         }
