@@ -18,8 +18,9 @@ use crate::ratios::median;
 const LENGTH: Duration = Duration::from_millis(20);
 /// Round trips between two looks at the clock.
 const CHUNK: u64 = 200;
-/// A round trip below this is one between processors that are near each other, nanoseconds.
-pub const NEAR_BELOW: f64 = 150.0;
+/// A round trip below this is one between processors that are near each other, nanoseconds: the middle
+/// between the two places that hosts have shown, 50 to 180 and 330 to 375.
+pub const NEAR_BELOW: f64 = 200.0;
 /// A round trip above this is one between processors that are far from each other, nanoseconds.
 pub const FAR_ABOVE: f64 = 250.0;
 /// Above this, something else had a processor and the figure says nothing, nanoseconds.
@@ -212,13 +213,13 @@ mod tests {
     #[test]
     fn a_window_has_a_class_only_if_both_probes_agree() {
         assert_eq!(Class::of([55.0, 60.0]), Class::Near);
-        assert_eq!(Class::of([180.0, 200.0]), Class::Middle);
+        assert_eq!(Class::of([205.0, 230.0]), Class::Middle);
         assert_eq!(Class::of([340.0, 380.0]), Class::Far);
         // Both near, but not at the same place; and across a border, at the same place.
         for trips in [[55.0, 340.0], [340.0, 55.0], [60.0, 140.0], [200.0, 300.0], [1e6, 1e6]] {
             assert_eq!(Class::of(trips), Class::Mixed, "{trips:?}");
         }
-        assert_eq!(Class::of([145.0, 152.0]), Class::Near);
+        assert_eq!(Class::of([195.0, 203.0]), Class::Near);
     }
 
     #[test]
