@@ -11,11 +11,14 @@
 //! | `full_eventfd` | a call on which a write would block |
 //! | `iommu_owner` | an owner with an IOMMU, and a peer's driver that gives commands |
 //! | `iommu` | what such an owner can do wrong |
+//! | `cve` | what other back-ends of vhost-user got wrong, by name |
 //! | `random` | thousands of short sessions of random bytes |
 #![allow(clippy::unwrap_used, clippy::panic)]
 
 #[path = "bad_input/bench.rs"]
 mod bench;
+#[path = "bad_input/cve.rs"]
+mod cve;
 #[path = "bad_input/descriptors.rs"]
 mod descriptors;
 #[path = "bad_input/faults.rs"]

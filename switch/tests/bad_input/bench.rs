@@ -75,6 +75,11 @@ impl Bench {
         client::status(&self.config.control_socket).unwrap().links.swap_remove(link)
     }
 
+    /// Bytes of guests' memory that this process has mapped, as the kernel says.
+    pub fn guest_bytes_mapped(&self) -> u64 {
+        client::status(&self.config.control_socket).unwrap().guest_bytes_mapped
+    }
+
     pub fn faults(&self) -> BTreeMap<String, u64> {
         self.report(0).counters.faults
     }

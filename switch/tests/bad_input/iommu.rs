@@ -17,7 +17,7 @@ use crate::raw::{
 };
 
 /// A link whose owner is asked for translations, up.
-fn up(bench: &Bench) -> (Raw, std::os::unix::net::UnixStream, Peer) {
+pub fn up(bench: &Bench) -> (Raw, std::os::unix::net::UnixStream, Peer) {
     up_with(bench, memfd())
 }
 
@@ -29,7 +29,7 @@ fn up_with(bench: &Bench, memory: OwnedFd) -> (Raw, std::os::unix::net::UnixStre
     (owner, channel, peer)
 }
 
-fn ends(bench: &Bench, owner: Raw, peer: Peer) {
+pub fn ends(bench: &Bench, owner: Raw, peer: Peer) {
     drop(owner);
     peer.leaves();
     bench.wait_until("gone", |report| report.owner.state == "absent" && report.peer.state == "absent");

@@ -163,29 +163,34 @@ impl Peer {
     /// A command, with so much room behind the response or so many bytes behind the
     /// request. Gives the slot in which it is.
     pub fn gives(&mut self, command: u16, iova: u64, len: u32) -> u16 {
+        self.gives_with_room(command, iova, len.into(), len)
+    }
+
+    /// The same, with other room than the command says.
+    pub fn gives_with_room(&mut self, command: u16, iova: u64, len: u64, room: u32) -> u16 {
         let mut bytes = [0; 8];
         self.link.read_exact_at(&mut bytes, 8).unwrap();
         let generation = u64::from_le_bytes(bytes);
         if self.attached != generation {
             self.attached = generation;
-            let slot = self.put(abi::CTRL_ATTACH, generation, 0);
+            let slot = self.put(abi::CTRL_ATTACH, generation, 0, 0);
             self.status(slot);
         }
-        self.put(command, iova, len)
+        self.put(command, iova, len, room)
     }
 
-    fn put(&mut self, command: u16, iova: u64, len: u32) -> u16 {
+    fn put(&mut self, command: u16, iova: u64, len: u64, room: u32) -> u16 {
         let slot = self.avail % 32;
         let request_at = abi::CONTROL_BUFFERS + u64::from(slot) * 4096;
         let request = abi::ControlRequest {
             command: command.into(),
             value: iova.into(),
-            len: u64::from(len).into(),
+            len: len.into(),
             flags: 3.into(),
             ..Default::default()
         };
-        let store = if command == abi::CTRL_STORE { len } else { 0 };
-        let fetch = if command == abi::CTRL_FETCH { len } else { 0 };
+        let store = if command == abi::CTRL_STORE { room } else { 0 };
+        let fetch = if command == abi::CTRL_FETCH { room } else { 0 };
         self.control.write_all_at(zerocopy::IntoBytes::as_bytes(&request), request_at).unwrap();
         self.control.write_all_at(&vec![0xab; store as usize], request_at + 32).unwrap();
         self.control.write_all_at(&u32::MAX.to_le_bytes(), request_at + 2048).unwrap();
