@@ -12,7 +12,7 @@ use guest_driver_model::programs::device::DeviceArgs;
 use guest_driver_model::programs::peer_loop::{PeerArgs, run_until};
 use guest_driver_model::programs::sink::{Check, Sink};
 use guest_driver_model::programs::stop::Stop;
-use vhost_pci_switch::config::{Config, Confine, LinkConfig, OneWay, Profile, WiringPolicy};
+use vhost_pci_switch::config::{Config, Confine, LinkConfig, OneWay, Profile, Rates, WiringPolicy};
 use vhost_pci_switch::control::client;
 use vhost_pci_switch::link::report::LinkReport;
 use vhost_pci_switch::runtime::broker::Broker;
@@ -31,6 +31,8 @@ fn config(folder: &Path) -> Config {
         one_way: OneWay::Refuse,
         max_mappings: 16,
         memory_regions: 8,
+        unsealed_memory: false,
+        rates: Rates::default(),
         offloads: false,
         wiring: WiringPolicy::Direct,
         doorbell_socket: None,

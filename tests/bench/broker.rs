@@ -33,7 +33,8 @@ impl Broker {
             // Writing to a string does not fail.
             let _ = write!(
                 text,
-                "[[link]]\nname = \"compare-{link}\"\nowner_socket = {:?}\npeer_socket = {:?}\n",
+                "[[link]]\nname = \"compare-{link}\"\nowner_socket = {:?}\npeer_socket = {:?}\n\
+                 unsealed_memory = true\n",
                 path(&owner_socket(link)),
                 path(&peer_socket(link)),
             );

@@ -60,7 +60,8 @@ impl Link {
             .context("a directory for sockets and logs")?;
         let path = |name: &str| dir.path().join(name).display().to_string();
         let text = format!(
-            "control_socket = {:?}\n[[link]]\nname = \"dpdk\"\nowner_socket = {:?}\npeer_socket = {:?}\n",
+            "control_socket = {:?}\n[[link]]\nname = \"dpdk\"\nowner_socket = {:?}\npeer_socket = {:?}\n\
+             unsealed_memory = true\n",
             path("control.sock"),
             path("owner.sock"),
             path("peer.sock"),

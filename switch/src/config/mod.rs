@@ -93,6 +93,10 @@ pub struct LinkConfig {
     pub max_mappings: usize,
     /// Regions of memory that the owner's VMM may bring.
     pub memory_regions: usize,
+    /// Whether memory is taken that the owner's VMM can shorten.
+    pub unsealed_memory: bool,
+    /// How often the link's VMMs may do what costs the broker something.
+    pub rates: Rates,
     /// Whether the owner may leave checksums and segments to the peer's driver, and takes such from it.
     pub offloads: bool,
     /// How notifications go.
@@ -123,6 +127,27 @@ pub enum Account {
     /// By number.
     Number(u32),
 }
+
+/// How often each of a link's VMMs may do what costs the broker something, a second. Who comes more
+/// often waits.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Rates {
+    /// Messages of a front-end.
+    pub messages: u32,
+    /// Notifications that the relay passes on.
+    pub notifications: u32,
+    /// Connections to each socket.
+    pub connections: u32,
+}
+
+impl Default for Rates {
+    fn default() -> Self {
+        Self { messages: 50_000, notifications: 100_000, connections: 20 }
+    }
+}
+
+/// The highest rate that can be given: as good as none.
+pub const MAX_RATE: usize = 1_000_000_000;
 
 /// How a link's notifications go.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]

@@ -13,8 +13,10 @@ use vhost_pci_device::abi;
 use super::{
     Account, Admission, Config, Confine, DEFAULT_CONFIRM_TIMEOUT, DEFAULT_MAX_MAPPINGS,
     DEFAULT_MEMORY_REGIONS, DEFAULT_WINDOW, LinkConfig, MAX_MAX_MAPPINGS, MAX_MEMORY_REGIONS,
-    MAX_QUEUE_PAIRS, MAX_SOCKET_PATH, MAX_WINDOW, Mistake, OneWay, Profile, WiringPolicy, parse_size,
+    MAX_QUEUE_PAIRS, MAX_RATE, MAX_SOCKET_PATH, MAX_WINDOW, Mistake, OneWay, Profile, Rates, WiringPolicy,
+    parse_size,
 };
+use crate::link::message::Flood;
 
 /// Confirmation timeouts that make sense, milliseconds.
 const TIMEOUT_MS: std::ops::RangeInclusive<u64> = 10..=60_000;
@@ -155,6 +157,8 @@ impl<'t> Reader<'t> {
         let max_mappings = self.count(&mut table, "max_mappings", DEFAULT_MAX_MAPPINGS, MAX_MAX_MAPPINGS);
         let memory_regions =
             self.count(&mut table, "memory_regions", DEFAULT_MEMORY_REGIONS, MAX_MEMORY_REGIONS);
+        let unsealed_memory = self.flag(&mut table, "unsealed_memory");
+        let rates = self.rates(&mut table);
         let offloads = self.flag(&mut table, "offloads");
         let wiring = self.wiring(&mut table);
         let doorbell_line = table.entries.get("doorbell_socket").map(|(line, _)| *line);
@@ -183,6 +187,10 @@ impl<'t> Reader<'t> {
                 "one_way",
                 "max_mappings",
                 "memory_regions",
+                "unsealed_memory",
+                "messages_per_second",
+                "notifications_per_second",
+                "connections_per_second",
                 "offloads",
                 "wiring",
                 "doorbell_socket",
@@ -202,12 +210,26 @@ impl<'t> Reader<'t> {
             one_way: one_way?,
             max_mappings: max_mappings?,
             memory_regions: memory_regions?,
+            unsealed_memory: unsealed_memory?,
+            rates: rates?,
             offloads: offloads?,
             wiring: wiring?,
             doorbell_socket: doorbell_socket?,
             owner_admission: owner_admission?,
             peer_admission: peer_admission?,
         })
+    }
+
+    fn rates(&mut self, table: &mut Table<'t>) -> Option<Rates> {
+        let default = Rates::default();
+        let mut rate = |flood: Flood, default: u32| {
+            let found = self.count(table, flood.key(), default as usize, MAX_RATE);
+            found.and_then(|rate| u32::try_from(rate).ok())
+        };
+        let messages = rate(Flood::Messages, default.messages);
+        let notifications = rate(Flood::Notifications, default.notifications);
+        let connections = rate(Flood::Connections, default.connections);
+        Some(Rates { messages: messages?, notifications: notifications?, connections: connections? })
     }
 
     fn name(&mut self, table: &mut Table<'t>, names: &mut BTreeMap<String, usize>) -> Option<String> {

@@ -5,6 +5,7 @@ use std::fs;
 use std::io::{self, BufRead, BufReader, Read, Write};
 use std::os::unix::net::UnixStream;
 use std::sync::Arc;
+use std::sync::atomic::{AtomicUsize, Ordering};
 use std::thread;
 use std::time::Duration;
 
@@ -34,10 +35,40 @@ pub struct About {
     pub confinement: Confinement,
 }
 
+/// Clients that are served at once. More are turned away: each has a thread.
+const MAX_CLIENTS: usize = 32;
+
+/// One of those that are served.
+struct Served;
+
+static SERVED: AtomicUsize = AtomicUsize::new(0);
+
+impl Served {
+    fn one_more() -> Option<Self> {
+        // Relaxed: a count, ordered with nothing.
+        let more = |served| (served < MAX_CLIENTS).then_some(served + 1);
+        SERVED.fetch_update(Ordering::Relaxed, Ordering::Relaxed, more).ok().map(|_| Self)
+    }
+}
+
+impl Drop for Served {
+    fn drop(&mut self) {
+        SERVED.fetch_sub(1, Ordering::Relaxed);
+    }
+}
+
 /// Serves one client.
-pub fn serve(stream: UnixStream, about: &Arc<About>) {
+pub fn serve(mut stream: UnixStream, about: &Arc<About>) {
+    let Some(served) = Served::one_more() else {
+        let words = format!("{MAX_CLIENTS} others ask at the moment, and one more is not served; try again");
+        let text = serde_json::to_vec(&Answer::Error(words)).unwrap_or_default();
+        // It fits into the socket, or is lost: nobody is waited for.
+        let _ = stream.set_nonblocking(true).and_then(|()| stream.write_all(&[&text[..], b"\n"].concat()));
+        return;
+    };
     let about = Arc::clone(about);
     let client = thread::Builder::new().name("control client".into()).spawn(move || {
+        let _served = served;
         // A client that leaves early is no fault of anybody's.
         drop(answer(stream, &about));
     });

@@ -13,12 +13,23 @@ pub struct MemoryFile {
     device: u64,
     inode: u64,
     page_size: u64,
+    can_shrink: bool,
 }
 
 impl MemoryFile {
     /// Wraps a descriptor whose file `fstat` gave these numbers for.
     pub fn new(fd: OwnedFd, device: u64, inode: u64) -> Self {
-        Self { fd: Arc::new(fd), device, inode, page_size: iommu::PAGE_SIZE }
+        Self { fd: Arc::new(fd), device, inode, page_size: iommu::PAGE_SIZE, can_shrink: false }
+    }
+
+    /// The same, of a file that is not sealed against being shortened.
+    pub fn with_no_seal(self) -> Self {
+        Self { can_shrink: true, ..self }
+    }
+
+    /// Whether the file can be shortened while it is mapped.
+    pub fn can_shrink(&self) -> bool {
+        self.can_shrink
     }
 
     /// The same, of a file whose pages are larger: no smaller piece of it can be mapped.

@@ -6,6 +6,8 @@ use iommu::{LayoutError, MapError, MemoryError};
 use thiserror::Error;
 use vhost_pci_device::abi;
 
+use super::message::Flood;
+
 /// Something that one side of a link did wrong, or failed to do.
 #[derive(Debug, Error)]
 pub enum Fault {
@@ -43,6 +45,21 @@ pub enum Fault {
     /// A descriptor of the wrong kind.
     #[error("{0}")]
     Descriptor(String),
+    /// Memory that its VMM can take away while the peer's VM has it mapped.
+    #[error(
+        "memory region refused: the VMM can shorten its file, and what the peer's VM has mapped of it would then \
+         stop or kill that VM: use a sealed memfd (QEMU's memory-backend-memfd with share=on is one), or, if the \
+         peer trusts this owner, set unsealed_memory = true in the link's configuration"
+    )]
+    Unsealed,
+    /// Something comes more often than it may.
+    #[error("more than {limit} {} a second come; they are taken no faster ({} in the link's configuration)", flood.name(), flood.key())]
+    TooOften {
+        /// What.
+        flood: Flood,
+        /// How often it may, a second.
+        limit: u32,
+    },
     /// The broker's host did not let it look at what was sent: nobody's fault.
     #[error("{0}")]
     Host(String),
@@ -114,6 +131,8 @@ impl Fault {
             Self::NotPermitted { .. } => "not_permitted",
             Self::Features(_) => "features",
             Self::Memory(_) | Self::Map(_) => "memory_region",
+            Self::Unsealed => "unsealed_memory",
+            Self::TooOften { flood, .. } => flood.key(),
             Self::Descriptor(_) => "descriptor",
             Self::Host(_) => "host",
             Self::Vring { .. } => "vring",

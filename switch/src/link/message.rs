@@ -402,8 +402,41 @@ pub enum Event {
     Command(CommandId, abi::ControlRequest, u64, u64),
     /// The peer's driver broke a rule of the control ring.
     ControlRingBroken(String),
+    /// A side did something more often than it may, and was made to wait.
+    TooOften(Side, Flood),
     /// A deadline may have passed.
     Tick,
+}
+
+/// What a side may do only so often: its name, and the configuration's for the limit.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Flood {
+    /// Messages of a front-end.
+    Messages,
+    /// Notifications that the relay passes on, and doorbells of the control ring.
+    Notifications,
+    /// Connections to one of the link's sockets.
+    Connections,
+}
+
+impl Flood {
+    /// For people.
+    pub const fn name(self) -> &'static str {
+        match self {
+            Self::Messages => "messages",
+            Self::Notifications => "relayed notifications",
+            Self::Connections => "connections",
+        }
+    }
+
+    /// The key of the limit in a link's configuration.
+    pub const fn key(self) -> &'static str {
+        match self {
+            Self::Messages => "messages_per_second",
+            Self::Notifications => "notifications_per_second",
+            Self::Connections => "connections_per_second",
+        }
+    }
 }
 
 /// What the runtime has to do for a link.

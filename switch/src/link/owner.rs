@@ -1,7 +1,7 @@
 //! The owner's session: what its front-end has told so far, and what of its
 //! memory the peer is to see.
 
-use iommu::{Access, FrontendVa, Gpa, Iova, IovaMap, MemoryTable, NewRegion, Span};
+use iommu::{Access, FrontendVa, Gpa, Iova, IovaMap, MemoryTable, NewRegion, Region, Span};
 use vhost::vhost_user::VhostUserProtocolFeatures as Protocol;
 
 use super::descriptor::MemoryFile;
@@ -32,6 +32,7 @@ pub struct OwnerSession {
     /// What was known of memory that has left the table since this was last taken.
     pub unbacked: Vec<Span<Iova>>,
     has_channel: bool,
+    takes_unsealed: bool,
     /// After a vring was stopped nothing is shown until one is started again.
     halted: bool,
 }
@@ -49,6 +50,7 @@ impl OwnerSession {
             iotlb: Iotlb::default(),
             unbacked: Vec::new(),
             has_channel: false,
+            takes_unsealed: config.unsealed_memory,
             halted: true,
         }
     }
@@ -201,6 +203,10 @@ impl OwnerSession {
     }
 
     fn take_memory(&mut self, table: MemoryTable<MemoryFile>) -> Result<(), Fault> {
+        let can_shrink = |region: &Region<MemoryFile>| region.backing().handle.can_shrink();
+        if !self.takes_unsealed && table.regions().iter().any(can_shrink) {
+            return Err(Fault::Unsealed);
+        }
         if !self.has_iommu() {
             for (index, vring) in (0..).zip(&self.vrings) {
                 vring.recheck(index, AddressSpace::FrontEnd(&table))?;

@@ -18,7 +18,9 @@ use super::iommu::demand::{Demand, DemandCounters};
 use super::iommu::listen::Refusal;
 use super::iommu::room::Room;
 use super::iommu::shown::Shown;
-use super::message::{CommandId, Effect, Event, Generations, LinkContents, Log, Reply, Request, Side, Wire};
+use super::message::{
+    CommandId, Effect, Event, Flood, Generations, LinkContents, Log, Reply, Request, Side, Wire,
+};
 use super::owner::OwnerSession;
 use super::peer::{AttachedDriver, PeerChange, PeerSession};
 use super::window::Window;
@@ -155,6 +157,7 @@ impl Link {
             event,
             Event::Command(..)
                 | Event::MissDone(..)
+                | Event::TooOften(..)
                 | Event::Request(Side::Owner, Request::Iotlb(_) | Request::IommuPush { .. })
         );
         match event {
@@ -167,6 +170,15 @@ impl Link {
                 self.counters.peer_connections += 1;
                 self.note_connection(Side::Peer, self.counters.peer_connections, &mut effects);
                 self.peer = Some(PeerSession::new(&self.config));
+            }
+            Event::TooOften(side, flood) => {
+                let rates = self.config.rates;
+                let limit = match flood {
+                    Flood::Messages => rates.messages,
+                    Flood::Notifications => rates.notifications,
+                    Flood::Connections => rates.connections,
+                };
+                self.count(&Fault::TooOften { flood, limit }, side.name(), &mut effects);
             }
             Event::TurnedAway(side) => self.count(&Fault::Occupied, side.name(), &mut effects),
             Event::NotPermitted { door, pid, uid } => {

@@ -3,37 +3,27 @@
 
 use std::hash::{BuildHasher, RandomState};
 use std::io;
-use std::os::fd::{AsFd, AsRawFd};
-use std::os::unix::net::UnixStream;
 use std::path::PathBuf;
 use std::sync::Arc;
 use std::thread::{self, JoinHandle};
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
-use nix::sys::epoll::{Epoll, EpollCreateFlags, EpollEvent, EpollFlags, EpollTimeout};
 use nix::sys::eventfd::{EfdFlags, EventFd};
 use nix::time::{ClockId, clock_gettime};
 use thiserror::Error;
 use tracing::{info, warn};
 
-use super::admission::{Caller, Rule, UnknownAccount};
+use super::LinkPort;
+use super::acceptor::{Acceptor, CONTROL_RATE, Door, Purpose};
+use super::admission::{Rule, UnknownAccount};
 use super::driver::LinkDriver;
 use super::limits;
 use super::port::Substitute;
-use super::relay::Relay;
 use super::sockets::{self, Listener, SocketError};
-use super::{Input, LinkPort};
 use crate::config::{Config, OneWay};
 use crate::confine::Confinement;
-use crate::control::server::{self, About};
+use crate::control::server::About;
 use crate::link::{Fault, Link, Side};
-
-/// The token of the eventfd that ends the acceptor.
-const STOP: u64 = u64::MAX;
-/// The token of what asks it to stand in for clocks.
-const STAND_IN: u64 = u64::MAX - 1;
-/// How often it does.
-const STAND_IN_MS: u16 = 100;
 
 /// Why the broker cannot run.
 #[derive(Debug, Error)]
@@ -70,19 +60,12 @@ pub enum BrokerError {
     Host(#[from] io::Error),
 }
 
-/// What a listening socket is for.
-enum Purpose {
-    Link(LinkPort, Side, Rule),
-    Doorbell(LinkPort, Rule),
-    Control,
-}
-
 /// A broker whose sockets are there, and that serves nobody yet. Dropping it removes them.
 pub struct Bound {
     config: Config,
     substitute: Substitute,
     ports: Vec<LinkPort>,
-    listeners: Vec<(Listener, Purpose)>,
+    doors: Vec<Door>,
 }
 
 /// A running broker. Dropping it ends every session and removes every socket.
@@ -124,16 +107,21 @@ impl Broker {
         let substitute = Substitute::new()?;
         let ports: Vec<_> =
             config.links.iter().map(|link| LinkPort::new(&link.name, substitute.clone())).collect();
-        let mut listeners = vec![(bind(&config.control_socket)?, Purpose::Control)];
+        let now = Instant::now();
+        let mut doors = vec![Door::new(bind(&config.control_socket)?, Purpose::Control, CONTROL_RATE, now)];
         for (link, port) in config.links.iter().zip(&ports) {
             let (owner, peer) = (Rule::new(link, Side::Owner)?, Rule::new(link, Side::Peer)?);
-            listeners.push((bind(&link.owner_socket)?, Purpose::Link(port.clone(), Side::Owner, owner)));
-            listeners.push((bind(&link.peer_socket)?, Purpose::Link(port.clone(), Side::Peer, peer.clone())));
+            let mut open = |socket, purpose| -> Result<(), SocketError> {
+                doors.push(Door::new(bind(socket)?, purpose, link.rates.connections, now));
+                Ok(())
+            };
+            open(&link.owner_socket, Purpose::Link(port.clone(), Side::Owner, owner))?;
+            open(&link.peer_socket, Purpose::Link(port.clone(), Side::Peer, peer.clone()))?;
             if let Some(socket) = &link.doorbell_socket {
-                listeners.push((bind(socket)?, Purpose::Doorbell(port.clone(), peer)));
+                open(socket, Purpose::Doorbell(port.clone(), peer))?;
             }
         }
-        Ok(Bound { config: config.clone(), substitute, ports, listeners })
+        Ok(Bound { config: config.clone(), substitute, ports, doors })
     }
 }
 
@@ -143,7 +131,7 @@ impl Bound {
     /// # Errors
     /// When the host refuses. Nothing is left behind then.
     pub fn serve(self, confinement: Confinement) -> Result<Broker, BrokerError> {
-        let Self { config, substitute, ports, listeners } = self;
+        let Self { config, substitute, ports, doors } = self;
         let mut broker = Broker {
             ports: ports.clone(),
             acceptor: None,
@@ -157,13 +145,12 @@ impl Bound {
             let name = link_config.name.clone();
             let link = Link::new(link_config.clone(), config.confirm_timeout, generation)
                 .map_err(|fault| BrokerError::Link { link: name.clone(), fault })?;
-            let relay = Relay::new(&name, port.clone())?;
             let link_id = if link_config.doorbell_socket.is_some() { new_link_id() } else { 0 };
-            port.start(LinkDriver::new(&name, link, link_id, port.clone(), relay)?);
+            port.start(LinkDriver::new(link_config, link, link_id, port.clone())?);
         }
         let stop = Arc::clone(&broker.stop);
         let about = Arc::new(About { ports, confinement });
-        let acceptor = Acceptor::new(listeners, about, stop, substitute)?;
+        let acceptor = Acceptor::new(doors, about, stop, substitute)?;
         broker.acceptor = Some(thread::Builder::new().name("acceptor".into()).spawn(move || acceptor.run())?);
         for link in config.links.iter().filter(|link| link.one_way == OneWay::Widen) {
             warn!(
@@ -203,123 +190,4 @@ fn first_generation() -> u64 {
 fn new_link_id() -> u64 {
     // Its keys are random; that is all that is wanted of it.
     RandomState::new().hash_one(()) | 1
-}
-
-struct Acceptor {
-    epoll: Epoll,
-    listeners: Vec<(Listener, Purpose)>,
-    about: Arc<About>,
-    substitute: Substitute,
-    /// How often descriptors ran short.
-    short: u64,
-}
-
-impl Acceptor {
-    fn new(
-        listeners: Vec<(Listener, Purpose)>,
-        about: Arc<About>,
-        stop: Arc<EventFd>,
-        substitute: Substitute,
-    ) -> io::Result<Self> {
-        let epoll = Epoll::new(EpollCreateFlags::EPOLL_CLOEXEC)?;
-        epoll.add(stop.as_fd(), EpollEvent::new(EpollFlags::EPOLLIN, STOP))?;
-        epoll.add(substitute.eventfd(), EpollEvent::new(EpollFlags::EPOLLIN, STAND_IN))?;
-        for (token, (listener, _)) in (0..).zip(&listeners) {
-            epoll.add(listener, EpollEvent::new(EpollFlags::EPOLLIN, token))?;
-        }
-        Ok(Self { epoll, listeners, about, substitute, short: 0 })
-    }
-
-    fn run(mut self) {
-        let mut events = [EpollEvent::empty(); 64];
-        let mut stands_in = false;
-        loop {
-            let timeout = if stands_in { STAND_IN_MS.into() } else { EpollTimeout::NONE };
-            let count = match self.epoll.wait(&mut events, timeout) {
-                Ok(count) => count,
-                Err(nix::Error::EINTR) => continue,
-                Err(error) => {
-                    warn!(%error, "no more connections can be accepted");
-                    return;
-                }
-            };
-            for event in &events[..count] {
-                match event.data() {
-                    STOP => return,
-                    STAND_IN => {
-                        let _ = self.substitute.eventfd().read();
-                        stands_in = true;
-                    }
-                    token => self.accept(token as usize),
-                }
-            }
-            // All of them: each tries to get its thread.
-            stands_in = stands_in && self.about.ports.iter().filter(|port| port.stand_in()).count() > 0;
-        }
-    }
-
-    fn accept(&mut self, token: usize) {
-        let Some((listener, purpose)) = self.listeners.get(token) else { return };
-        match (listener.accept(), purpose) {
-            (Ok(None), _) => {}
-            // Those are short, and how to see what is wrong.
-            (Ok(Some(stream)), Purpose::Control) => server::serve(stream, &self.about),
-            (Ok(Some(stream)), _) if limits::is_short(number(&stream), limits::limit()) => {
-                self.say_short("a connection is turned away");
-            }
-            (Ok(Some(stream)), Purpose::Link(port, side, rule)) => {
-                if permits(port, side.name(), rule, &stream) {
-                    port.send(Input::Connected { side: *side, stream });
-                }
-            }
-            (Ok(Some(stream)), Purpose::Doorbell(port, rule)) => {
-                if permits(port, "doorbell", rule, &stream) {
-                    port.send(Input::DoorbellConnected(stream));
-                }
-            }
-            (Err(error), _) if error.raw_os_error() == Some(nix::Error::EMFILE as i32) => {
-                self.say_short("a connection waits");
-                // It is still there: do not spin on it.
-                thread::sleep(Duration::from_millis(100));
-            }
-            (Err(error), _) => {
-                warn!(%error, "a connection cannot be accepted");
-                thread::sleep(Duration::from_millis(100));
-            }
-        }
-    }
-
-    /// The first time, and each time that it has happened twice as often: VMMs can cause it.
-    fn say_short(&mut self, what: &str) {
-        self.short += 1;
-        if self.short.is_power_of_two() {
-            let limit = limits::limit();
-            warn!(
-                times = self.short,
-                "{what}: nearly all of the {limit} descriptors that the broker may have are in use; {}",
-                limits::REMEDY
-            );
-        }
-    }
-}
-
-/// Whether who connected may join; the link is told of who may not.
-fn permits(port: &LinkPort, door: &'static str, rule: &Rule, stream: &UnixStream) -> bool {
-    match Caller::of(stream) {
-        Ok(caller) if rule.admits(&caller, stream) => true,
-        Ok(caller) => {
-            port.send(Input::NotPermitted { door, caller });
-            false
-        }
-        Err(error) => {
-            warn!(%error, door, "the kernel does not say who connected, who is turned away");
-            false
-        }
-    }
-}
-
-/// The number of a connection's descriptor.
-fn number(stream: &UnixStream) -> u64 {
-    // It is never negative.
-    stream.as_raw_fd().unsigned_abs().into()
 }

@@ -13,13 +13,15 @@ use std::os::fd::BorrowedFd;
 use std::os::unix::net::UnixStream;
 use std::sync::Arc;
 use std::thread;
+use std::time::Instant;
 
 use crossbeam_channel::Sender;
 use rustix::net::{SendAncillaryBuffer, SendAncillaryMessage, SendFlags, sendmsg};
 
 use super::backend_message::{HEADER_LEN, Message, REPLY_LEN, is_done};
+use super::rate::Rate;
 use super::{ChannelId, Input, LinkPort, SessionId};
-use crate::link::message::{MissId, OpId, Reply};
+use crate::link::message::{Flood, MissId, OpId, Reply};
 use crate::link::wiring::WireId;
 use crate::link::{Fault, Side};
 
@@ -51,7 +53,7 @@ pub struct Channel {
 }
 
 impl Channel {
-    /// Starts the thread. Answers go to the link as those of this session.
+    /// Starts the thread. Answers go to the link as those of this session, no faster than `rate`.
     ///
     /// # Errors
     /// When the host gives no descriptor or thread.
@@ -61,12 +63,17 @@ impl Channel {
         side: Side,
         ids: (SessionId, ChannelId),
         name: &str,
+        mut rate: Rate,
     ) -> io::Result<Self> {
         let stream = Arc::new(stream);
         let answers = Arc::clone(&stream);
         let (session, channel) = ids;
         thread::Builder::new().name(format!("{name} {} answers", side.name())).spawn(move || {
             let error = loop {
+                while let Some(wait) = rate.take(Instant::now()) {
+                    port.send(Input::TooOften(side, Flood::Messages));
+                    thread::sleep(wait);
+                }
                 match read_answer(&answers) {
                     Ok(done) => port.send(Input::ChannelAnswer { side, session, channel, done }),
                     Err(error) => break error,

@@ -20,8 +20,10 @@ use super::channel::{Asked, Channel, send_later, send_now};
 use super::control_ring::ControlRing;
 use super::copy::copy;
 use super::doorbell::{Doorbell, Word};
+use super::rate::Rate;
 use super::relay::Relay;
 use super::{Answer, ChannelId, Input, LinkPort, SessionId};
+use crate::config::{LinkConfig, Rates};
 use crate::link::descriptor::Eventfd;
 use crate::link::doorbell::DoorbellMessage;
 use crate::link::iommu::demand::Task;
@@ -83,6 +85,7 @@ pub struct LinkDriver {
     /// Whether its VMM has read what it was sent.
     doorbell_watch: Option<Watch>,
     link_id: u64,
+    rates: Rates,
     wires: Vec<Wire>,
     doorbell: Option<Eventfd>,
     /// VMMs that were found gone: applied when the effects that led to it are run.
@@ -95,10 +98,12 @@ impl LinkDriver {
     ///
     /// # Errors
     /// When the host gives no memory.
-    pub fn new(name: &str, link: Link, link_id: u64, port: LinkPort, relay: Relay) -> io::Result<Self> {
+    pub fn new(config: &LinkConfig, link: Link, link_id: u64, port: LinkPort) -> io::Result<Self> {
+        let relay = Relay::new(&config.name, port.clone(), config.rates.notifications)?;
         let areas = AreaFile::new()?;
         let mut driver = Self {
-            name: name.into(),
+            name: config.name.clone(),
+            rates: config.rates,
             link,
             port,
             relay,
@@ -172,6 +177,7 @@ impl LinkDriver {
                 }
             }
             Input::ControlDoorbell => self.serve_control_ring(),
+            Input::TooOften(side, flood) => self.apply(Event::TooOften(side, flood)),
             Input::Report(answer) => drop(answer.send(self.report())),
         }
     }
@@ -194,9 +200,10 @@ impl LinkDriver {
         let decoder = Arc::new(Decoder::new(port.clone(), side, id));
         let connection = Connection::new(stream, Arc::clone(&decoder));
         let line = connection.line();
+        let rate = Rate::new(self.rates.messages, Instant::now());
         let started = thread::Builder::new()
             .name(format!("{} {}", self.name, side.name()))
-            .spawn(move || serve(connection, &decoder, &port, side, id));
+            .spawn(move || serve(connection, &decoder, &port, rate, (side, id)));
         if let Err(error) = started {
             warn!(link = %self.name, side = side.name(), %error, "a connection cannot be served");
             return;
@@ -427,10 +434,11 @@ impl LinkDriver {
 
     fn open_channel(&mut self, side: Side, stream: UnixStream) {
         let (port, name) = (self.port.clone(), self.name.clone());
+        let rate = Rate::new(self.rates.messages, Instant::now());
         self.next_channel += 1;
         let id = ChannelId(self.next_channel);
         let Some(session) = self.session(side) else { return };
-        match Channel::open(stream, port, side, (session.id, id), &name) {
+        match Channel::open(stream, port, side, (session.id, id), &name, rate) {
             Ok(channel) => session.channel = Some(channel),
             Err(error) => warn!(link = %name, %error, "the back-end channel cannot be served"),
         }

@@ -12,11 +12,14 @@
 //! | [`control_ring`] | serves the control ring |
 //! | [`relay`] | the thread of a link that passes notifications on |
 //! | [`limits`] | how many descriptors links take |
+//! | [`rate`] | how often a VMM may do something |
 //! | [`sockets`] | listening sockets and who may connect |
 //! | [`admission`] | who of those may join |
 //! | `sys` | questions to the kernel, in `unsafe` code |
+//! | [`acceptor`] | the thread that accepts connections |
 //! | [`broker`] | puts it all together and takes it down again |
 
+pub mod acceptor;
 pub mod admission;
 pub mod areas;
 pub mod backend_message;
@@ -28,6 +31,7 @@ pub mod doorbell;
 pub mod driver;
 pub mod limits;
 pub mod port;
+pub mod rate;
 pub mod relay;
 pub mod sockets;
 mod sys;
@@ -38,7 +42,7 @@ use crossbeam_channel::Sender;
 
 pub use port::LinkPort;
 
-use crate::link::message::{Reply, Request};
+use crate::link::message::{Flood, Reply, Request};
 use crate::link::report::LinkReport;
 use crate::link::{Fault, Side};
 
@@ -119,6 +123,8 @@ pub enum Input {
     },
     /// The control ring's doorbell rang.
     ControlDoorbell,
+    /// A side does something more often than it may, and is made to wait.
+    TooOften(Side, Flood),
     /// Somebody wants the link's report.
     Report(Sender<LinkReport>),
 }

@@ -21,10 +21,11 @@ use nix::sys::eventfd::{EfdFlags, EventFd};
 use nix::unistd::write;
 use tracing::warn;
 
+use super::rate::Rate;
 use super::{Input, LinkPort};
 use crate::link::Side;
 use crate::link::descriptor::Eventfd;
-use crate::link::message::Wire;
+use crate::link::message::{Flood, Wire};
 
 /// The token of what tells the relay of something new.
 const WAKE: u64 = 0;
@@ -101,19 +102,21 @@ fn always_signalled() -> io::Result<&'static EventFd> {
 #[derive(Debug)]
 pub struct Relay {
     name: String,
+    per_second: u32,
     port: LinkPort,
     shared: Arc<Shared>,
 }
 
 impl Relay {
-    /// The relay of the link with this name and port; nothing is wired yet.
+    /// The relay of the link with this name and port, which passes on so many notifications a
+    /// second at most: more are late, and several become one. Nothing is wired yet.
     ///
     /// # Errors
     /// When the host gives no descriptor.
-    pub fn new(name: &str, port: LinkPort) -> io::Result<Self> {
+    pub fn new(name: &str, port: LinkPort, per_second: u32) -> io::Result<Self> {
         // Now, not when there is something to relay.
         always_signalled()?;
-        Ok(Self { name: name.into(), port, shared: Arc::default() })
+        Ok(Self { name: name.into(), per_second, port, shared: Arc::default() })
     }
 
     /// Lets these wires be relayed, and no others.
@@ -147,7 +150,7 @@ impl Relay {
 
     /// Starts the thread, which looks into the mailbox first of all.
     fn start(&self, mailbox: &mut Mailbox) {
-        match Worker::spawn(&self.name, self.port.clone(), Arc::clone(&self.shared)) {
+        match Worker::spawn(self) {
             Ok(epoll) => {
                 mailbox.epoll = Some(epoll);
                 mailbox.again = None;
@@ -199,24 +202,36 @@ struct Route {
     action: Action,
 }
 
+impl Route {
+    /// Whose signals these are.
+    fn from(&self) -> Side {
+        match self.action {
+            Action::Signal { from, .. } => from,
+            Action::Control => Side::Peer,
+        }
+    }
+}
+
 struct Worker {
     epoll: Arc<Epoll>,
     name: String,
     port: LinkPort,
     shared: Arc<Shared>,
+    rate: Rate,
     routes: HashMap<u64, Route>,
     next_token: u64,
 }
 
 impl Worker {
-    fn spawn(name: &str, port: LinkPort, shared: Arc<Shared>) -> io::Result<Arc<Epoll>> {
+    fn spawn(Relay { name, per_second, port, shared }: &Relay) -> io::Result<Arc<Epoll>> {
         let epoll = Arc::new(Epoll::new(EpollCreateFlags::EPOLL_CLOEXEC)?);
         epoll.add(always_signalled()?, EpollEvent::new(LOOK_ONCE, WAKE))?;
         let mut worker = Self {
             epoll: Arc::clone(&epoll),
-            name: name.into(),
-            port,
-            shared,
+            name: name.clone(),
+            port: port.clone(),
+            shared: Arc::clone(shared),
+            rate: Rate::new(*per_second, Instant::now()),
             routes: HashMap::new(),
             next_token: WAKE + 1,
         };
@@ -242,6 +257,11 @@ impl Worker {
                     }
                 } else if let Some(route) = self.routes.get(&event.data()) {
                     self.pass_on(route);
+                    // Signals of that time are one in their eventfds.
+                    if let Some(wait) = self.rate.take(Instant::now()) {
+                        self.port.send(Input::TooOften(route.from(), Flood::Notifications));
+                        thread::sleep(wait);
+                    }
                 }
             }
         }
@@ -339,7 +359,7 @@ mod tests {
     }
 
     fn relay() -> Relay {
-        Relay::new("test", LinkPort::default()).unwrap()
+        Relay::new("test", LinkPort::default(), 1_000_000).unwrap()
     }
 
     /// Waits until the thread has ended.

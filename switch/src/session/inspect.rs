@@ -58,6 +58,10 @@ pub fn memory_file(file: File) -> Result<(MemoryFile, u64), Fault> {
         return Err(fault("is sealed against writing".into()));
     }
     let memory = MemoryFile::new(OwnedFd::from(file), metadata.dev(), metadata.ino());
+    let memory = match seals & SealFlag::F_SEAL_SHRINK.bits() {
+        0 => memory.with_no_seal(),
+        _ => memory,
+    };
     // Of hugetlbfs the block is the huge page; tmpfs takes what comes.
     let memory = match system == HUGETLBFS {
         true => memory.with_page_size(u64::try_from(statfs.block_size()).unwrap_or(0)),

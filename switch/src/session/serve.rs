@@ -3,6 +3,8 @@
 //! front-end that stalls in mid-message stalls this thread and nothing else.
 
 use std::os::fd::AsFd;
+use std::thread;
+use std::time::Instant;
 
 use crossbeam_channel::Receiver;
 use tracing::debug;
@@ -11,24 +13,37 @@ use vhost::vhost_user::Error;
 use super::decode::Decoder;
 use super::intercept::{self, Next};
 use super::sys::Connection;
-use crate::link::message::Reply;
+use crate::link::message::{Flood, Reply};
 use crate::link::{Fault, Side};
+use crate::runtime::rate::Rate;
 use crate::runtime::{Input, LinkPort, SessionId};
 
-/// Serves one front-end's connection, whose messages `decoder` takes, until it ends; tells the
-/// link.
-pub fn serve(mut connection: Connection, decoder: &Decoder, port: &LinkPort, side: Side, session: SessionId) {
-    let fault = messages(&mut connection, decoder);
+/// Serves one front-end's connection, whose messages `decoder` takes no faster than `rate`, until it
+/// ends; tells the link.
+pub fn serve(
+    mut connection: Connection,
+    decoder: &Decoder,
+    port: &LinkPort,
+    mut rate: Rate,
+    (side, session): (Side, SessionId),
+) {
+    let fault = messages(&mut connection, decoder, || {
+        while let Some(wait) = rate.take(Instant::now()) {
+            port.send(Input::TooOften(side, Flood::Messages));
+            thread::sleep(wait);
+        }
+    });
     port.send(Input::Ended { side, session, fault });
 }
 
 /// Handles messages until the session ends; gives the fault that ended it, if the
 /// link does not know it already.
-fn messages(connection: &mut Connection, decoder: &Decoder) -> Option<Fault> {
+fn messages(connection: &mut Connection, decoder: &Decoder, mut wait: impl FnMut()) -> Option<Fault> {
     // The answer to the message before, which the front-end is sent by somebody else: this
     // thread goes on waiting for the next message, and is not woken in between.
     let mut open: Option<Receiver<Reply>> = None;
     loop {
+        wait();
         let next = intercept::next(connection.as_fd());
         if let Some(answer) = open.take()
             && !matches!(answer.recv(), Ok(Reply::Done | Reply::Declined))

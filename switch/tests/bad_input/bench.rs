@@ -53,7 +53,8 @@ impl Bench {
         for link in ["left", "right"] {
             let (owner, peer) = (at(&format!("{link}-owner")), at(&format!("{link}-peer")));
             text += &format!(
-                "[[link]]\nname = \"{link}\"\nowner_socket = \"{owner}\"\npeer_socket = \"{peer}\"\nwindow = \"64M\"\n"
+                "[[link]]\nname = \"{link}\"\nowner_socket = \"{owner}\"\npeer_socket = \"{peer}\"\nwindow = \"64M\"\n\
+                 connections_per_second = 1000000\nunsealed_memory = true\n"
             );
         }
         let config = config::parse(&text).unwrap();

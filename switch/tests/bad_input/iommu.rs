@@ -13,7 +13,8 @@ use crate::iommu_owner::{
     owner, push, resident, update,
 };
 use crate::raw::{
-    FRONTEND, IOTLB_MSG, MEMORY, NEED_REPLY, Raw, SET_BACKEND_REQ_FD, VERSION, eventfd, longs, memfd, message,
+    FRONTEND, IOTLB_MSG, MEMORY, NEED_REPLY, Raw, SET_BACKEND_REQ_FD, VERSION, eventfd, longs, memfd,
+    message, unsealed_memfd,
 };
 
 /// A link whose owner is asked for translations, up.
@@ -311,7 +312,7 @@ fn a_closed_channel_holds_nobody_up() {
 #[test]
 fn a_file_that_got_shorter_fails_copies_and_does_not_grow() {
     let bench = Bench::start();
-    let memory = memfd();
+    let memory = unsealed_memfd();
     let file = File::from(memory.try_clone().unwrap());
     let (mut owner, mut channel, mut peer) = up_with(&bench, memory);
     for (command, perm) in [(abi::CTRL_FETCH, 1), (abi::CTRL_STORE, 2)] {

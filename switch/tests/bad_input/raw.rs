@@ -10,6 +10,7 @@ use std::path::Path;
 use std::thread::{self, JoinHandle};
 use std::time::Duration;
 
+use nix::fcntl::{FcntlArg, SealFlag, fcntl};
 use nix::sys::eventfd::{EfdFlags, EventFd};
 use nix::sys::memfd::{MFdFlags, memfd_create};
 use vmm_sys_util::sock_ctrl_msg::ScmSocket;
@@ -87,7 +88,14 @@ pub fn region() -> [u64; 4] {
 }
 
 pub fn memfd() -> OwnedFd {
-    let fd = memfd_create(c"ram", MFdFlags::MFD_CLOEXEC).unwrap();
+    let file = unsealed_memfd();
+    fcntl(&file, FcntlArg::F_ADD_SEALS(SealFlag::F_SEAL_SHRINK)).unwrap();
+    file
+}
+
+/// Memory that can be shortened.
+pub fn unsealed_memfd() -> OwnedFd {
+    let fd = memfd_create(c"ram", MFdFlags::MFD_CLOEXEC | MFdFlags::MFD_ALLOW_SEALING).unwrap();
     let file = File::from(fd);
     file.set_len(MEMORY).unwrap();
     file.into()

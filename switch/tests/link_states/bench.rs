@@ -6,7 +6,7 @@ use std::time::{Duration, Instant};
 
 use iommu::{Access, Iova};
 use vhost_pci_device::abi;
-use vhost_pci_switch::config::{LinkConfig, OneWay, Profile, WiringPolicy};
+use vhost_pci_switch::config::{LinkConfig, OneWay, Profile, Rates, WiringPolicy};
 use vhost_pci_switch::link::descriptor::MemoryFile;
 use vhost_pci_switch::link::message::{
     CommandId, Content, Generations, LinkContents, MissId, OpId, Reply, Request, WindowOp, Wire,
@@ -73,6 +73,8 @@ pub fn config() -> LinkConfig {
         one_way: OneWay::Refuse,
         max_mappings: 16,
         memory_regions: 64,
+        unsealed_memory: false,
+        rates: Rates::default(),
         offloads: false,
         wiring: WiringPolicy::Direct,
         doorbell_socket: None,

@@ -1,0 +1,227 @@
+//! The acceptor: a thread that accepts the connections to all sockets, no more often than each link
+//! allows, and hands them to their links. It waits for no VMM. Where the host gives a link no
+//! thread for its clock, it stands in.
+
+use std::io;
+use std::os::fd::{AsFd, AsRawFd};
+use std::os::unix::net::UnixStream;
+use std::sync::Arc;
+use std::thread;
+use std::time::{Duration, Instant};
+
+use nix::sys::epoll::{Epoll, EpollCreateFlags, EpollEvent, EpollFlags, EpollTimeout};
+use nix::sys::eventfd::EventFd;
+use tracing::warn;
+
+use super::admission::{Caller, Rule};
+use super::limits;
+use super::port::Substitute;
+use super::rate::Rate;
+use super::sockets::Listener;
+use super::{Input, LinkPort};
+use crate::control::server::{self, About};
+use crate::link::Side;
+use crate::link::message::Flood;
+
+/// The token of the eventfd that ends the acceptor.
+const STOP: u64 = u64::MAX;
+/// The token of what asks it to stand in for clocks.
+const STAND_IN: u64 = u64::MAX - 1;
+/// How often it does.
+const STAND_IN_EVERY: Duration = Duration::from_millis(100);
+/// Clients of the control socket a second.
+pub const CONTROL_RATE: u32 = 2000;
+
+/// What a listening socket is for.
+pub enum Purpose {
+    /// Front-ends of one side, those that the rule admits.
+    Link(LinkPort, Side, Rule),
+    /// Doorbell functions.
+    Doorbell(LinkPort, Rule),
+    /// `status` and `watch`.
+    Control,
+}
+
+/// A listening socket.
+pub struct Door {
+    listener: Listener,
+    purpose: Purpose,
+    rate: Rate,
+    /// Too many came: until when none is let in.
+    shut: Option<Instant>,
+}
+
+impl Door {
+    /// One that so many may come through in a second.
+    pub fn new(listener: Listener, purpose: Purpose, per_second: u32, now: Instant) -> Self {
+        Self { listener, purpose, rate: Rate::new(per_second, now), shut: None }
+    }
+}
+
+/// The thread that accepts connections to all of a broker's sockets.
+pub struct Acceptor {
+    epoll: Epoll,
+    doors: Vec<Door>,
+    about: Arc<About>,
+    substitute: Substitute,
+    /// How often descriptors ran short.
+    short: u64,
+}
+
+impl Acceptor {
+    /// One that ends when `stop` is signalled.
+    ///
+    /// # Errors
+    /// When the host gives no descriptor.
+    pub fn new(
+        doors: Vec<Door>,
+        about: Arc<About>,
+        stop: Arc<EventFd>,
+        substitute: Substitute,
+    ) -> io::Result<Self> {
+        let epoll = Epoll::new(EpollCreateFlags::EPOLL_CLOEXEC)?;
+        epoll.add(stop.as_fd(), EpollEvent::new(EpollFlags::EPOLLIN, STOP))?;
+        epoll.add(substitute.eventfd(), EpollEvent::new(EpollFlags::EPOLLIN, STAND_IN))?;
+        for (token, door) in (0..).zip(&doors) {
+            epoll.add(&door.listener, EpollEvent::new(EpollFlags::EPOLLIN, token))?;
+        }
+        Ok(Self { epoll, doors, about, substitute, short: 0 })
+    }
+
+    /// Accepts until it is stopped.
+    pub fn run(mut self) {
+        let mut events = [EpollEvent::empty(); 64];
+        let mut stands_in = false;
+        loop {
+            let opens = self.open_again(Instant::now());
+            let wait = opens.into_iter().chain(stands_in.then_some(STAND_IN_EVERY)).min();
+            // Rounded up, so that the time has come when the wait is over.
+            let timeout = wait.and_then(|wait| EpollTimeout::try_from(wait + Duration::from_millis(1)).ok());
+            let timeout = timeout.unwrap_or(EpollTimeout::NONE);
+            let count = match self.epoll.wait(&mut events, timeout) {
+                Ok(count) => count,
+                Err(nix::Error::EINTR) => continue,
+                Err(error) => {
+                    warn!(%error, "no more connections can be accepted");
+                    return;
+                }
+            };
+            for event in &events[..count] {
+                match event.data() {
+                    STOP => return,
+                    STAND_IN => {
+                        let _ = self.substitute.eventfd().read();
+                        stands_in = true;
+                    }
+                    token => self.accept(token as usize),
+                }
+            }
+            // All of them: each tries to get its thread.
+            stands_in = stands_in && self.about.ports.iter().filter(|port| port.stand_in()).count() > 0;
+        }
+    }
+
+    /// Opens the doors whose time has come; says when the next has to be.
+    fn open_again(&mut self, now: Instant) -> Option<Duration> {
+        let mut next: Option<Instant> = None;
+        for (token, door) in (0..).zip(&mut self.doors) {
+            match door.shut {
+                Some(until) if until <= now => {
+                    door.shut = None;
+                    let event = &mut EpollEvent::new(EpollFlags::EPOLLIN, token);
+                    // Fails only for a descriptor that is not waited for.
+                    let _ = self.epoll.modify(&door.listener, event);
+                }
+                Some(until) => next = Some(next.map_or(until, |next| next.min(until))),
+                None => {}
+            }
+        }
+        next.map(|next| next - now)
+    }
+
+    /// Whether another may come in. If not, those that come wait at the door, and the broker does
+    /// not hear of them for a while.
+    fn admits(&mut self, token: usize) -> bool {
+        let Some(door) = self.doors.get_mut(token) else { return false };
+        let now = Instant::now();
+        let Some(wait) = door.rate.take(now) else { return true };
+        door.shut = Some(now + wait);
+        let event = &mut EpollEvent::new(EpollFlags::empty(), token as u64);
+        let _ = self.epoll.modify(&door.listener, event);
+        let (port, side) = match &door.purpose {
+            Purpose::Link(port, side, _) => (port, *side),
+            Purpose::Doorbell(port, _) => (port, Side::Peer),
+            Purpose::Control => return false,
+        };
+        port.send(Input::TooOften(side, Flood::Connections));
+        false
+    }
+
+    fn accept(&mut self, token: usize) {
+        if !self.admits(token) {
+            return;
+        }
+        let Some(Door { listener, purpose, .. }) = self.doors.get(token) else { return };
+        match (listener.accept(), purpose) {
+            (Ok(None), _) => {}
+            // Those are short, and how to see what is wrong.
+            (Ok(Some(stream)), Purpose::Control) => server::serve(stream, &self.about),
+            (Ok(Some(stream)), _) if limits::is_short(number(&stream), limits::limit()) => {
+                self.say_short("a connection is turned away");
+            }
+            (Ok(Some(stream)), Purpose::Link(port, side, rule)) => {
+                if permits(port, side.name(), rule, &stream) {
+                    port.send(Input::Connected { side: *side, stream });
+                }
+            }
+            (Ok(Some(stream)), Purpose::Doorbell(port, rule)) => {
+                if permits(port, "doorbell", rule, &stream) {
+                    port.send(Input::DoorbellConnected(stream));
+                }
+            }
+            (Err(error), _) if error.raw_os_error() == Some(nix::Error::EMFILE as i32) => {
+                self.say_short("a connection waits");
+                // It is still there: do not spin on it.
+                thread::sleep(Duration::from_millis(100));
+            }
+            (Err(error), _) => {
+                warn!(%error, "a connection cannot be accepted");
+                thread::sleep(Duration::from_millis(100));
+            }
+        }
+    }
+
+    /// The first time, and each time that it has happened twice as often: VMMs can cause it.
+    fn say_short(&mut self, what: &str) {
+        self.short += 1;
+        if self.short.is_power_of_two() {
+            let limit = limits::limit();
+            warn!(
+                times = self.short,
+                "{what}: nearly all of the {limit} descriptors that the broker may have are in use; {}",
+                limits::REMEDY
+            );
+        }
+    }
+}
+
+/// Whether who connected may join; the link is told of who may not.
+fn permits(port: &LinkPort, door: &'static str, rule: &Rule, stream: &UnixStream) -> bool {
+    match Caller::of(stream) {
+        Ok(caller) if rule.admits(&caller, stream) => true,
+        Ok(caller) => {
+            port.send(Input::NotPermitted { door, caller });
+            false
+        }
+        Err(error) => {
+            warn!(%error, door, "the kernel does not say who connected, who is turned away");
+            false
+        }
+    }
+}
+
+/// The number of a connection's descriptor.
+fn number(stream: &UnixStream) -> u64 {
+    // It is never negative.
+    stream.as_raw_fd().unsigned_abs().into()
+}
