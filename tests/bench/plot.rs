@@ -134,7 +134,7 @@ const PARTS: [Part; 2] = [
         has_floor: true,
     },
     Part {
-        title: "a forwarder between two owners, both ways together",
+        title: "a forwarder, both ways together",
         has: |kind| matches!(kind, Kind::OurSwitch | Kind::Switch),
         has_floor: false,
     },
@@ -164,8 +164,8 @@ impl Panel<'_> {
         let right = WIDTH - RIGHT;
         let _ = writeln!(
             text,
-            "<text x=\"{LEFT}\" y=\"{}\" font-size=\"14\" font-weight=\"bold\">{}: million packets a second, one \
-             core a side; processors {} each other</text>",
+            "<text x=\"{LEFT}\" y=\"{}\" font-size=\"14\" font-weight=\"bold\">{}: million packets a \
+             second; processors {} each other</text>",
             self.top - 30.0,
             self.part.title,
             match self.class {
