@@ -1,14 +1,20 @@
 //! Where a scenario finds what it runs (QEMU, kernel, initramfs, the project's programs), and
 //! its own directory for sockets and logs.
 
+use std::fs;
+use std::os::unix::process::CommandExt;
 use std::path::{Path, PathBuf};
 use std::process::Command;
 
 use anyhow::{Context, Result, ensure};
+use nix::unistd::{Gid, Uid, chown, geteuid};
 use tempfile::TempDir;
 
 use crate::guest::GuestConfig;
 use crate::process::Process;
+
+/// The number of the user and the group that may do nothing.
+const NOBODY: u32 = 65_534;
 
 /// The files made by `tests/vm/prepare`, the project's programs, and a directory that is removed
 /// when the sandbox is dropped, unless [`Sandbox::keep`] was called.
@@ -69,6 +75,25 @@ impl Sandbox {
     /// The guests' first file system, an unpacked cpio archive: busybox, modules and `/init`.
     pub fn initramfs(&self) -> PathBuf {
         self.vm.join("initramfs")
+    }
+
+    /// The command of such a program, run by user nobody where this one is root's. The directory is
+    /// then nobody's, and has the program, as nobody may not look where it was built.
+    pub fn command_of_nobody(&self, name: &str) -> Result<Command> {
+        let built = self.program(name)?;
+        if !geteuid().is_root() {
+            return Ok(Command::new(built));
+        }
+        let program = self.dir().join(name);
+        if !program.exists() && fs::hard_link(&built, &program).is_err() {
+            fs::copy(&built, &program)
+                .with_context(|| format!("cannot copy {} to {}", built.display(), program.display()))?;
+        }
+        chown(self.dir(), Some(Uid::from_raw(NOBODY)), Some(Gid::from_raw(NOBODY)))
+            .with_context(|| format!("cannot give {} to nobody", self.dir().display()))?;
+        let mut command = Command::new(program);
+        command.uid(NOBODY).gid(NOBODY);
+        Ok(command)
     }
 
     /// A program of the workspace, built for the host in the same profile as this one.

@@ -42,7 +42,7 @@ impl<'s> Testbed<'s> {
         let setup = setup.into();
         let config = sandbox.dir().join("broker.toml");
         fs::write(&config, setup.broker_config(sandbox))?;
-        let mut command = Command::new(sandbox.program("vhost-pci-switch")?);
+        let mut command = sandbox.command_of_nobody("vhost-pci-switch")?;
         command.arg("run").arg("--config").arg(&config);
         let mut broker = sandbox.process("broker", command)?;
         broker.wait_log("the broker listens", COMMAND)?;
