@@ -151,8 +151,8 @@ impl<'a> ControlExchange<'a> {
                 return Ok(());
             }
             let waited = start.elapsed();
-            // 9.1: in another area nobody answers.
-            if waited >= self.patience || !self.ring.is_current() {
+            // 9.1: in another area nobody answers, nor does a device that is gone.
+            if waited >= self.patience || !self.ring.is_current() || self.transport.is_over() {
                 return Ok(());
             }
             if waited < SPIN {

@@ -4,6 +4,7 @@
 
 use std::os::fd::{AsFd, BorrowedFd};
 use std::sync::Mutex;
+use std::sync::atomic::{AtomicBool, Ordering};
 
 use nix::sys::memfd::{MFdFlags, memfd_create};
 use nix::unistd::ftruncate;
@@ -42,6 +43,7 @@ struct Fake {
     config: DeviceConfig,
     window: SharedMemory,
     state: Mutex<State>,
+    over: AtomicBool,
 }
 
 impl Fake {
@@ -65,7 +67,7 @@ impl Fake {
             reversed: false,
             short: 0,
         };
-        Self { config, window, state: Mutex::new(state) }
+        Self { config, window, state: Mutex::new(state), over: AtomicBool::new(false) }
     }
 
     /// The readable and the writable bytes of a chain, as addresses and lengths.
@@ -170,6 +172,9 @@ impl Transport for Fake {
     }
     fn interrupt_fd(&self, _: u16) -> Option<BorrowedFd<'_>> {
         None
+    }
+    fn is_over(&self) -> bool {
+        self.over.load(Ordering::Relaxed)
     }
     fn check(&self) -> Result<(), TransportError> {
         Ok(())
@@ -334,6 +339,25 @@ fn a_control_area_that_begins_anew_ends_the_wait() {
         scope.spawn(|| {
             std::thread::sleep(Duration::from_millis(20));
             device.window.zero(AREA, abi::CONTROL_LEN).unwrap();
+        });
+        let mut exchange = ControlExchange::new(&mut ring, &device, false).patience(patience);
+        let mut jobs = jobs(&mut exchange, [Request::Fetch { iova: 0, len: 100 }]);
+        exchange.carry_out(&mut jobs);
+        assert_eq!(jobs[0].outcome, Outcome::Later);
+    });
+    assert!(start.elapsed() < patience / 2);
+}
+
+#[test]
+fn a_device_that_is_gone_ends_the_wait() {
+    let device = Fake::new(|_| None);
+    let mut ring = ControlRing::new(&device).unwrap();
+    let start = Instant::now();
+    let patience = Duration::from_secs(20);
+    std::thread::scope(|scope| {
+        scope.spawn(|| {
+            std::thread::sleep(Duration::from_millis(20));
+            device.over.store(true, Ordering::Relaxed);
         });
         let mut exchange = ControlExchange::new(&mut ring, &device, false).patience(patience);
         let mut jobs = jobs(&mut exchange, [Request::Fetch { iova: 0, len: 100 }]);

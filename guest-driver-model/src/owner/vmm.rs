@@ -238,6 +238,11 @@ impl OwnerVmm {
         Some(self.vrings.get(usize::from(vring))?.call.as_fd())
     }
 
+    /// Becomes readable when the broker hangs up.
+    pub fn connection(&self) -> BorrowedFd<'_> {
+        self.main.as_fd()
+    }
+
     /// Whether the broker has hung up. A system call.
     pub fn is_gone(&self) -> bool {
         let mut fds = [PollFd::new(self.main.as_fd(), PollFlags::empty())];

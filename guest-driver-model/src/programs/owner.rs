@@ -263,7 +263,7 @@ impl<'a, A: Addressing> Owner<'a, A> {
     fn serve(&mut self, reporter: &mut Reporter, stop: &Stop) -> Result<(), ProgramError> {
         let mut idle = Idle::new(self.args.run.wait);
         let mut unrest = Unrest::new(self.args.run.unrest);
-        let mut rounds = 0;
+        let (mut rounds, mut slept) = (0, false);
         let (mut checked, mut restarted) = (Instant::now(), Instant::now());
         let mut ending: Option<Instant> = None;
         loop {
@@ -279,7 +279,7 @@ impl<'a, A: Addressing> Owner<'a, A> {
                 idle.reset();
             } else if idle.rest() {
                 self.sleep(ending.is_some());
-                rounds = ROUNDS;
+                (rounds, slept) = (ROUNDS, true);
             }
             unrest.after_round();
             let enough = self
@@ -299,7 +299,8 @@ impl<'a, A: Addressing> Owner<'a, A> {
                 self.end();
                 return Ok(());
             }
-            if checked.elapsed() >= LONGEST_SLEEP {
+            // Its end is what ended a sleep, perhaps.
+            if std::mem::take(&mut slept) || checked.elapsed() >= LONGEST_SLEEP {
                 checked = Instant::now();
                 if self.vmm.as_ref().is_some_and(OwnerVmm::is_gone) {
                     return Err(ProgramError::BrokerGone { socket: self.args.socket.display().to_string() });
@@ -374,7 +375,8 @@ impl<'a, A: Addressing> Owner<'a, A> {
             let calls: Vec<_> = vrings.iter().filter_map(|vring| vmm.call_fd(*vring)).collect();
             let longest = if ending { LAST_SLEEP } else { LONGEST_SLEEP };
             let patience = self.sources.iter().map(Source::patience).fold(longest, Duration::min);
-            self.sleeps.sleep(&calls, &[], patience, || !ending && set_calls(port, &vrings, true));
+            self.sleeps
+                .sleep(&calls, &[vmm.connection()], patience, || !ending && set_calls(port, &vrings, true));
         }
         set_calls(port, &vrings, false);
     }

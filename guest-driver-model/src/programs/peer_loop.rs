@@ -178,7 +178,7 @@ impl<'a> Peer<'a> {
                 if enough || over || self.stop.is_requested() {
                     return Ok(());
                 }
-                if checked.elapsed() >= LONGEST_SLEEP {
+                if checked.elapsed() >= LONGEST_SLEEP || session.is_over() {
                     checked = Instant::now();
                     session.check()?;
                 }

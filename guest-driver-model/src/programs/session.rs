@@ -141,6 +141,11 @@ impl<'a> Session<'a> {
         Ok(Some(Wire::new(&mut live.port, self.transport, exchange)))
     }
 
+    /// Whether the device is known to be gone: then [`Self::check`] says so.
+    pub fn is_over(&self) -> bool {
+        self.transport.is_over()
+    }
+
     /// For once a second: whether the device is there, and what it has to say.
     pub fn check(&mut self) -> Result<(), ProgramError> {
         self.transport.check()?;

@@ -86,6 +86,12 @@ pub trait Transport: Send + Sync {
     /// called before the driver looks at the rings a last time and then waits.
     fn follow_doorbell(&self) {}
 
+    /// Whether the device is known to be gone, as far as that can be told for nothing: then
+    /// [`Self::check`] need not wait for its second.
+    fn is_over(&self) -> bool {
+        false
+    }
+
     /// Whether the device is still there. Costs an exit or a system call: for once
     /// a second, not once a packet.
     ///

@@ -141,6 +141,10 @@ impl Transport for ModelTransport {
         Some(self.queues.get(usize::from(queue))?.call.as_fd())
     }
 
+    fn is_over(&self) -> bool {
+        self.channel.is_gone()
+    }
+
     fn check(&self) -> Result<(), TransportError> {
         if self.channel.is_gone() {
             let why = "the broker has closed the connection";
