@@ -14,8 +14,12 @@ use crate::shm::ShmError;
 use crate::transport::TransportError;
 
 impl ProgramError {
-    /// The broker, or the device, is not there: it may come back.
-    pub fn is_gone(&self) -> bool {
+    /// The broker, or the device, is not there, and may come back. `was_there`: it was before, so that
+    /// it is no mistake to look for one; what is plugged anew is not all there at once.
+    pub fn is_gone(&self, was_there: bool) -> bool {
+        if was_there && matches!(self, Self::Transport(_)) {
+            return true;
+        }
         matches!(
             self,
             Self::Transport(TransportError::Gone { .. } | TransportError::Broker { .. })

@@ -58,12 +58,13 @@ pub(super) fn stop_on_signals() -> Result<Stop, ProgramError> {
 #[derive(Debug, Default)]
 pub(super) struct Outage {
     said: bool,
+    was_there: bool,
 }
 
 impl Outage {
     /// It is back: the next outage is another one.
     pub fn is_over(&mut self) {
-        self.said = false;
+        *self = Self { said: false, was_there: true };
     }
 }
 
@@ -77,7 +78,7 @@ pub(super) fn until_gone(
     let mut outage = Outage::default();
     loop {
         let gone = match once(&mut outage) {
-            Err(error) if reconnect && error.is_gone() => error,
+            Err(error) if reconnect && error.is_gone(outage.was_there) => error,
             result => return result,
         };
         if stop.is_requested() {
@@ -93,6 +94,12 @@ pub(super) fn until_gone(
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::transport::TransportError;
+    use crate::transport::sysfs::Kind;
+
+    fn nothing() -> ProgramError {
+        ProgramError::Transport(TransportError::NotFound { kind: Kind::VhostPci, tried: Vec::new() })
+    }
 
     fn gone() -> ProgramError {
         ProgramError::BrokerGone { socket: "/x".to_owned() }
@@ -113,6 +120,10 @@ mod tests {
         };
         assert!(matches!(run(false, &mut || Err(gone())), (Err(ProgramError::BrokerGone { .. }), 1)));
         assert!(matches!(run(true, &mut || Err(ProgramError::NoDevice)), (Err(ProgramError::NoDevice), 1)));
+        let mut unplugged = [Ok(()), Err(nothing())].into_iter().rev();
+        assert!(matches!(run(true, &mut || unplugged.next().unwrap_or(Ok(()))), (Ok(()), 2)));
+        let never = until_gone(true, &stop, |_| Err(nothing()));
+        assert!(matches!(never, Err(ProgramError::Transport(TransportError::NotFound { .. }))));
         let mut left = [Ok(()), Err(gone()), Err(gone())].into_iter().rev();
         assert!(matches!(run(true, &mut || left.next().unwrap_or(Ok(()))), (Ok(()), 3)));
         stop.request();

@@ -41,6 +41,8 @@ const NODE_TIME: Duration = Duration::from_secs(2);
 pub struct VfioTransport {
     device: VirtioPci,
     doorbells: Doorbells,
+    /// Readable when the kernel wants the device back, as for its removal.
+    wanted_back: Event,
 }
 
 /// A VFIO device as a PCI function.
@@ -166,7 +168,7 @@ impl VfioTransport {
         let device = function.start(&opened, resources)?;
         let doorbells = Doorbells::new(&opened.address, device.config().max_vrings.value())
             .map_err(|source| opened.event_error("eventfds for the doorbell function", source))?;
-        Ok(Self { device, doorbells })
+        Ok(Self { device, doorbells, wanted_back: opened.request_event()? })
     }
 }
 
@@ -329,6 +331,10 @@ impl Transport for VfioTransport {
     }
 
     fn check(&self) -> Result<(), TransportError> {
+        if self.wanted_back.take() {
+            let why = "the kernel wants the device back, to unplug it or for another driver";
+            return Err(TransportError::Gone { device: self.name().to_owned(), why });
+        }
         self.device.check()
     }
 }
