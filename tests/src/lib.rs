@@ -24,10 +24,14 @@ mod newc;
 pub mod pcap;
 mod process;
 mod qmp;
+mod random;
 mod sandbox;
 mod sys;
+mod usage;
 
 pub use console::Output;
 pub use guest::{Guest, GuestConfig};
 pub use process::Process;
+pub use random::Random;
 pub use sandbox::Sandbox;
+pub use usage::Usage;

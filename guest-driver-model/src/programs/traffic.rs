@@ -145,7 +145,7 @@ impl Traffic {
 }
 
 /// Whether and how to report.
-#[derive(Clone, Debug, Default, clap::Args)]
+#[derive(Clone, Debug, clap::Args)]
 pub struct ReportArgs {
     /// Print a line with packet and bit rates once a second
     #[arg(long)]
@@ -157,9 +157,16 @@ pub struct ReportArgs {
     /// the end
     #[arg(long)]
     pub json_lines: bool,
+    /// Between two of these lines
+    #[arg(long, default_value_t = 1000, value_name = "MILLISECONDS")]
+    pub report_every_ms: u64,
 }
 
-const INTERVAL: Duration = Duration::from_secs(1);
+impl Default for ReportArgs {
+    fn default() -> Self {
+        Self { report: false, json: false, json_lines: false, report_every_ms: 1000 }
+    }
+}
 
 /// Reports.
 pub struct Reporter {
@@ -201,7 +208,7 @@ impl Reporter {
             self.start = Some(now);
         }
         let passed = now.duration_since(self.last);
-        if passed >= INTERVAL {
+        if passed >= Duration::from_millis(self.args.report_every_ms) {
             if self.args.report {
                 self.print(&self.rates(traffic, passed));
             }
