@@ -17,6 +17,8 @@ mod restart;
 mod setup;
 mod tcp;
 mod testbed;
+mod torture;
+mod torture_traffic;
 
 use std::process::ExitCode;
 use std::time::Instant;
@@ -46,6 +48,7 @@ const SCENARIOS: &[Scenario] = &[
     iommu_static::SCENARIO,
     confine::SCENARIO,
     readonly::SCENARIO,
+    torture::SCENARIO,
 ];
 
 fn main() -> ExitCode {
@@ -57,7 +60,13 @@ fn main() -> ExitCode {
         return ExitCode::SUCCESS;
     }
     let mut chosen = Vec::new();
-    for argument in &arguments {
+    let mut arguments = arguments.iter();
+    while let Some(argument) = arguments.next() {
+        if torture::OPTIONS.contains(&argument.as_str()) {
+            // It reads its options by itself.
+            arguments.next();
+            continue;
+        }
         let Some(scenario) = SCENARIOS.iter().find(|scenario| scenario.name == argument) else {
             eprintln!("vm: there is no scenario {argument}; `vm --list` shows what there is");
             return ExitCode::from(2);
@@ -65,7 +74,10 @@ fn main() -> ExitCode {
         chosen.push(scenario);
     }
     if chosen.is_empty() {
-        eprintln!("usage: vm NAME...      runs these scenarios\n       vm --list       shows their names");
+        eprintln!(
+            "usage: vm NAME...      runs these scenarios\n       vm --list       shows their names\n       \
+             vm torture [--minutes N] [--seed S] [--only KIND]      how long, which strikes"
+        );
         return ExitCode::from(2);
     }
 

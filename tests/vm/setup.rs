@@ -1,11 +1,21 @@
 //! What a testbed is like: how the peer's driver waits, what stands between the owner's card and its
 //! memory, and which QEMU that makes.
 
+use std::time::{Duration, Instant};
+
 use anyhow::Result;
+use serde_json::json;
 use vhost_pci_tests::{Guest, GuestConfig, Sandbox};
 
 /// The doorbell socket's name, beside the others.
 pub const DOORBELL_SOCKET: &str = "doorbell.sock";
+
+/// How long a guest may take to let go of a device.
+const UNPLUG: Duration = Duration::from_secs(60);
+
+/// The peer's device, and where it is plugged, if it can be unplugged.
+const PEER_DEVICE: &str = "vhost-pci";
+const PEER_PORT: &str = "vhost-pci-port";
 
 /// How the peer's driver learns of packets.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -79,6 +89,9 @@ pub struct Setup {
     pub doorbell: Option<u16>,
     /// Whether the owner's card has packed rings.
     pub packed: bool,
+    /// Whether the owner's QEMU waits for a broker that is gone to come back, and the peer's device can
+    /// be unplugged and plugged anew. (QEMU 11.1.3 as the peer's VMM does not survive `reconnect-ms`.)
+    pub reconnect: bool,
 }
 
 impl From<Mode> for Setup {
@@ -92,6 +105,7 @@ impl From<Mode> for Setup {
             owner_mib: 512,
             doorbell: None,
             packed: false,
+            reconnect: false,
         }
     }
 }
@@ -108,6 +122,7 @@ impl Setup {
             owner_mib: 512,
             doorbell: None,
             packed: false,
+            reconnect: false,
         }
     }
 
@@ -129,7 +144,8 @@ impl Setup {
 
     /// Starts the owner's VM.
     pub fn spawn_owner(&self, sandbox: &Sandbox) -> Result<Guest> {
-        let chardev = format!("socket,id=vp,path={}", sandbox.dir().join("owner.sock").display());
+        let reconnect = if self.reconnect { ",reconnect-ms=100" } else { "" };
+        let chardev = format!("socket,id=vp,path={}{reconnect}", sandbox.dir().join("owner.sock").display());
         let netdev = format!("vhost-user,id=net,chardev=vp,queues={}", self.mode.pairs());
         let mut card = "virtio-net-pci,netdev=net,disable-legacy=on".to_owned();
         if let pairs @ 2.. = self.mode.pairs() {
@@ -157,20 +173,57 @@ impl Setup {
     pub fn spawn_peer(&self, sandbox: &Sandbox) -> Result<Guest> {
         let chardev = format!("socket,id=vp,path={}", sandbox.dir().join("peer.sock").display());
         let queues = 1 + 2 * self.mode.pairs();
-        let device =
+        let mut device =
             format!("vhost-user-test-device-pci,chardev=vp,virtio-id=38,num_vqs={queues},config_size=64");
+        if self.reconnect {
+            device += &format!(",id={PEER_DEVICE},bus={PEER_PORT}");
+        }
         let guest = sandbox
             .guest("peer")
             .args(["-chardev", &chardev])
             .file("/bin/vhost-pci-guest", sandbox.guest_program("vhost-pci-guest")?);
         match self.mode {
-            Mode::Poll => guest.args(["-device", &device]).modules(["tun"]).spawn(),
+            Mode::Poll => self.with_port(guest).args(["-device", &device]).modules(["tun"]).spawn(),
             Mode::Interrupt => self
-                .with_doorbell(sandbox, with_iommu(guest, Iommu::Intel))
+                .with_doorbell(sandbox, self.with_port(with_iommu(guest, Iommu::Intel)))
                 .args(["-device", &format!("{device},iommu_platform=on,ats=on")])
                 .modules(["tun", "vfio-pci"])
                 .spawn(),
         }
+    }
+
+    /// The guest with a port for the peer's device, if that can be unplugged.
+    fn with_port<'s>(&self, guest: GuestConfig<'s>) -> GuestConfig<'s> {
+        match self.reconnect {
+            // Without KVM, QEMU's CPU has 40 address bits, and the BIOS puts large BARs where its map of
+            // memory says reserved: Linux gives none there to what is plugged later, unless told so.
+            true => guest
+                .args(["-device", &format!("pcie-root-port,id={PEER_PORT},chassis=2,slot=2")])
+                .kernel_arg("pci=no_e820"),
+            false => guest,
+        }
+    }
+
+    /// Unplugs the peer's device, whose connection to the broker has ended, and plugs one with a new
+    /// connection. The guest's driver lets the one go and takes the other.
+    pub fn replug_peer(&self, sandbox: &Sandbox, guest: &mut Guest) -> Result<()> {
+        guest.qmp("device_del", &json!({"id": PEER_DEVICE}))?;
+        // QEMU refuses to remove the connection until the guest has let the device go.
+        let deadline = Instant::now() + UNPLUG;
+        while let Err(error) = guest.qmp("chardev-remove", &json!({"id": "vp"})) {
+            if Instant::now() >= deadline {
+                return Err(error.context("the guest does not let the device go"));
+            }
+            std::thread::sleep(Duration::from_millis(20));
+        }
+        let address = json!({"type": "unix", "data": {"path": sandbox.dir().join("peer.sock")}});
+        let backend = json!({"type": "socket", "data": {"server": false, "addr": address}});
+        guest.qmp("chardev-add", &json!({"id": "vp", "backend": backend}))?;
+        let device = json!({
+            "driver": "vhost-user-test-device-pci", "id": PEER_DEVICE, "bus": PEER_PORT, "chardev": "vp", "virtio-id": 38,
+            "num_vqs": 1 + 2 * self.mode.pairs(), "config_size": 64, "iommu_platform": true, "ats": true
+        });
+        guest.qmp("device_add", &device).map(drop)
     }
 
     /// The guest with a doorbell function, if it shall have one: in a port of its own, so that

@@ -24,6 +24,8 @@ pub struct Testbed<'s> {
     sandbox: &'s Sandbox,
     setup: Setup,
     broker: Process,
+    /// How many there were.
+    brokers: u32,
     pub owner: Guest,
     pub peer: Guest,
 }
@@ -42,16 +44,29 @@ impl<'s> Testbed<'s> {
         let setup = setup.into();
         let config = sandbox.dir().join("broker.toml");
         fs::write(&config, setup.broker_config(sandbox))?;
-        let mut command = sandbox.command_of_nobody("vhost-pci-switch")?;
-        command.arg("run").arg("--config").arg(&config);
-        let mut broker = sandbox.process("broker", command)?;
-        broker.wait_log("the broker listens", COMMAND)?;
-
+        let broker = start_broker(sandbox, "broker")?;
         let mut owner = setup.spawn_owner(sandbox)?;
         let mut peer = setup.spawn_peer(sandbox)?;
         owner.wait_ready(BOOT)?;
         peer.wait_ready(BOOT)?;
-        Ok(Self { sandbox, setup, broker, owner, peer })
+        Ok(Self { sandbox, setup, broker, brokers: 1, owner, peer })
+    }
+
+    /// The broker's process.
+    pub fn broker(&mut self) -> &mut Process {
+        &mut self.broker
+    }
+
+    /// Gives the peer's VM a device with a connection to the present broker.
+    pub fn replug_peer(&mut self) -> Result<()> {
+        self.setup.replug_peer(self.sandbox, &mut self.peer)
+    }
+
+    /// Starts another broker, after the present one has ended.
+    pub fn start_broker(&mut self) -> Result<()> {
+        self.brokers += 1;
+        self.broker = start_broker(self.sandbox, &format!("broker-{}", self.brokers))?;
+        Ok(())
     }
 
     /// Gives the owner's interface its address; needed again after each start of the guest.
@@ -66,8 +81,9 @@ impl<'s> Testbed<'s> {
             Mode::Poll => "--wait poll",
             Mode::Interrupt => "--vfio --wait interrupt",
         };
+        let reconnect = if self.setup.reconnect { "--reconnect " } else { "" };
         let up = format!(
-            "vhost-pci-guest tap --device auto {mode} --ifname vp0 --json >/tmp/tap.log 2>&1 &\n\
+            "vhost-pci-guest tap --device auto {mode} {reconnect}--ifname vp0 --json >/tmp/tap.log 2>&1 &\n\
              for i in $(seq 100); do ip link show vp0 >/dev/null 2>&1 && break; sleep 0.1; done\n\
              ip link set vp0 address 02:00:00:00:00:02 && ip addr add {PEER}/24 dev vp0 && ip link set vp0 up || {{ cat /tmp/tap.log; exit 1; }}"
         );
@@ -186,4 +202,13 @@ impl<'s> Testbed<'s> {
         let broker = self.broker.log();
         anyhow::bail!("{what}\nthe owner:\n{owner}\nthe peer:\n{peer}\nstatus: {status}\nbroker:\n{broker}")
     }
+}
+
+/// A broker by the sandbox's configuration. What it writes goes to `NAME.log`.
+fn start_broker(sandbox: &Sandbox, name: &str) -> Result<Process> {
+    let mut command = sandbox.command_of_nobody("vhost-pci-switch")?;
+    command.arg("run").arg("--config").arg(sandbox.dir().join("broker.toml"));
+    let mut broker = sandbox.process(name, command)?;
+    broker.wait_log("the broker listens", COMMAND)?;
+    Ok(broker)
 }

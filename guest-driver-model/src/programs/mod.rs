@@ -10,6 +10,7 @@
 //! | [`owner_forward`] | one with two cards, between two peers |
 //! | [`vfio_owner`] | an owner's driver in its guest, behind the guest's IOMMU |
 //! | [`confine`] | try whether a peer is confined to what its owner maps |
+//! | [`datagrams`] | exchanges datagrams through the guest's kernel |
 //! | [`peer_loop`] | the main loop of the peers |
 //! | [`run`], [`owner_args`] | what several of them can be told, and do alike |
 //! | [`device`], [`wire`], [`waiting`], [`stop`], [`traffic`], [`quiet`] | its parts |
@@ -22,6 +23,7 @@
 //! lost or corrupted are in the counters, not in the status.
 
 pub mod confine;
+pub mod datagrams;
 pub mod device;
 pub mod echo;
 mod error;
@@ -102,6 +104,8 @@ pub enum Program {
     Hammer(confine::hammer::HammerArgs),
     /// Test: try what may not be done to a page
     Probe(confine::probe::ProbeArgs),
+    /// Test: exchange datagrams with another guest through both kernels, and check them
+    Datagrams(datagrams::DatagramsArgs),
 }
 
 impl Program {
@@ -125,6 +129,7 @@ impl Program {
             Self::Scan(args) => confine::scan::run(args),
             Self::Hammer(args) => confine::hammer::run(args),
             Self::Probe(args) => confine::probe::run(args),
+            Self::Datagrams(args) => datagrams::run(args),
         }
     }
 }
