@@ -132,7 +132,8 @@ impl ControlRing {
     pub fn write(&self, memory: &GuestMemoryMmap, id: CommandId, from: u64, bytes: &[u8]) -> bool {
         let Some(command) = self.open.get(&id) else { return false };
         let mut parts = command.writable.clone();
-        split(&mut parts, RESPONSE_LEN + from)
+        (RESPONSE_LEN.checked_add(from))
+            .and_then(|from| split(&mut parts, from))
             .and_then(|_| split(&mut parts, bytes.len() as u64))
             .is_some_and(|parts| write(memory, &parts, bytes).is_ok())
     }
@@ -181,6 +182,7 @@ fn read(memory: &GuestMemoryMmap, parts: &Parts, bytes: &mut [u8]) -> Result<(),
     let mut rest = bytes;
     for (at, len) in parts {
         let (now, later) = rest.split_at_mut(rest.len().min(*len as usize));
+        check(*at, now.len())?;
         memory.read_slice(now, *at).map_err(|_| outside())?;
         rest = later;
     }
@@ -191,10 +193,19 @@ fn write(memory: &GuestMemoryMmap, parts: &Parts, bytes: &[u8]) -> Result<(), St
     let mut rest = bytes;
     for (at, len) in parts {
         let (now, later) = rest.split_at(rest.len().min(*len as usize));
+        check(*at, now.len())?;
         memory.write_slice(now, *at).map_err(|_| outside())?;
         rest = later;
     }
     Ok(())
+}
+
+/// Whether the bytes are in the control area: the link area is in the same memory, and is not the
+/// driver's to write.
+fn check(at: GuestAddress, len: usize) -> Result<(), String> {
+    let into = at.0.checked_sub(abi::CONTROL_OFFSET).ok_or_else(outside)?;
+    let end = into.checked_add(len as u64).ok_or_else(outside)?;
+    if end <= abi::CONTROL_LEN { Ok(()) } else { Err(outside()) }
 }
 
 fn outside() -> String {
@@ -270,7 +281,9 @@ mod tests {
         assert_eq!(&bytes, b"3456");
         assert!(!ring.read(memory, id, 7, &mut bytes));
         assert!(ring.write(memory, id, 16, b"abcd"));
-        assert!(!ring.write(memory, id, 17, b"abcd"));
+        for from in [17, u64::MAX, u64::MAX - 7] {
+            assert!(!ring.write(memory, id, from, b"abcd") && !ring.read(memory, id, from, &mut bytes));
+        }
         let written: [u8; 4] = memory.read_obj(at(buffers + 256 + 8 + 16)).unwrap();
         assert_eq!(&written, b"abcd");
         ring.answer(memory, id, 0, 0, 20);
@@ -288,6 +301,25 @@ mod tests {
             assert!(ring.take(area.memory()).is_err());
             assert!(ring.take(area.memory()).unwrap().is_empty());
         }
+    }
+
+    /// Found by fuzzing: both areas are in one file.
+    #[test]
+    fn a_response_in_the_link_area_is_not_written_and_a_request_there_breaks_the_ring() {
+        let area = ControlArea::new(&AreaFile::new().unwrap());
+        let memory = area.memory();
+        let place = abi::LINK_OFFSET + 128;
+        put(memory, 0, 32, 8 + 4);
+        memory.write_obj(place, at(abi::CONTROL_DESC + 16)).unwrap();
+        let mut ring = ControlRing::new().unwrap();
+        let commands = ring.take(memory).unwrap();
+        assert!(!ring.write(memory, commands[0].id, 0, &[7; 4]));
+        ring.answer(memory, commands[0].id, u32::MAX, u32::MAX, 0);
+        assert!(!ring.take_notification(memory));
+        assert_eq!(memory.read_obj::<[u64; 2]>(GuestAddress(place)).unwrap(), [0; 2]);
+        memory.write_obj(abi::LINK_OFFSET, at(abi::CONTROL_DESC)).unwrap();
+        memory.write_obj(2_u16, at(abi::CONTROL_AVAIL + 2)).unwrap();
+        assert!(ring.take(memory).unwrap_err().contains("not inside the control area"));
     }
 
     #[test]

@@ -29,7 +29,7 @@ mod promotion;
 #[path = "iommu/push.rs"]
 mod push;
 #[path = "iommu/random.rs"]
-mod random;
+pub mod random;
 #[path = "iommu/rings.rs"]
 mod rings;
 #[path = "iommu/room.rs"]

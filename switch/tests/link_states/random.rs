@@ -14,8 +14,9 @@ use crate::bench::{Bench, QUEUES, REGIONS, TIMEOUT};
 use crate::front_end::{Ask, FEATURES, Region, eventfd, peer_set_up, peer_start};
 use crate::vmm::Manner;
 
+/// What may happen. (`tests/fuzz` chooses from it, too.)
 #[derive(Clone, Debug)]
-enum Step {
+pub enum Step {
     OwnerUp(Vec<Region>),
     OwnerLeaves,
     Owner(Ask),
@@ -220,7 +221,7 @@ fn calm_down(bench: &mut Bench) {
     bench.work();
 }
 
-fn run(wiring: bool, steps: Vec<Step>) {
+pub fn run(wiring: bool, steps: Vec<Step>) {
     let mut bench = Bench::new();
     bench.wiring = wiring;
     for step in steps {

@@ -16,8 +16,9 @@ use crate::bench::{Bench, QUEUES, REGIONS, TIMEOUT, config};
 use crate::front_end::{Ask, peer_set_up, peer_start};
 use crate::vmm::Manner;
 
+/// What may happen. (`tests/fuzz` chooses from it, too.)
 #[derive(Clone, Debug)]
-enum Step {
+pub enum Step {
     OwnerUp,
     OwnerLeaves,
     Kick(u32),
@@ -58,7 +59,7 @@ enum Step {
     Copies(u16, u64, u8),
 }
 
-const PAGES: u64 = 12;
+pub const PAGES: u64 = 12;
 
 fn page() -> std::ops::Range<u64> {
     0..PAGES
@@ -305,7 +306,7 @@ fn calm_down(bench: &mut Bench) {
     settle(bench);
 }
 
-fn run(kind: Kind, strict: bool, one_way: OneWay, max_mappings: usize, steps: Vec<Step>) {
+pub fn run(kind: Kind, strict: bool, one_way: OneWay, max_mappings: usize, steps: Vec<Step>) {
     let mut bench = Bench::with(LinkConfig { one_way, max_mappings, ..config() });
     bench.strict = strict;
     for step in steps {

@@ -1,0 +1,43 @@
+//! The control socket: any bytes. The answer is one line of JSON, or none, and the client's thread ends.
+#![no_main]
+
+use std::io::{Read, Write};
+use std::net::Shutdown;
+use std::os::unix::net::UnixStream;
+use std::sync::{Arc, OnceLock};
+use std::time::Duration;
+
+use libfuzzer_sys::fuzz_target;
+use vhost_pci_fuzz::broker::{Running, config};
+use vhost_pci_fuzz::census::Census;
+use vhost_pci_switch::confine::Confinement;
+use vhost_pci_switch::control::server::About;
+use vhost_pci_switch::control::{Answer, server};
+
+fuzz_target!(|bytes: &[u8]| {
+    static BROKER: OnceLock<(Running, Arc<About>)> = OnceLock::new();
+    let (_, about) = BROKER.get_or_init(|| {
+        let link = Running::start(config());
+        let about = About { ports: vec![link.port().clone()], confinement: Confinement::unconfined() };
+        (link, Arc::new(about))
+    });
+    let before = Census::take();
+    let (mut client, ours) = UnixStream::pair().expect("descriptors");
+    server::serve(ours, about);
+    client.set_read_timeout(Some(Duration::from_secs(4))).expect("a timeout");
+    // The broker may have had enough.
+    let _ = client.write_all(bytes);
+    let _ = client.shutdown(Shutdown::Write);
+    let mut answer = Vec::new();
+    if client.read_to_end(&mut answer).is_ok() && !answer.is_empty() {
+        assert_eq!(answer.iter().position(|byte| *byte == b'\n'), Some(answer.len() - 1));
+        match serde_json::from_slice(&answer).expect("an answer") {
+            Answer::Status(report) => assert_eq!(report.links.len(), 1),
+            Answer::Error(error) => assert!(!error.is_empty()),
+            // What a debug build's tests ask for.
+            _ => {}
+        }
+    }
+    drop(client);
+    before.is_as_before();
+});

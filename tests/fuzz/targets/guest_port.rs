@@ -1,0 +1,417 @@
+//! The peer's driver against an owner, and a device, that write what they like: link page, mapping
+//! table, rings, descriptors and headers, between its calls and, by another thread, during them.
+//! Packets are received, lent, transmitted and forwarded. Nothing is written but what a mapping lets the
+//! peer write, and no packet is longer than one can be.
+#![no_main]
+
+#[path = "guest_port/device.rs"]
+mod device;
+
+use std::cell::RefCell;
+use std::ops::Range;
+use std::time::Duration;
+
+use guest_driver_model::control::{Command, ControlExchange, ControlRing, Exchange, Nobody};
+use guest_driver_model::link::{Access, LinkPage, Mapping};
+use guest_driver_model::net::forward::End;
+use guest_driver_model::net::{
+    Lane, LentBurst, MAX_FRAME, PacketBurst, PeerPort, forward_burst, forward_burst_by,
+};
+use guest_driver_model::ring::RingPlaces;
+use guest_driver_model::transport::check_config;
+use libfuzzer_sys::fuzz_target;
+use vhost_pci_device::abi::{self, DeviceConfig};
+use vhost_pci_fuzz::input::Input;
+use vhost_pci_fuzz::memory::Guarded;
+use vhost_pci_fuzz::ring_writer::Writer;
+use vhost_pci_fuzz::scribbler::{Scribbling, scribble, words};
+use zerocopy::IntoBytes;
+
+use crate::device::{Fake, Fuzzed, Spec, packets};
+
+/// The window: link area, control area, the owner's memory. Shorter than a real one.
+const LINK: u64 = 0;
+const LINK_LEN: u64 = 12 << 10;
+const CONTROL: u64 = LINK + LINK_LEN;
+const CONTROL_LEN: u64 = 20 << 10;
+const DATA: u64 = CONTROL + CONTROL_LEN;
+const DATA_LEN: u64 = 96 << 10;
+const LEN: u64 = DATA + DATA_LEN;
+const PAGE: u64 = 4096;
+/// Where the owner's memory starts, as its driver names it.
+const IOVA: u64 = 0x40_0000_0000;
+/// Vrings: two pairs.
+const VRINGS: usize = 4;
+/// Entries of each.
+const SIZES: [u16; VRINGS] = [16, 16, 8, 64];
+/// Behind the rings.
+const BUFFERS: u64 = DATA + (32 << 10);
+/// Indirect tables.
+const TABLES: u64 = DATA + (28 << 10);
+/// VIRTIO_F_VERSION_1, and what else a port serves.
+const VERSION_1: u64 = 1 << 32;
+const FEATURES: [u64; 12] = [0, 1, 7, 8, 9, 11, 12, 13, 15, 28, 29, 34];
+const STEPS: usize = 200;
+/// More than any burst brings: what is received, and what was left over of the burst before.
+const MOST: usize = 300;
+
+thread_local! {
+    static WINDOW: RefCell<Guarded> = RefCell::new(Guarded::new(LEN as usize));
+}
+
+fuzz_target!(|bytes: &[u8]| {
+    WINDOW.with_borrow_mut(|window| {
+        window.clear();
+        let mut input = Input::new(bytes);
+        Hostile::new(&mut input, window).play(&mut input);
+    });
+});
+
+/// A mapping as the page has it: pages from `IOVA` on, how many, where in the window, access.
+type Entry = (u64, u64, u64, u32);
+
+struct Hostile<'a> {
+    window: &'a mut Guarded,
+    config: DeviceConfig,
+    features: u64,
+    status: u32,
+    entries: Vec<Entry>,
+    generation: u64,
+    writers: Vec<Writer>,
+    /// What the driver may have written.
+    writable: Vec<Range<u64>>,
+    raced: bool,
+}
+
+impl<'a> Hostile<'a> {
+    fn new(input: &mut Input<'_>, window: &'a mut Guarded) -> Self {
+        let choice = input.byte();
+        let mut features = VERSION_1;
+        let bits = input.word();
+        FEATURES.iter().enumerate().for_each(|(at, bit)| features |= u64::from(bits >> at & 1) << bit);
+        if bits & 0xf000 == 0xf000 {
+            features |= 1 << 35;
+        }
+        let mut config = DeviceConfig {
+            magic: abi::CONFIG_MAGIC.into(),
+            version: abi::ABI_VERSION.into(),
+            max_vrings: (VRINGS as u16).into(),
+            window_len: LEN.into(),
+            link_offset: LINK.into(),
+            link_len: LINK_LEN.into(),
+            control_offset: CONTROL.into(),
+            control_len: CONTROL_LEN.into(),
+            data_offset: DATA.into(),
+            max_mappings: abi::MAX_MAPPINGS.into(),
+            ..DeviceConfig::default()
+        };
+        if choice & 0xe0 == 0xe0 {
+            config.max_vrings = input.word().into();
+            config.window_len = input.field(LEN).into();
+            config.link_offset = input.field(0).into();
+            config.link_len = input.field(LINK_LEN).into();
+            config.control_offset = input.field(CONTROL).into();
+            config.control_len = input.field(0).into();
+            config.data_offset = input.field(DATA).into();
+        }
+        let status = abi::LINK_S_OWNER
+            | abi::LINK_S_UP
+            | if choice & 1 == 0 { 0 } else { abi::LINK_S_IOMMU }
+            | if choice & 2 == 0 { 0 } else { abi::LINK_S_COPY };
+        if choice & 1 != 0 {
+            features |= 1 << 33;
+        }
+        let mut at = DATA;
+        let writers = SIZES.map(|size| {
+            let (places, end) = RingPlaces::at(at, size);
+            at = end.next_multiple_of(PAGE);
+            Writer {
+                places,
+                base: IOVA.wrapping_sub(DATA),
+                tables: TABLES,
+                buffers: BUFFERS,
+                is_packed: features & 1 << 34 != 0,
+            }
+        });
+        let mut hostile = Self {
+            window,
+            config,
+            features,
+            status,
+            entries: vec![(0, DATA_LEN / PAGE, 0, 3)],
+            generation: 2,
+            writers: writers.to_vec(),
+            writable: Vec::new(),
+            raced: false,
+        };
+        if choice & 0x10 != 0 {
+            hostile.fresh_entries(input);
+        }
+        hostile
+    }
+
+    fn fresh_entries(&mut self, input: &mut Input<'_>) {
+        let mut next = 0;
+        self.entries.clear();
+        for _ in 0..=input.below(8) {
+            let choice = input.byte();
+            let start = next + u64::from(choice & 3);
+            let len = 1 + u64::from(choice >> 2 & 15);
+            let place = if choice & 0x40 == 0 { start } else { input.below(24) };
+            let access = if choice & 0x80 == 0 { 3 } else { u32::from(input.byte()) };
+            self.entries.push((start, len, place, access));
+            next = start + len;
+        }
+    }
+
+    /// Writes the link page, as a device would, or nearly.
+    fn publish(&mut self, input: &mut Input<'_>) {
+        let wrong = input.byte();
+        self.generation += if wrong & 0x80 == 0 { 2 } else { u64::from(input.byte()) };
+        let header = abi::LinkHeader {
+            magic: abi::LINK_MAGIC.into(),
+            version: abi::ABI_VERSION.into(),
+            header_len: (size_of::<abi::LinkHeader>() as u16).into(),
+            generation: self.generation.into(),
+            status: self.status.into(),
+            owner_device: 1.into(),
+            features: self.features.into(),
+            mapping_count: (self.entries.len() as u32).into(),
+            mapping_table: abi::MAPPING_TABLE.into(),
+            vring_count: (VRINGS as u32).into(),
+            vring_table: abi::VRING_TABLE.into(),
+            table_generation: self.generation.into(),
+            ..Default::default()
+        };
+        for (at, (start, len, place, access)) in self.entries.iter().enumerate() {
+            let mapping = abi::Mapping {
+                iova: (IOVA + start * PAGE).into(),
+                len: (len * PAGE).into(),
+                window_offset: (DATA + place * PAGE).into(),
+                access: (*access).into(),
+                ..Default::default()
+            };
+            self.window.put(LINK + u64::from(abi::MAPPING_TABLE) + 32 * at as u64, mapping.as_bytes());
+        }
+        for (at, writer) in self.writers.iter().enumerate() {
+            let info = writer.places.info(writer.base);
+            let vring = abi::Vring {
+                flags: abi::VRING_F_ENABLED.into(),
+                size: info.size.into(),
+                desc: info.desc.into(),
+                avail: info.avail.into(),
+                used: info.used.into(),
+                ..Default::default()
+            };
+            self.window.put(LINK + u64::from(abi::VRING_TABLE) + 64 * at as u64, vring.as_bytes());
+        }
+        self.window.put(LINK, header.as_bytes());
+        // Then anything, anywhere in the page's header and tables.
+        for _ in 0..wrong & 3 {
+            let table = input.pick(&[0, u64::from(abi::VRING_TABLE), u64::from(abi::MAPPING_TABLE)]);
+            let at = LINK + table + u64::from(input.byte());
+            let value = input.field(0).to_le_bytes();
+            self.window.put(at, &value[..1 << (wrong >> 2 & 3)]);
+        }
+    }
+
+    /// Anything may be written where a mapping of the snapshot allows it.
+    fn note(&mut self, mappings: &[Mapping]) {
+        for mapping in mappings {
+            assert!(mapping.window_offset >= self.config.data_offset.value() && mapping.len > 0);
+            assert!(mapping.window_offset.checked_add(mapping.len).is_some_and(|end| end <= LEN));
+            if mapping.access.allows(Access::WRITE) {
+                self.writable.push(mapping.window_offset..mapping.window_offset + mapping.len);
+            }
+        }
+    }
+
+    fn play(&mut self, input: &mut Input<'_>) {
+        if check_config(&self.config, LEN).is_err() {
+            // A driver goes no further; a page over a config space like that does not panic either.
+            drop(LinkPage::new(self.window.memory(), &self.config).map(|page| page.snapshot()));
+            return;
+        }
+        let control = self.config.control_offset.value();
+        self.writable.push(control..control + self.config.control_len.value());
+        // The fuzzer's own device has room there.
+        self.writable.push(CONTROL..CONTROL + CONTROL_LEN);
+        self.publish(input);
+        for _ in 0..input.below(48) {
+            self.write(input);
+        }
+        let transport = Fake { config: self.config, window: self.window.memory().clone() };
+        let Ok(page) = LinkPage::new(self.window.memory(), &self.config) else { return };
+        let mut driver = Driver::new(&transport);
+        for _ in 0..3 {
+            let Ok(snapshot) = page.snapshot() else { return self.check() };
+            self.note(&snapshot.mappings);
+            let Ok(port) = PeerPort::new(self.window.memory(), &page, &snapshot) else { return self.check() };
+            driver.port = Some(port);
+            for _ in 0..STEPS {
+                if input.is_empty() {
+                    return self.check();
+                }
+                let mut scribbling: Option<Scribbling> = None;
+                match input.byte() % 16 {
+                    0..=3 => self.write(input),
+                    4 => {
+                        self.fresh_entries(input);
+                        self.publish(input);
+                    }
+                    5 => self.publish(input),
+                    6 => break,
+                    7 => {
+                        self.raced = true;
+                        scribbling = Some(scribble(self.window.memory(), words(input, LEN)));
+                        (0..4).for_each(|_| driver.step(input, &mut Fuzzed::default()));
+                    }
+                    _ => {
+                        let mut fuzzed = Fuzzed::new(input.byte());
+                        driver.step(input, &mut fuzzed);
+                    }
+                }
+                drop(scribbling);
+                // The port has followed a table that it found by itself.
+                if let Ok(table) = page.table() {
+                    self.note(&table.mappings);
+                }
+            }
+        }
+        self.check();
+    }
+
+    fn write(&mut self, input: &mut Input<'_>) {
+        let writer = self.writers[input.below(VRINGS as u64) as usize];
+        match input.byte() % 8 {
+            // What the device answers on the control ring.
+            0 => {
+                let at = CONTROL + abi::CONTROL_USED + u64::from(input.byte());
+                let value = input.double().to_le_bytes();
+                self.window.put(at & !1, &value[..2 << (at & 1)]);
+            }
+            // A header, and what is behind it.
+            1 => {
+                let at = BUFFERS + 64 * u64::from(input.byte());
+                self.window.put(at, input.bytes(80));
+            }
+            _ => writer.write(self.window, input),
+        }
+    }
+
+    fn check(&mut self) {
+        if !self.raced {
+            let writable = std::mem::take(&mut self.writable);
+            writable.into_iter().for_each(|range| self.window.accept(range));
+            self.window.check_unchanged();
+        }
+    }
+}
+
+/// What is under test.
+struct Driver<'t> {
+    transport: &'t Fake,
+    port: Option<PeerPort>,
+    control: Option<ControlRing>,
+    burst: PacketBurst,
+    lent: LentBurst,
+    lane: Lane,
+}
+
+impl<'t> Driver<'t> {
+    fn new(transport: &'t Fake) -> Self {
+        let control = ControlRing::new(transport).ok();
+        let (burst, lent, lane) = Default::default();
+        Self { transport, port: None, control, burst, lent, lane }
+    }
+
+    fn step(&mut self, input: &mut Input<'_>, fuzzed: &mut Fuzzed) {
+        let Some(port) = &mut self.port else { return };
+        let choice = input.byte();
+        let pair = u16::from(choice >> 4 & 1);
+        let budget = usize::from(input.byte());
+        // The device by the control ring, by the fuzzer's choice, or not at all.
+        let mut by_ring = self
+            .control
+            .as_mut()
+            .map(|ring| ControlExchange::new(ring, self.transport, false).patience(Duration::ZERO));
+        let exchange: &mut dyn Exchange = match choice >> 5 {
+            0..=2 => fuzzed,
+            3 => &mut by_ring,
+            _ => &mut Nobody,
+        };
+        match choice % 16 {
+            0..=3 => {
+                self.burst.clear();
+                let before = port.counters().rx_packets;
+                if let Ok(count) = port.rx_burst_by(exchange, pair, &mut self.burst, budget) {
+                    assert!(count == self.burst.len() && count <= budget);
+                    assert_eq!(port.counters().rx_packets, before + count as u64);
+                }
+                assert!(
+                    self.burst.len() <= MOST && self.burst.frames().all(|frame| frame.len() <= MAX_FRAME)
+                );
+            }
+            4..=6 => {
+                let packets = packets(input);
+                if let Ok(count) = port.tx_burst_by(exchange, pair, packets.iter().map(Spec::packet)) {
+                    assert!(count <= packets.len());
+                }
+            }
+            // What was received, to the other pair, headers and all.
+            7 => {
+                let _ = port.tx_burst_by(exchange, 1 - pair, self.burst.iter());
+            }
+            8 | 9 => {
+                if let Ok(count) = port.rx_lend_by(exchange, pair, &mut self.lent, budget) {
+                    assert!(count == self.lent.len() && count <= budget);
+                }
+            }
+            10 => {
+                let mut bytes = [0; 200];
+                for packet in self.lent.iter() {
+                    assert!(packet.len() <= MAX_FRAME);
+                    let _ = (packet.header(), packet.head::<64>());
+                    assert!(packet.read(budget, &mut bytes) <= packet.len());
+                }
+                let _ = port.is_in_place(&self.lent);
+            }
+            11 => {
+                let _ = port.rx_return(&mut self.lent);
+            }
+            12 => {
+                let [first, second] = port.queues_mut() else { return };
+                let (from, to) = if pair == 0 { (first, second) } else { (second, first) };
+                let result = match choice >> 5 {
+                    0..=2 => {
+                        let mut other = fuzzed.clone();
+                        let from = End { queue: from, exchange: fuzzed };
+                        let to = End { queue: to, exchange: &mut other };
+                        forward_burst_by(&mut self.lane, from, to, budget)
+                    }
+                    _ => forward_burst(from, to, &mut self.lane, budget),
+                };
+                if let Ok(forwarded) = result {
+                    assert!(forwarded.taken <= budget);
+                }
+            }
+            13 => {
+                let _ = port.set_kicks(u16::from(choice >> 4), budget & 1 != 0);
+            }
+            14 => {
+                let _ = port.needs_call(u16::from(choice >> 4));
+            }
+            _ => {
+                if let Some(ring) = &mut self.control {
+                    let command =
+                        Command::Attach { generation: 2, interrupt: choice & 0x40 != 0, doorbell: None };
+                    let _ = ring.send(self.transport, command);
+                    // A ring that is broken gives none.
+                    let answers = ring.answers().unwrap_or_default();
+                    assert!(answers.len() <= usize::from(abi::CONTROL_RING_SIZE) / 2);
+                }
+            }
+        }
+        assert!(port.faults().count() <= VRINGS);
+    }
+}
