@@ -21,9 +21,9 @@ struct Line([u8; LINE]);
 /// A packet: received, or to be transmitted.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Packet<'burst> {
-    /// The header that came with it; all zero where no offload was negotiated, but for `num_buffers` of
-    /// what a device sent. The other side wrote it: `tx_burst` judges it, and who does anything else by it has to
-    /// ([`NetHeader::checked`]).
+    /// The header that came with it; all zero where no offload was negotiated, but for the number of
+    /// buffers of what a device sent. The other side wrote it: `tx_burst` judges it, and who does
+    /// anything else by it has to ([`NetHeader::checked`]).
     pub header: NetHeader,
     /// The Ethernet frame.
     pub frame: &'burst [u8],

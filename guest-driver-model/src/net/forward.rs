@@ -462,8 +462,12 @@ impl Destination<'_> {
     #[inline]
     fn prefetch(&self, count: usize) {
         let Transmitter { posted, cursor, .. } = &*self.transmitter;
-        for at in *cursor..(cursor + count).min(posted.len()) {
-            posted.prefetch_write(at, (HEADER_LEN, 1), self.reach.window);
+        // Without a look at how long each is, as in `prefetch_write`: there are many at once.
+        for chain in posted.iter().skip(*cursor).take(count) {
+            if let Some(Segment { place: Place::Window(offset), .. }) = chain.segments.first() {
+                self.reach.window.prefetch_write(*offset);
+                self.reach.window.prefetch_write(offset + HEADER_LEN as u64);
+            }
         }
     }
 

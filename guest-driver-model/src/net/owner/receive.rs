@@ -93,7 +93,11 @@ impl<M: BufferMapping> Receiver<M> {
             let (taken, len) = self.copy_packet(at, burst);
             match len {
                 Some(len) => {
-                    let header = self.header(burst);
+                    let header = match self.headers {
+                        true => burst.pending_header().unwrap_or_default(),
+                        // It has nothing to say but what was seen.
+                        false => NetHeader { num_buffers: taken as u16, ..NetHeader::default() },
+                    };
                     burst.finish(len, header);
                     received += 1;
                     counters.rx_bytes += (len - HEADER_LEN) as u64;
@@ -116,8 +120,9 @@ impl<M: BufferMapping> Receiver<M> {
     /// buffers it took (at least 1), and its length with header if it is whole.
     #[inline]
     fn copy_packet(&mut self, at: usize, burst: &mut PacketBurst) -> (usize, Option<usize>) {
-        let possible = HEADER_LEN..=HEADER_LEN + MAX_FRAME;
-        let Some(mut filled) = self.copy_buffer(at, burst, 0).filter(|len| possible.contains(len)) else {
+        // What is shorter than a header wraps.
+        let is_possible = |len: &usize| len.wrapping_sub(HEADER_LEN) <= MAX_FRAME;
+        let Some(mut filled) = self.copy_buffer(at, burst, 0).filter(is_possible) else {
             return (1, None);
         };
         if !self.mergeable {
@@ -136,23 +141,12 @@ impl<M: BufferMapping> Receiver<M> {
         }
         for more in 1..count {
             let len = self.copy_buffer(at + more, burst, filled);
-            match len.map(|len| filled + len).filter(|total| possible.contains(total)) {
+            match len.map(|len| filled + len).filter(is_possible) {
                 Some(total) => filled = total,
                 None => return (count, None),
             }
         }
         (count, Some(filled))
-    }
-
-    /// What the header of the packet being received has to say: without offloads only the number of
-    /// its buffers.
-    #[inline]
-    fn header(&self, burst: &PacketBurst) -> NetHeader {
-        let said = burst.pending_header().unwrap_or_default();
-        match self.headers {
-            true => said,
-            false => NetHeader { num_buffers: said.num_buffers, ..NetHeader::default() },
-        }
     }
 
     /// Copies one buffer behind the `filled` bytes of its packet. Returns its length.

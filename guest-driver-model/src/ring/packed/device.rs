@@ -45,17 +45,12 @@ struct Used {
     written: u32,
     /// Slots to the next one.
     slots: u16,
-    /// Its address is no number of slots.
-    is_far: bool,
     /// The next chain may be reported instead of this one, and this one with it.
     open: bool,
 }
 
-/// Whether an address cannot be taken for a number of slots.
-#[inline]
-fn is_far(addr: u64) -> bool {
-    addr > u64::from(u16::MAX)
-}
+/// Addresses up to here can be taken for a number of slots.
+const NEAR: u64 = u16::MAX as u64;
 
 /// What a burst of usual chains ended for.
 enum Ended {
@@ -87,6 +82,9 @@ pub struct PackedDevice {
     taken: u16,
     popped: PoppedChains,
     used: Vec<Used>,
+    /// A chain had an address that is a number of slots: from then on each used descriptor says
+    /// how far the next one is, instead of leaving its address as it was.
+    near: bool,
     /// Slots that may be stepped over, since a predecessor used them.
     steps: u16,
     kicks: Waiting<Word16>,
@@ -139,6 +137,7 @@ impl PackedDevice {
             taken: 0,
             popped: PoppedChains::new(places.size),
             used: Vec::new(),
+            near: false,
             steps: places.size,
             kicks,
             calls: Notifying::new(area(places.avail)?, features.event_idx),
@@ -267,7 +266,8 @@ impl PackedDevice {
             match self.pop_chain((at, first), room, direction, burst, mark, &mut slots) {
                 Ok(id) => {
                     let read_only = direction == Direction::DeviceReads;
-                    self.popped.add(Popped { id, slots, read_only, is_far: is_far(first.addr) });
+                    self.popped.add(Popped { id, slots, read_only });
+                    self.near |= first.addr <= NEAR;
                     self.next = at.advanced(slots, self.size);
                     self.taken += slots;
                     popped += 1;
@@ -290,7 +290,7 @@ impl PackedDevice {
     /// before. Returns how many, and what they ended for.
     #[inline]
     fn pop_usual(&mut self, budget: usize, usual: &Usual, burst: &mut ChainBurst) -> (usize, Ended) {
-        let (mut next, mut taken) = (self.next, self.taken);
+        let (mut next, mut taken, mut near) = (self.next, self.taken, self.near);
         let mut popped = 0;
         let ended = loop {
             if popped == budget {
@@ -309,13 +309,14 @@ impl PackedDevice {
                 Some(segment) if first.is_usual(usual) && id < self.size => segment,
                 _ => break Ended::Unusual(first),
             };
+            near |= addr <= NEAR;
             burst.push_one(id, segment);
-            self.popped.add(Popped { id, slots: 1, read_only: !segment.writable, is_far: is_far(addr) });
+            self.popped.add(Popped { id, slots: 1, read_only: !segment.writable });
             next = next.advanced(1, self.size);
             taken += 1;
             popped += 1;
         };
-        (self.next, self.taken) = (next, taken);
+        (self.next, self.taken, self.near) = (next, taken, near);
         (popped, ended)
     }
 
@@ -443,7 +444,7 @@ impl PackedDevice {
 
     #[inline]
     pub(crate) fn push_used(&mut self, head: u16, written: u32) {
-        let Some(Popped { slots, read_only, is_far, .. }) = self.popped.push_used(head) else {
+        let Some(Popped { slots, read_only, .. }) = self.popped.push_used(head) else {
             debug_assert!(false, "a chain completed that was not popped");
             return;
         };
@@ -454,7 +455,7 @@ impl PackedDevice {
             Some(last) if last.open => {
                 *last = Used { id: head, written, slots: last.slots + slots, open, ..*last };
             }
-            _ => self.used.push(Used { at: self.completed, id: head, written, slots, is_far, open }),
+            _ => self.used.push(Used { at: self.completed, id: head, written, slots, open }),
         }
         self.completed = self.completed.advanced(slots, self.size);
     }
@@ -466,10 +467,10 @@ impl PackedDevice {
         let Some((first, rest)) = self.used.split_first() else { return };
         for used in rest.iter().rev() {
             // Relaxed: the driver looks at these behind the first one only.
-            Self::store_used(&self.slots, used, Ordering::Relaxed);
+            self.store_used(used, Ordering::Relaxed);
         }
         // Release: pairs with the driver's acquire load of these flags.
-        Self::store_used(&self.slots, first, Ordering::Release);
+        self.store_used(first, Ordering::Release);
         let slots: u16 = self.used.iter().map(|used| used.slots).sum();
         self.used.clear();
         self.popped.flush();
@@ -480,14 +481,14 @@ impl PackedDevice {
     }
 
     #[inline]
-    fn store_used(slots: &PackedSlots, used: &Used, order: Ordering) {
-        let Used { at, id, written, .. } = *used;
+    fn store_used(&self, used: &Used, order: Ordering) {
+        let Used { at, id, written, slots, .. } = *used;
         let flags = at.used_flags() | if written > 0 { Descriptor::WRITE } else { 0 };
         // The address is for a successor only: 2.8.4 has it unused. Never before the flags: a
         // slot that is available still has the address that its driver gave it.
-        match used.slots == 1 && used.is_far {
-            true => slots.store_rest(at.slot(), written, id, flags, order),
-            false => slots.store_whole(at.slot(), used.slots.into(), (written, id, flags), order),
+        match slots == 1 && !self.near {
+            true => self.slots.store_rest(at.slot(), written, id, flags, order),
+            false => self.slots.store_whole(at.slot(), slots.into(), (written, id, flags), order),
         }
     }
 

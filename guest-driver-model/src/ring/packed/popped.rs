@@ -12,8 +12,6 @@ pub(super) struct Popped {
     pub(super) slots: u16,
     /// The device only reads it.
     pub(super) read_only: bool,
-    /// Its first slot's address is no number of slots.
-    pub(super) is_far: bool,
 }
 
 /// A queue with room for as many chains as a ring has slots.
