@@ -20,6 +20,7 @@
 //!
 //! All run the programs' own code, each in a process of its own, with one broker, on whatever
 //! processors there are. `cargo run --release --example chain -- --help`
+#![forbid(unsafe_code)]
 
 mod chain;
 mod process;

@@ -14,6 +14,7 @@
 //! | `samples`, `report` | figures, and how they are printed |
 //!
 //! `cargo run --release --example iommu-cost -- --help`
+#![deny(unsafe_code)]
 
 mod broker;
 mod child;

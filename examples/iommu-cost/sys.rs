@@ -1,5 +1,6 @@
 //! One page of address space in which a file's page comes and goes, without anything
 //! around it: what any VMM does when a window changes. The only `unsafe` of this example.
+#![allow(unsafe_code)]
 
 use std::io;
 use std::os::fd::{AsRawFd, OwnedFd};

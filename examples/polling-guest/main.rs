@@ -3,6 +3,7 @@
 //!
 //! In a guest: `polling-guest` (as root). Without a VM, at a broker's peer socket:
 //! `polling-guest PEER_SOCKET`.
+#![forbid(unsafe_code)]
 
 use std::path::Path;
 use std::time::{Duration, Instant};

@@ -11,6 +11,8 @@
 //! | [`control`] | the control ring |
 //! | [`owner`] | an owner without a VM: its memory, its driver, a model of its VMM |
 //! | [`programs`] | what `vhost-pci-guest` runs: tap, echo, sink, gen, owner |
+// `shm` and the two modules `sys` alone allow themselves some.
+#![deny(unsafe_code)]
 
 pub mod control;
 pub mod link;

@@ -28,20 +28,22 @@
 //!
 //! All words are little-endian, as virtio's and the link page's are, and all
 //! offsets and lengths are in bytes.
+#![allow(unsafe_code)]
 
 mod copy;
+pub(crate) mod mapping;
 
 use std::any::Any;
 use std::fmt;
 use std::io;
-use std::num::NonZeroUsize;
-use std::os::fd::{AsFd, BorrowedFd};
+use std::mem::offset_of;
+use std::os::fd::BorrowedFd;
 use std::ptr::{self, NonNull};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU16, AtomicU32, AtomicU64, Ordering};
 
 use self::copy::Engine;
-use nix::sys::mman::{MapFlags, ProtFlags, mmap, munmap};
+use self::mapping::MappedRange;
 use nix::sys::stat::{SFlag, fstat};
 
 /// An access that does not fit the memory.
@@ -89,26 +91,6 @@ impl fmt::Debug for SharedMemory {
     }
 }
 
-/// What `SharedMemory::map` mapped; unmapped when the last user is gone.
-struct MappedRange {
-    base: NonNull<u8>,
-    len: usize,
-}
-
-// SAFETY: only an address and a length, used by `drop` alone.
-unsafe impl Send for MappedRange {}
-// SAFETY: as for Send.
-unsafe impl Sync for MappedRange {}
-
-impl Drop for MappedRange {
-    fn drop(&mut self) {
-        // SAFETY: `map` made this very range, and every `SharedMemory` over it holds
-        // an `Arc` of this value: none is left.
-        let unmapped = unsafe { munmap(self.base.cast(), self.len) };
-        debug_assert!(unmapped.is_ok());
-    }
-}
-
 /// Stands, for the compiler, for whatever the other VM did up to here.
 #[inline(always)]
 fn other_vm_may_have_written() {
@@ -121,46 +103,42 @@ fn other_vm_may_have_written() {
 
 /// Declares the accesses to one size of word.
 macro_rules! words {
-    ($($native:ty, $atomic:ty, $load:ident, $load_acquire:ident, $store:ident, $store_release:ident;)*) => {$(
+    ($($native:ty, $atomic:ty, $at:ident, $load:ident, $load_acquire:ident, $store:ident, $store_release:ident;)*) => {$(
+        #[inline]
+        fn $at(&self, offset: u64) -> Result<&$atomic, ShmError> {
+            let at = self.word(offset, size_of::<$native>())?;
+            // SAFETY: `word` checked bounds and alignment, and `keep` keeps it mapped for as long as
+            // `self` is borrowed. An atomic may change under its reference.
+            Ok(unsafe { <$atomic>::from_ptr(at.as_ptr().cast()) })
+        }
+
         #[doc = concat!("One relaxed load of a little-endian `", stringify!($native), "`.")]
         #[inline]
         pub fn $load(&self, offset: u64) -> Result<$native, ShmError> {
-            let at = self.word(offset, size_of::<$native>())?;
-            // SAFETY: `word` checked bounds and alignment; atomics may race.
-            let word = unsafe { <$atomic>::from_ptr(at.as_ptr().cast()) };
             // Relaxed: pairs with nothing; the caller orders it, if need be.
-            Ok(<$native>::from_le(word.load(Ordering::Relaxed)))
+            Ok(<$native>::from_le(self.$at(offset)?.load(Ordering::Relaxed)))
         }
 
         #[doc = concat!("One acquire load of a little-endian `", stringify!($native), "`.")]
         #[inline]
         pub fn $load_acquire(&self, offset: u64) -> Result<$native, ShmError> {
-            let at = self.word(offset, size_of::<$native>())?;
-            // SAFETY: as above.
-            let word = unsafe { <$atomic>::from_ptr(at.as_ptr().cast()) };
             // Acquire: pairs with the other side's release store of the same word.
-            Ok(<$native>::from_le(word.load(Ordering::Acquire)))
+            Ok(<$native>::from_le(self.$at(offset)?.load(Ordering::Acquire)))
         }
 
         #[doc = concat!("One relaxed store of a little-endian `", stringify!($native), "`.")]
         #[inline]
         pub fn $store(&self, offset: u64, value: $native) -> Result<(), ShmError> {
-            let at = self.word(offset, size_of::<$native>())?;
-            // SAFETY: as above.
-            let word = unsafe { <$atomic>::from_ptr(at.as_ptr().cast()) };
             // Relaxed: pairs with nothing; the caller orders it, if need be.
-            word.store(value.to_le(), Ordering::Relaxed);
+            self.$at(offset)?.store(value.to_le(), Ordering::Relaxed);
             Ok(())
         }
 
         #[doc = concat!("One release store of a little-endian `", stringify!($native), "`.")]
         #[inline]
         pub fn $store_release(&self, offset: u64, value: $native) -> Result<(), ShmError> {
-            let at = self.word(offset, size_of::<$native>())?;
-            // SAFETY: as above.
-            let word = unsafe { <$atomic>::from_ptr(at.as_ptr().cast()) };
             // Release: pairs with the other side's acquire load of the same word.
-            word.store(value.to_le(), Ordering::Release);
+            self.$at(offset)?.store(value.to_le(), Ordering::Release);
             Ok(())
         }
     )*};
@@ -174,22 +152,16 @@ impl SharedMemory {
     /// shorten it later must have sealed it: touching a page past the end is SIGBUS.
     pub fn map(fd: BorrowedFd<'_>, file_offset: u64, len: usize) -> io::Result<Self> {
         let invalid = |what: &str| io::Error::new(io::ErrorKind::InvalidInput, what);
-        let length = NonZeroUsize::new(len).ok_or_else(|| invalid("an empty mapping"))?;
+        if len == 0 {
+            return Err(invalid("an empty mapping"));
+        }
         let end = file_offset.checked_add(len as u64).ok_or_else(|| invalid("the mapping wraps"))?;
-        let start = i64::try_from(file_offset).map_err(|_| invalid("the offset is too large"))?;
         let stat = fstat(fd)?;
         let regular = SFlag::from_bits_truncate(stat.st_mode) & SFlag::S_IFMT == SFlag::S_IFREG;
         if regular && u64::try_from(stat.st_size).is_ok_and(|size| size < end) {
             return Err(invalid("the file ends before the mapping"));
         }
-        let access = ProtFlags::PROT_READ | ProtFlags::PROT_WRITE;
-        // SAFETY: the kernel chooses a free address range, so no memory of this
-        // program is replaced.
-        let base = unsafe { mmap(None, length, access, MapFlags::MAP_SHARED, fd.as_fd(), start) }?.cast();
-        let keep = Arc::new(MappedRange { base, len });
-        // SAFETY: the range was just mapped for reading and writing, nothing else
-        // names it, and it stays until `keep` is dropped.
-        Ok(unsafe { Self::from_raw_parts(base, len, keep) })
+        Ok(Arc::new(MappedRange::of_file(fd, file_offset, len)?).shared())
     }
 
     /// Takes memory that something else mapped.
@@ -242,9 +214,9 @@ impl SharedMemory {
     }
 
     words! {
-        u16, AtomicU16, load_u16, load_u16_acquire, store_u16, store_u16_release;
-        u32, AtomicU32, load_u32, load_u32_acquire, store_u32, store_u32_release;
-        u64, AtomicU64, load_u64, load_u64_acquire, store_u64, store_u64_release;
+        u16, AtomicU16, atomic_u16, load_u16, load_u16_acquire, store_u16, store_u16_release;
+        u32, AtomicU32, atomic_u32, load_u32, load_u32_acquire, store_u32, store_u32_release;
+        u64, AtomicU64, atomic_u64, load_u64, load_u64_acquire, store_u64, store_u64_release;
     }
 
     /// Copies bytes out. What arrives is private and does not change any more; it
@@ -428,48 +400,48 @@ impl<const STRIDE: usize> Slots<STRIDE> {
 }
 
 impl Slots<2> {
+    #[inline]
+    fn word(&self, index: u16) -> &AtomicU16 {
+        // SAFETY: `slot` is in bounds, `new` checked the alignment, `_memory` keeps it mapped. An
+        // atomic may change under its reference.
+        unsafe { self.slot(index).cast().as_ref() }
+    }
+
     /// One relaxed load of the slot that `index` wraps to.
     #[inline]
     pub(crate) fn load(&self, index: u16) -> u16 {
-        let at = self.slot(index);
-        trace::note(at, 2);
-        // SAFETY: `slot` is in bounds, `new` checked the alignment.
-        let word = unsafe { AtomicU16::from_ptr(at.as_ptr().cast()) };
+        trace::note(self.slot(index), 2);
         // Relaxed: ordered by the acquire load of the ring's index before it.
-        u16::from_le(word.load(Ordering::Relaxed))
+        u16::from_le(self.word(index).load(Ordering::Relaxed))
     }
 
     /// One relaxed store to the slot that `index` wraps to.
     #[inline]
     pub(crate) fn store(&self, index: u16, value: u16) {
-        // SAFETY: as in `load`.
-        let word = unsafe { AtomicU16::from_ptr(self.slot(index).as_ptr().cast()) };
         // Relaxed: ordered by the release store of the ring's index after it.
-        word.store(value.to_le(), Ordering::Relaxed);
+        self.word(index).store(value.to_le(), Ordering::Relaxed);
     }
 }
 
 impl Slots<8> {
+    #[inline]
+    fn words(&self, index: u16) -> &[AtomicU32; 2] {
+        // SAFETY: as `Slots<2>::word`; the slot has 8 bytes.
+        unsafe { self.slot(index).cast().as_ref() }
+    }
+
     /// Two relaxed loads: the halves of the slot that `index` wraps to.
     #[inline]
     pub(crate) fn load(&self, index: u16) -> [u32; 2] {
-        let at = self.slot(index);
-        trace::note(at, 8);
-        [0, 4].map(|byte| {
-            // SAFETY: `slot` is in bounds with 8 bytes, `new` checked the alignment.
-            let word = unsafe { AtomicU32::from_ptr(at.as_ptr().add(byte).cast()) };
-            // Relaxed: ordered by the acquire load of the ring's index before it.
-            u32::from_le(word.load(Ordering::Relaxed))
-        })
+        trace::note(self.slot(index), 8);
+        // Relaxed: ordered by the acquire load of the ring's index before it.
+        self.words(index).each_ref().map(|word| u32::from_le(word.load(Ordering::Relaxed)))
     }
 
     /// Two relaxed stores to the slot that `index` wraps to.
     #[inline]
     pub(crate) fn store(&self, index: u16, halves: [u32; 2]) {
-        let at = self.slot(index);
-        for (half, byte) in halves.into_iter().zip([0, 4]) {
-            // SAFETY: as in `load`.
-            let word = unsafe { AtomicU32::from_ptr(at.as_ptr().add(byte).cast()) };
+        for (half, word) in halves.into_iter().zip(self.words(index)) {
             // Relaxed: ordered by the release store of the ring's index after it.
             word.store(half.to_le(), Ordering::Relaxed);
         }
@@ -477,31 +449,40 @@ impl Slots<8> {
 }
 
 impl Slots<16> {
+    #[inline]
+    fn words(&self, index: u16) -> &[AtomicU64; 2] {
+        // SAFETY: as `Slots<2>::word`; the slot has 16 bytes.
+        unsafe { self.slot(index).cast().as_ref() }
+    }
+
     /// Two relaxed loads: the halves of the slot that `index` wraps to.
     #[inline]
     pub(crate) fn load(&self, index: u16) -> [u64; 2] {
-        let at = self.slot(index);
-        trace::note(at, 16);
-        [0, 8].map(|byte| {
-            // SAFETY: `slot` is in bounds with 16 bytes, `new` checked the alignment.
-            let word = unsafe { AtomicU64::from_ptr(at.as_ptr().add(byte).cast()) };
-            // Relaxed: ordered by the acquire load of the ring's index before it.
-            u64::from_le(word.load(Ordering::Relaxed))
-        })
+        trace::note(self.slot(index), 16);
+        // Relaxed: ordered by the acquire load of the ring's index before it.
+        self.words(index).each_ref().map(|word| u64::from_le(word.load(Ordering::Relaxed)))
     }
 
     /// Two relaxed stores to the slot that `index` wraps to.
     #[inline]
     pub(crate) fn store(&self, index: u16, halves: [u64; 2]) {
-        let at = self.slot(index);
-        for (half, byte) in halves.into_iter().zip([0, 8]) {
-            // SAFETY: as in `load`.
-            let word = unsafe { AtomicU64::from_ptr(at.as_ptr().add(byte).cast()) };
+        for (half, word) in halves.into_iter().zip(self.words(index)) {
             // Relaxed: ordered by the release store of the ring's index after it.
             word.store(half.to_le(), Ordering::Relaxed);
         }
     }
 }
+
+/// `struct pvirtq_desc` (virtio 1.3, 2.8.13).
+#[repr(C)]
+struct PackedSlot {
+    addr: AtomicU64,
+    len: AtomicU32,
+    id: AtomicU16,
+    flags: AtomicU16,
+}
+
+const _: () = assert!(size_of::<PackedSlot>() == PackedSlots::STRIDE && offset_of!(PackedSlot, flags) == 14);
 
 /// The descriptors of a packed virtqueue (virtio 1.3, 2.8), checked once: an array of any
 /// number of 16-byte slots. An index that is not below the count means the first slot.
@@ -543,27 +524,24 @@ impl PackedSlots {
         unsafe { self.base.add(usize::from(index) * Self::STRIDE) }
     }
 
+    #[inline]
+    fn fields(&self, index: u16) -> &PackedSlot {
+        // SAFETY: the slot has 16 bytes and is aligned to 16, see `new`; `_memory` keeps it mapped.
+        // Atomics may change under their reference.
+        unsafe { self.slot(index).cast().as_ref() }
+    }
+
     /// The word that says whose the slot is.
     #[inline]
     pub(crate) fn flags(&self, index: u16) -> SlotFlags<'_> {
-        // SAFETY: the slot has 16 bytes.
-        SharedWord { at: unsafe { self.slot(index).add(14) }, _keep: self }
+        SharedWord { at: NonNull::from(&self.fields(index).flags).cast(), _keep: self }
     }
 
     /// Relaxed loads of all but the flags: address, length, id.
     #[inline]
     pub(crate) fn load(&self, index: u16) -> (u64, u32, u16) {
-        let at = self.slot(index);
-        trace::note(at, 14);
-        let at = at.as_ptr();
-        // SAFETY: the slot has 16 bytes and is aligned to 16, see `new`.
-        let (addr, len, id) = unsafe {
-            (
-                AtomicU64::from_ptr(at.cast()),
-                AtomicU32::from_ptr(at.add(8).cast()),
-                AtomicU16::from_ptr(at.add(12).cast()),
-            )
-        };
+        trace::note(self.slot(index), 14);
+        let PackedSlot { addr, len, id, .. } = self.fields(index);
         // Relaxed: ordered by the acquire load of the flags before them.
         (
             u64::from_le(addr.load(Ordering::Relaxed)),
@@ -575,10 +553,8 @@ impl PackedSlots {
     /// Relaxed store of the address.
     #[inline]
     pub(crate) fn store_addr(&self, index: u16, addr: u64) {
-        // SAFETY: as in `load`.
-        let word = unsafe { AtomicU64::from_ptr(self.slot(index).as_ptr().cast()) };
         // Relaxed: ordered by the release store of the flags after it.
-        word.store(addr.to_le(), Ordering::Relaxed);
+        self.fields(index).addr.store(addr.to_le(), Ordering::Relaxed);
     }
 
     /// One store of length, id and flags together: whoever dies before or after it leaves the

@@ -16,6 +16,7 @@
 //! | `testpmd` | DPDK's program, as sender or receiver |
 //! | `sys` | a bare ring: the only `unsafe` |
 //! | `report`, `ratios`, `plot` | the table and the JSON object; the SVG |
+#![deny(unsafe_code)]
 
 mod allocations;
 mod board;

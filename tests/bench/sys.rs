@@ -1,5 +1,6 @@
 //! The least that a ring between two processors can be: one producer, one consumer, an index each
 //! on a line of its own, and slots that are whole cache lines. The only `unsafe` of this program.
+#![allow(unsafe_code)]
 
 use std::cell::UnsafeCell;
 use std::sync::Arc;

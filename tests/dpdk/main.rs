@@ -1,5 +1,6 @@
 //! `dpdk`: runs the checks with DPDK's testpmd. `tests/dpdk/run` installs and builds what they need
 //! and starts this.
+#![forbid(unsafe_code)]
 
 mod cpu;
 mod link;

@@ -3,6 +3,7 @@
 //! lost, and its rate is printed beside that of a time without trouble.
 //!
 //! `tests/limits/run` builds the programs and starts this.
+#![forbid(unsafe_code)]
 
 mod attack;
 mod bench;

@@ -9,6 +9,7 @@
 //! | `fronts` | processes with both front-ends of many links |
 //! | `traffic` | one link that is busy |
 //! | `report` | targets, the table and the JSON object |
+#![forbid(unsafe_code)]
 
 mod broker;
 mod fronts;

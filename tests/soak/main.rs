@@ -5,6 +5,7 @@
 //! more, is a notification lost. Both programs count these (`rescued`).
 //!
 //! `tests/soak/run` builds the programs and starts this.
+#![forbid(unsafe_code)]
 
 use std::fs;
 use std::path::{Path, PathBuf};

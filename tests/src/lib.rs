@@ -17,6 +17,7 @@
 //! # Ok(())
 //! # }
 //! ```
+#![deny(unsafe_code)]
 
 mod console;
 mod guest;

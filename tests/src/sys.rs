@@ -1,4 +1,5 @@
 //! Starts a program in such a way that it dies with us. The only module here that needs `unsafe`.
+#![allow(unsafe_code)]
 
 use std::io;
 use std::os::unix::process::CommandExt;

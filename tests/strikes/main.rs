@@ -7,6 +7,7 @@
 //! broker has as many descriptors and threads at its end as when it was new.
 //!
 //! `tests/torture` builds the programs and starts this.
+#![forbid(unsafe_code)]
 
 mod bed;
 mod program;

@@ -1,5 +1,6 @@
 //! `vm`: runs scenarios with real virtual machines, by name. Owns the list of them; each has a
 //! file of its own beside this one. `tests/vm/run` builds what they need and starts this.
+#![forbid(unsafe_code)]
 
 mod boot;
 mod confine;

@@ -3,9 +3,10 @@
 
 mod support;
 
-use std::os::fd::{AsFd, AsRawFd};
+use std::os::fd::AsFd;
 
 use support::broker::{NOTIFY, ON, SHMEM_MAP, SHMEM_UNMAP, WIRE, ask, longs};
+use support::sys::borrow;
 use support::{Bench, PAGE, VRINGS, descriptors, eventually, file};
 use vmm_sys_util::eventfd::EventFd;
 
@@ -33,10 +34,8 @@ fn no_descriptor_registration_or_mapping_outlives_what_it_was_for() {
     for round in 0..ROUNDS {
         let events: Vec<EventFd> = (0..4).map(|_| EventFd::new(0).unwrap()).collect();
         for (queue, pair) in (1..=u32::from(VRINGS)).zip(events.chunks(2)) {
-            // SAFETY: the eventfds live until the end of the round.
-            let fd = |event: &EventFd| unsafe { std::os::fd::BorrowedFd::borrow_raw(event.as_raw_fd()) };
-            assert!(bench.broker.wire(queue, ON, &[fd(&pair[0])]));
-            assert!(bench.broker.wire(queue, ON | NOTIFY, &[fd(&pair[1])]));
+            assert!(bench.broker.wire(queue, ON, &[borrow(&pair[0])]));
+            assert!(bench.broker.wire(queue, ON | NOTIFY, &[borrow(&pair[1])]));
         }
         assert!(bench.broker.map(DATA, 4 * PAGE, &memory, 0, true));
         assert_eq!(bench.vmm.registered(), (usize::from(VRINGS) * 2 + 2, usize::from(VRINGS) + 1));

@@ -8,6 +8,7 @@ use std::time::{Duration, Instant};
 
 use support::broker::{Broker, Features, NOTIFY, ON, SET_VRING_ENABLE};
 use support::guest::{CONFIG_VECTOR, DATA as MSI, Guest};
+use support::sys::borrow;
 use support::vmm::FakeVmm;
 use support::{Bench, PAGE, VRINGS, eventually, file};
 use vhost_pci_device::{Device, DeviceError, Options};
@@ -15,12 +16,6 @@ use vmm_sys_util::eventfd::EventFd;
 
 const DATA: u64 = 2 << 20;
 const GET_VRING_BASE: u32 = 11;
-
-fn borrow(event: &EventFd) -> std::os::fd::BorrowedFd<'_> {
-    use std::os::fd::AsRawFd;
-    // SAFETY: the eventfd lives as long as the borrow of it.
-    unsafe { std::os::fd::BorrowedFd::borrow_raw(event.as_raw_fd()) }
-}
 
 #[test]
 fn the_broker_is_told_of_a_start_and_of_no_memory() {

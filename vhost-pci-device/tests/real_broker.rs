@@ -6,7 +6,6 @@ mod support;
 
 use std::os::fd::BorrowedFd;
 use std::path::Path;
-use std::ptr::NonNull;
 use std::sync::Arc;
 use std::thread;
 use std::time::Duration;
@@ -90,13 +89,7 @@ fn packets_go_through_the_window_both_ways_and_notifications_past_the_broker() {
     let guest = Guest::new(device.clone(), vmm.clone());
     guest.start();
 
-    let slots = vmm.slots();
-    let base =
-        NonNull::new(std::ptr::with_exposed_provenance_mut::<u8>(slots[0].host_address as usize)).unwrap();
-    let len: u64 = slots.iter().map(|slot| slot.len).sum();
-    // SAFETY: the slots lie one after the other and stay mapped while `device` lives, which the
-    // memory keeps. The driver stores to what its table says that it may.
-    let window = unsafe { SharedMemory::from_raw_parts(base, len as usize, device.clone()) };
+    let window = support::sys::window(&device, &vmm.slots());
     eventually("the link area", || window.load_u32(abi::LINK_OFFSET).unwrap() == abi::LINK_MAGIC);
     let mut bytes = [0; abi::CONFIG_LEN];
     device.bar_read(0, 0x2000, &mut bytes);

@@ -4,13 +4,14 @@
 
 mod support;
 
-use std::os::fd::{AsFd, AsRawFd, BorrowedFd};
+use std::os::fd::AsFd;
 use std::os::unix::net::UnixStream;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::thread;
 use std::time::{Duration, Instant};
 
 use support::broker::{NOTIFY, ON, SHMEM_MAP, SHMEM_UNMAP, WIRE, ask, longs};
+use support::sys::borrow;
 use support::{Bench, HALF, PAGE, VRINGS, eventually, file};
 use vmm_sys_util::eventfd::EventFd;
 
@@ -57,8 +58,7 @@ fn resets_requests_and_lost_brokers_at_once_end_in_a_device_that_works() {
         scope.spawn(move || {
             let memory = file(64 * PAGE);
             let event = EventFd::new(0).unwrap();
-            // SAFETY: the eventfd lives until the thread ends.
-            let fd = unsafe { BorrowedFd::borrow_raw(event.as_raw_fd()) };
+            let fd = borrow(&event);
             for round in 0_u64.. {
                 if stop.load(Ordering::Relaxed) {
                     break;

@@ -3,10 +3,11 @@
 
 mod support;
 
-use std::os::fd::{AsFd, AsRawFd, BorrowedFd};
+use std::os::fd::AsFd;
 
 use support::broker::{NOTIFY, ON, take_count};
 use support::guest::{CONFIG_VECTOR, DATA as MSI, REGISTERS_AT};
+use support::sys::borrow;
 use support::{Bench, VRINGS};
 use vm_memory::GuestAddress;
 use vmm_sys_util::eventfd::{EFD_NONBLOCK, EventFd};
@@ -17,11 +18,6 @@ const MESSAGE: u32 = MSI + VECTOR as u32;
 
 fn event() -> EventFd {
     EventFd::new(EFD_NONBLOCK).unwrap()
-}
-
-fn borrow(event: &EventFd) -> BorrowedFd<'_> {
-    // SAFETY: the eventfd lives as long as the borrow of it.
-    unsafe { BorrowedFd::borrow_raw(event.as_raw_fd()) }
 }
 
 #[test]

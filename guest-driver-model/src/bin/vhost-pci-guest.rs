@@ -1,4 +1,5 @@
 //! Drives a vhost-pci device from a guest. See `guest_driver_model::programs`.
+#![forbid(unsafe_code)]
 
 use std::process::ExitCode;
 

@@ -9,7 +9,7 @@ use nix::sys::memfd::{MFdFlags, memfd_create};
 use nix::unistd::ftruncate;
 
 use crate::shm::SharedMemory;
-use crate::transport::sys::mapping::MappedRange;
+use crate::shm::mapping::MappedRange;
 
 /// Memory of an owner, and where its guest sees it.
 #[derive(Debug)]

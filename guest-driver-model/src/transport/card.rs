@@ -11,13 +11,13 @@ use virtio_bindings::virtio_config::VIRTIO_F_ACCESS_PLATFORM;
 
 use super::TransportError;
 use super::sys::dma::DmaPages;
-use super::sys::mapping::MappedRange;
 use super::sys::mmio::Mmio;
 use super::sysfs::{Kind, PciDevice, first_of};
 use super::vfio::VfioPci;
 use super::virtio_pci::{Doorbell, PciAccess, Registers, Structures, initialise, registers};
 use crate::link::VringInfo;
 use crate::shm::SharedMemory;
+use crate::shm::mapping::MappedRange;
 use crate::translate::Access;
 
 /// `struct virtio_net_config` up to its MAC address and status.

@@ -11,8 +11,8 @@ use std::os::unix::fs::FileExt;
 use vhost_pci_device::abi::PAGE_SIZE;
 
 use super::TransportError;
-use super::sys::mapping::MappedRange;
 use super::virtio_pci::QueuePages;
+use crate::shm::mapping::MappedRange;
 
 const PAGEMAP: &str = "/proc/self/pagemap";
 /// pagemap: the page is in memory.

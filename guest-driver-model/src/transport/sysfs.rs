@@ -13,10 +13,10 @@ use vhost_pci_device::abi::{
     DOORBELL_DEVICE_ID, DeviceConfig, MAX_VRINGS, PCI_DEVICE_ID_STAND_IN, PCI_VENDOR_ID, QUEUE_VRING_FIRST,
 };
 
-use super::sys::mapping::MappedRange;
 use super::virtio_pci::{ConfigSpace, Function, PciAccess, Resources, VirtioPci, config_space};
 use super::{Transport, TransportError, ring_memory};
 use crate::shm::SharedMemory;
+use crate::shm::mapping::MappedRange;
 
 /// Where Linux shows PCI functions.
 const DEVICES: &str = "/sys/bus/pci/devices";

@@ -22,11 +22,11 @@ use super::sys::dma::DmaPages;
 use super::sys::event::Event;
 use super::sys::fd::borrow_device;
 use super::sys::irq::set_triggers;
-use super::sys::mapping::MappedRange;
 use super::sysfs::{Kind, PciDevice, first_of};
 use super::virtio_pci::{ConfigSpace, Function, PciAccess, QueuePages, Resources, VirtioPci, config_space};
 use super::{InterruptFds, Pairing, Transport, TransportError};
 use crate::shm::SharedMemory;
+use crate::shm::mapping::MappedRange;
 use crate::translate::Access;
 
 /// The kernel driver that gives a device to VFIO.

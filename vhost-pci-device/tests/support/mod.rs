@@ -4,6 +4,7 @@
 
 pub mod broker;
 pub mod guest;
+pub mod sys;
 pub mod vmm;
 
 use std::os::fd::OwnedFd;

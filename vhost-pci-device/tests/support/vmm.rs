@@ -10,6 +10,8 @@ use vhost_pci_device::{BarRange, Device, Held, MsiMessage, Vmm, WindowSlot};
 use vm_memory::GuestAddress;
 use vmm_sys_util::eventfd::EventFd;
 
+use super::sys;
+
 #[derive(Default)]
 struct State {
     next: u64,
@@ -46,21 +48,15 @@ impl Drop for Entry {
 }
 
 fn has_count(event: &EventFd) -> bool {
-    let mut fds = [rustix::event::PollFd::from_borrowed_fd(
-        // SAFETY: the eventfd lives for the call.
-        unsafe { std::os::fd::BorrowedFd::borrow_raw(event.as_raw_fd()) },
-        rustix::event::PollFlags::IN,
-    )];
+    let mut fds = [rustix::event::PollFd::from_borrowed_fd(sys::borrow(event), rustix::event::PollFlags::IN)];
     rustix::event::poll(&mut fds, Some(&rustix::event::Timespec { tv_sec: 0, tv_nsec: 0 })).unwrap() > 0
 }
 
 /// Takes the count away, if there is one. Never waits: the device may be faster.
 fn take(event: &EventFd) -> bool {
-    // SAFETY: the eventfd lives for the call.
-    let fd = unsafe { std::os::fd::BorrowedFd::borrow_raw(event.as_raw_fd()) };
     let mut count = [0; 8];
     let buffers = &mut [io::IoSliceMut::new(&mut count)];
-    rustix::io::preadv2(fd, buffers, u64::MAX, rustix::io::ReadWriteFlags::NOWAIT).is_ok()
+    rustix::io::preadv2(sys::borrow(event), buffers, u64::MAX, rustix::io::ReadWriteFlags::NOWAIT).is_ok()
 }
 
 /// What the kernel calls the eventfd, the same for all its descriptors.

@@ -7,7 +7,7 @@ use std::time::Duration;
 use super::secret::Secret;
 use crate::programs::ProgramError;
 use crate::programs::run::stop_on_signals;
-use crate::transport::sys::mapping::MappedRange;
+use crate::shm::mapping::MappedRange;
 
 /// What `hold` can be told.
 #[derive(Clone, Copy, Debug, clap::Args)]

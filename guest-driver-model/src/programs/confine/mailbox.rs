@@ -159,7 +159,7 @@ impl Mailbox {
 mod tests {
     #![allow(clippy::unwrap_used)]
     use super::*;
-    use crate::transport::sys::mapping::MappedRange;
+    use crate::shm::mapping::MappedRange;
     use std::sync::Arc;
 
     #[test]

@@ -86,7 +86,7 @@ pub fn search(window: &SharedMemory, secret: Secret) -> Result<Found, ShmError> 
 mod tests {
     #![allow(clippy::unwrap_used)]
     use super::*;
-    use crate::transport::sys::mapping::MappedRange;
+    use crate::shm::mapping::MappedRange;
     use std::sync::Arc;
 
     #[test]

@@ -1,3 +1,4 @@
 //! The programs' only `unsafe` code.
+#![allow(unsafe_code)]
 
 pub mod tun;

@@ -17,8 +17,8 @@ use virtio_bindings::virtio_config::VIRTIO_F_VERSION_1;
 
 use super::Vmm;
 use super::channel::Window;
+use crate::shm::mapping::MappedRange;
 use crate::transport::sys::event::Event;
-use crate::transport::sys::mapping::MappedRange;
 use crate::transport::virtio_pci::initialise::RING_ENTRIES;
 use crate::transport::{BrokerError, parse_config};
 

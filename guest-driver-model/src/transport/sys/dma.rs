@@ -9,7 +9,7 @@ use vfio_bindings::bindings::vfio::{
 use vfio_ioctls::{VfioContainer, VfioError};
 use vmm_sys_util::errno::Error;
 
-use super::mapping::MappedRange;
+use crate::shm::mapping::MappedRange;
 use crate::translate::Access;
 
 /// `VFIO_IOMMU_MAP_DMA`, which vfio-ioctls has for both directions only.

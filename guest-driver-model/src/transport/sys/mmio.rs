@@ -7,7 +7,7 @@
 use std::ptr::NonNull;
 use std::sync::Arc;
 
-use super::mapping::MappedRange;
+use crate::shm::mapping::MappedRange;
 use crate::transport::virtio_pci::Registers;
 
 /// A range of registers.

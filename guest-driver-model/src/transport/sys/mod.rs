@@ -2,12 +2,12 @@
 //!
 //! Everything here is offered through safe functions. No reference into a mapping
 //! ever leaves these files.
+#![allow(unsafe_code)]
 
 pub mod device;
 pub mod dma;
 pub mod event;
 pub mod fd;
 pub mod irq;
-pub mod mapping;
 pub mod mmio;
 pub mod reservation;

@@ -17,10 +17,10 @@ pub use self::capability::{Capabilities, CapabilityError, Place, Structures};
 pub use self::config_space::ConfigSpace;
 pub use self::initialise::{InitError, QueuePages, Started, start};
 use super::sys::event::Event;
-use super::sys::mapping::MappedRange;
 use super::sys::mmio::Mmio;
 use super::{Transport, TransportError, check_config};
 use crate::shm::SharedMemory;
+use crate::shm::mapping::MappedRange;
 
 /// Little-endian device registers; offsets are bytes from the structure's start.
 pub trait Registers {
