@@ -11,11 +11,13 @@ use std::os::fd::{AsFd, OwnedFd};
 use std::thread;
 use std::time::{Duration, Instant};
 
+use vhost_pci_device::abi;
 use vhost_pci_switch::config::{LinkConfig, OneWay, WiringPolicy};
 use vhost_pci_switch::link::Side;
 use vhost_pci_switch::link::report::LinkReport;
 
 use crate::broker::{Running, WINDOW, config};
+use crate::commands::Commands;
 use crate::front::{
     CHANNEL, FEATURES, Front, HEADER, Manner, NEED_REPLY, OWNER_PROTOCOL, PEER_PROTOCOL, PLATFORM, Pool,
     STRICT_WIRING, longs, message, request as r, settle, words,
@@ -27,6 +29,8 @@ use crate::messages::{Owner, REQUESTS, memory, natural, negotiate, open_channel,
 const PATIENCE: Duration = Duration::from_secs(3);
 /// Steps of one input at most.
 const STEPS: usize = 150;
+/// Which of the pool's eventfds `start` gives virtqueue 0 for its notifications.
+const CONTROL_KICK: usize = 1;
 /// VHOST_USER_BACKEND_SHMEM_MAP and VHOST_USER_BACKEND_SHMEM_UNMAP.
 const SHMEM_MAP: u32 = 9;
 const SHMEM_UNMAP: u32 = 10;
@@ -65,13 +69,16 @@ struct Script<'a> {
     other: Option<Front>,
     /// What the honest peer's VMM has mapped: offset and length.
     mapped: Vec<(u64, u64)>,
+    /// The control ring, as the peer's driver has it.
+    commands: Option<Commands>,
     reconnects: u8,
 }
 
 impl<'a> Script<'a> {
     fn new(running: &'a Running, side: Side, kind: usize) -> Self {
         let main = Front::new(running.connect(side));
-        let mut script = Self { running, side, main, other: None, mapped: Vec::new(), reconnects: 0 };
+        let mut script =
+            Self { running, side, main, other: None, mapped: Vec::new(), commands: None, reconnects: 0 };
         script.other_comes(kind);
         script
     }
@@ -109,10 +116,10 @@ impl<'a> Script<'a> {
                 settle(&mut [&mut self.main], manner);
             }
             10 | 11 => self.macro_step(input),
-            12 => {
-                let eventfd = input.pick(&[0, 1, 2, 3, 4, 5]);
-                let _ = nix::unistd::write(&Pool::of_process().eventfds[eventfd], &1_u64.to_ne_bytes());
-            }
+            12 => match input.byte() {
+                eventfd @ 0..0x60 => signal(eventfd.into()),
+                _ => self.command(input),
+            },
             13 => match input.byte() {
                 kind @ 0..128 => self.other_comes(usize::from(kind)),
                 _ => drop(self.other.take()),
@@ -131,6 +138,17 @@ impl<'a> Script<'a> {
         }
     }
 
+    /// What the peer's driver asks for on the control ring, if it has one.
+    fn command(&mut self, input: &mut Input<'_>) {
+        if let Some(commands) = &mut self.commands {
+            for _ in 0..=input.below(3) {
+                commands.put(input);
+            }
+            signal(CONTROL_KICK);
+            self.serve();
+        }
+    }
+
     /// Both sides do what is asked of them.
     fn serve(&mut self) {
         let end = Instant::now() + Duration::from_millis(5);
@@ -142,11 +160,15 @@ impl<'a> Script<'a> {
     }
 
     fn serve_once(&mut self) -> bool {
+        let (mapped, commands) = (&mut self.mapped, &mut self.commands);
         let mut busy =
-            self.main.serve(Manner::Agrees, &mut |_, _| {}) || !(self.main.closed || self.main.is_read());
+            self.main.serve(Manner::Agrees, &mut |message, fd| note_control(commands, message, fd));
+        busy |= !(self.main.closed || self.main.is_read());
         if let Some(other) = &mut self.other {
-            let mapped = &mut self.mapped;
-            busy |= other.serve(Manner::Agrees, &mut |message, fd| check_request(mapped, message, fd));
+            busy |= other.serve(Manner::Agrees, &mut |message, fd| {
+                note_control(commands, message, fd);
+                check_request(mapped, message, fd);
+            });
             busy |= !(other.closed || other.is_read());
         }
         busy
@@ -258,6 +280,22 @@ impl<'a> Script<'a> {
             assert!(Instant::now() < end, "somebody is connected who has left");
             thread::yield_now();
         }
+    }
+}
+
+fn signal(eventfd: usize) {
+    let eventfds = &Pool::of_process().eventfds;
+    let _ = nix::unistd::write(&eventfds[eventfd % eventfds.len()], &1_u64.to_ne_bytes());
+}
+
+/// Finds the control area among what is to be mapped.
+fn note_control(commands: &mut Option<Commands>, message: &[u8], fd: Option<&OwnedFd>) {
+    let Some((header, payload)) = message.split_at_checked(HEADER) else { return };
+    let is_map = header[..4] == SHMEM_MAP.to_ne_bytes();
+    if let (true, Some(fields), Some(fd)) = (is_map, payload.get(8..24), fd)
+        && fields == longs(&[abi::CONTROL_OFFSET; 2])
+    {
+        *commands = Commands::over(fd);
     }
 }
 

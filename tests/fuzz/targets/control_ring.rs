@@ -88,9 +88,9 @@ fn play(area: &Area, input: &mut Input<'_>) {
                 let buffer = BUFFERS + 256 * index;
                 let (readable, writable) = (u64::from(input.byte()), u64::from(input.byte()));
                 guest.store_u64(at, buffer).expect("inside");
-                guest.store_u64(at + 8, 32 + readable | 1 << 32 | (index + 1) << 48).expect("inside");
+                guest.store_u64(at + 8, (32 + readable) | 1 << 32 | (index + 1) << 48).expect("inside");
                 guest.store_u64(at + 16, buffer + 512).expect("inside");
-                guest.store_u64(at + 24, 8 + writable | 2 << 32).expect("inside");
+                guest.store_u64(at + 24, (8 + writable) | 2 << 32).expect("inside");
                 let slot = u64::from(next % abi::CONTROL_RING_SIZE);
                 guest
                     .store_u16(abi::CONTROL_OFFSET + abi::CONTROL_AVAIL + 4 + 2 * slot, index as u16)

@@ -8,6 +8,7 @@
 mod device;
 
 use std::cell::RefCell;
+use std::mem::offset_of;
 use std::ops::Range;
 use std::time::Duration;
 
@@ -23,11 +24,12 @@ use libfuzzer_sys::fuzz_target;
 use vhost_pci_device::abi::{self, DeviceConfig};
 use vhost_pci_fuzz::input::Input;
 use vhost_pci_fuzz::memory::Guarded;
+use vhost_pci_fuzz::packets::{Spec, any_packet, packets, tcp};
 use vhost_pci_fuzz::ring_writer::Writer;
 use vhost_pci_fuzz::scribbler::{Scribbling, scribble, words};
 use zerocopy::IntoBytes;
 
-use crate::device::{Fake, Fuzzed, Spec, packets};
+use crate::device::{Fake, Fuzzed, Stores};
 
 /// The window: link area, control area, the owner's memory. Shorter than a real one.
 const LINK: u64 = 0;
@@ -51,6 +53,8 @@ const TABLES: u64 = DATA + (28 << 10);
 /// VIRTIO_F_VERSION_1, and what else a port serves.
 const VERSION_1: u64 = 1 << 32;
 const FEATURES: [u64; 12] = [0, 1, 7, 8, 9, 11, 12, 13, 15, 28, 29, 34];
+/// Where the mapping table's generation is.
+const TABLE_GENERATION: u64 = LINK + offset_of!(abi::LinkHeader, table_generation) as u64;
 const STEPS: usize = 200;
 /// More than any burst brings: what is received, and what was left over of the burst before.
 const MOST: usize = 300;
@@ -77,6 +81,10 @@ struct Hostile<'a> {
     status: u32,
     entries: Vec<Entry>,
     generation: u64,
+    /// Of the mapping table: changes without the link's.
+    table_generation: u64,
+    /// Chains that were offered in each vring as a driver does.
+    offered: [u16; VRINGS],
     writers: Vec<Writer>,
     /// What the driver may have written.
     writable: Vec<Range<u64>>,
@@ -140,6 +148,8 @@ impl<'a> Hostile<'a> {
             status,
             entries: vec![(0, DATA_LEN / PAGE, 0, 3)],
             generation: 2,
+            table_generation: 2,
+            offered: [0; VRINGS],
             writers: writers.to_vec(),
             writable: Vec::new(),
             raced: false,
@@ -168,6 +178,7 @@ impl<'a> Hostile<'a> {
     fn publish(&mut self, input: &mut Input<'_>) {
         let wrong = input.byte();
         self.generation += if wrong & 0x80 == 0 { 2 } else { u64::from(input.byte()) };
+        self.table_generation = self.generation.max(self.table_generation + 2);
         let header = abi::LinkHeader {
             magic: abi::LINK_MAGIC.into(),
             version: abi::ABI_VERSION.into(),
@@ -180,18 +191,11 @@ impl<'a> Hostile<'a> {
             mapping_table: abi::MAPPING_TABLE.into(),
             vring_count: (VRINGS as u32).into(),
             vring_table: abi::VRING_TABLE.into(),
-            table_generation: self.generation.into(),
+            table_generation: self.table_generation.into(),
             ..Default::default()
         };
-        for (at, (start, len, place, access)) in self.entries.iter().enumerate() {
-            let mapping = abi::Mapping {
-                iova: (IOVA + start * PAGE).into(),
-                len: (len * PAGE).into(),
-                window_offset: (DATA + place * PAGE).into(),
-                access: (*access).into(),
-                ..Default::default()
-            };
-            self.window.put(LINK + u64::from(abi::MAPPING_TABLE) + 32 * at as u64, mapping.as_bytes());
+        for (at, bytes) in self.table() {
+            self.window.put(at, &bytes);
         }
         for (at, writer) in self.writers.iter().enumerate() {
             let info = writer.places.info(writer.base);
@@ -213,6 +217,67 @@ impl<'a> Hostile<'a> {
             let value = input.field(0).to_le_bytes();
             self.window.put(at, &value[..1 << (wrong >> 2 & 3)]);
         }
+    }
+
+    /// The mapping table's bytes, and where they go.
+    fn table(&self) -> Stores {
+        let entries = self.entries.iter().enumerate().map(|(at, (start, len, place, access))| {
+            let mapping = abi::Mapping {
+                iova: (IOVA + start * PAGE).into(),
+                len: (len * PAGE).into(),
+                window_offset: (DATA + place * PAGE).into(),
+                access: (*access).into(),
+                ..Default::default()
+            };
+            (LINK + u64::from(abi::MAPPING_TABLE) + 32 * at as u64, mapping.as_bytes().to_vec())
+        });
+        entries.collect()
+    }
+
+    /// Another mapping table of the same link, as a device publishes it: the stores in their order.
+    fn fresh_table(&mut self, input: &mut Input<'_>) -> Stores {
+        if input.coin() {
+            self.fresh_entries(input);
+        }
+        self.table_generation += 2 * (1 + input.below(2));
+        let mut stores = self.table();
+        let count = (self.entries.len() as u32).to_le_bytes().to_vec();
+        stores.push((LINK + offset_of!(abi::LinkHeader, mapping_count) as u64, count));
+        stores.push((TABLE_GENERATION, self.table_generation.to_le_bytes().to_vec()));
+        stores
+    }
+
+    /// A chain of one buffer as an honest driver makes it available: room, or a packet with a header.
+    fn offer(&mut self, input: &mut Input<'_>) {
+        let choice = input.byte();
+        let vring = usize::from(choice & 3);
+        let writer = self.writers[vring];
+        let size = writer.places.size;
+        let slot = self.offered[vring] % size;
+        let place = BUFFERS + PAGE * input.below(16);
+        let mut len = [60, 76, 1526, PAGE, 9012, 30_000, 12, 0][usize::from(choice >> 2 & 7)];
+        // The owner transmits by the odd ones.
+        let is_room = vring & 1 == 0;
+        if !is_room {
+            let Spec { header, frame } = if choice & 0x20 == 0 { tcp(input) } else { any_packet(input) };
+            len = (12 + frame.len() as u64).min(BUFFERS + DATA_LEN - place);
+            self.window.put(place, &header.to_bytes());
+            self.window.put(place + 12, &frame[..frame.len().min(8 << 10)]);
+        }
+        let address = place.wrapping_add(writer.base).to_le_bytes();
+        let flags = u16::from(is_room) << 1;
+        let head = [&address[..], &(len as u32).to_le_bytes()].concat();
+        let at = writer.places.desc + 16 * u64::from(slot);
+        let round = self.offered[vring] / size;
+        self.offered[vring] = self.offered[vring].wrapping_add(1);
+        if writer.is_packed {
+            let flags = flags | if round & 1 == 0 { 1 << 7 } else { 1 << 15 };
+            self.window.put(at, &[&head[..], &slot.to_le_bytes(), &flags.to_le_bytes()].concat());
+            return;
+        }
+        self.window.put(at, &[&head[..], &flags.to_le_bytes(), &[0; 2]].concat());
+        self.window.put(writer.places.avail + 4 + 2 * u64::from(slot), &slot.to_le_bytes());
+        self.window.put(writer.places.avail + 2, &self.offered[vring].to_le_bytes());
     }
 
     /// Anything may be written where a mapping of the snapshot allows it.
@@ -259,11 +324,30 @@ impl<'a> Hostile<'a> {
                         self.fresh_entries(input);
                         self.publish(input);
                     }
-                    5 => self.publish(input),
+                    5 => match input.byte() {
+                        0..0x40 => self.publish(input),
+                        few @ 0x40..0xa0 => {
+                            let stores = self.fresh_table(input);
+                            // While the driver waits for the device, or between two calls.
+                            if few & 1 != 0 {
+                                let mut fuzzed = Fuzzed::new(input.byte());
+                                fuzzed.meanwhile = Some((self.window.memory().clone(), stores.clone()));
+                                driver.step(input, &mut fuzzed);
+                            }
+                            stores.iter().for_each(|(at, bytes)| self.window.put(*at, bytes));
+                        }
+                        count => (0..=count & 3).for_each(|_| self.offer(input)),
+                    },
                     6 => break,
                     7 => {
                         self.raced = true;
-                        scribbling = Some(scribble(self.window.memory(), words(input, LEN)));
+                        let mut words = words(input, LEN);
+                        // Also a table that changes while it is gone by.
+                        if input.coin() {
+                            let now = self.table_generation as u16;
+                            words.extend([now, now + 2, now, now + 4].map(|word| (TABLE_GENERATION, word)));
+                        }
+                        scribbling = Some(scribble(self.window.memory(), words));
                         (0..4).for_each(|_| driver.step(input, &mut Fuzzed::default()));
                     }
                     _ => {

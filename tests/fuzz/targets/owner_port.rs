@@ -4,12 +4,11 @@
 
 use std::cell::RefCell;
 
-use guest_driver_model::net::{
-    MAX_FRAME, NetHeader, OwnerConfig, OwnerLayout, OwnerPort, Packet, PacketBurst,
-};
+use guest_driver_model::net::{MAX_FRAME, OwnerConfig, OwnerLayout, OwnerPort, PacketBurst};
 use libfuzzer_sys::fuzz_target;
 use vhost_pci_fuzz::input::Input;
 use vhost_pci_fuzz::memory::Guarded;
+use vhost_pci_fuzz::packets::{Spec, packets, tcp};
 use vhost_pci_fuzz::scribbler::{scribble, words};
 
 const LEN: usize = 128 << 10;
@@ -70,11 +69,11 @@ fn step(port: &mut OwnerPort, burst: &mut PacketBurst, input: &mut Input<'_>) {
             assert!(burst.frames().all(|frame| frame.len() <= MAX_FRAME));
         }
         3 | 4 => {
-            let len = [60, 64, 1500, 3000, 20_000, 66_000, 0, 14][usize::from(choice >> 5)];
-            let frame = vec![choice; len];
-            let header = NetHeader { flags: choice >> 3 & 1, ..NetHeader::default() };
-            let packets = [Packet { header, frame: &frame }, Packet::from(&frame[..len.min(100)])];
-            if let Ok(count) = port.tx_burst(0, packets) {
+            let mut packets = packets(input);
+            if choice & 8 != 0 {
+                packets.push(tcp(input));
+            }
+            if let Ok(count) = port.tx_burst(0, packets.iter().map(Spec::packet)) {
                 assert!(count <= packets.len());
             }
         }

@@ -183,7 +183,12 @@ impl Broker {
 
     /// A duplicate of the eventfd of a queue's notifications, with the flags that they share.
     pub fn kick_descriptor(&self, queue: u32) -> OwnedFd {
-        self.state().kicks[&queue].try_clone().unwrap()
+        self.try_kick_descriptor(queue).unwrap()
+    }
+
+    /// `None` if it was not sent.
+    pub fn try_kick_descriptor(&self, queue: u32) -> Option<OwnedFd> {
+        self.state().kicks.get(&queue).and_then(|kick| kick.try_clone().ok())
     }
 
     /// Ends the connection; and, if so told, takes no other.

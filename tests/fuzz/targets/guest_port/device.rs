@@ -1,65 +1,29 @@
-//! The device as far as there is one, and packets to be transmitted.
+//! The device as far as there is one.
 
 use std::os::fd::BorrowedFd;
 
 use guest_driver_model::control::{Exchange, Job, Outcome};
-use guest_driver_model::net::{NetHeader, Packet};
 use guest_driver_model::shm::SharedMemory;
 use guest_driver_model::transport::{Transport, TransportError};
 use vhost_pci_device::abi::DeviceConfig;
-use vhost_pci_fuzz::input::Input;
 
 use crate::{CONTROL, CONTROL_LEN};
 
-/// A packet to be transmitted.
-pub struct Spec {
-    pub header: NetHeader,
-    pub frame: Vec<u8>,
-}
-
-impl Spec {
-    pub fn packet(&self) -> Packet<'_> {
-        Packet { header: self.header, frame: &self.frame }
-    }
-}
-
-pub fn packets(input: &mut Input<'_>) -> Vec<Spec> {
-    let mut specs = Vec::new();
-    for _ in 0..=input.below(5) {
-        let choice = input.byte();
-        let len =
-            [60, 64, 1500, 3000, 9000, 66_000, 0, 14][usize::from(choice & 7)] + usize::from(input.byte());
-        let mut header = NetHeader::default();
-        if choice & 8 != 0 {
-            header = NetHeader {
-                flags: input.byte() & 7,
-                gso_type: input.pick(&[0, 1, 3, 4, 5, 0x81, 0x84]),
-                hdr_len: u16::from(input.byte()),
-                gso_size: input.word(),
-                csum_start: u16::from(input.byte()),
-                csum_offset: u16::from(input.byte()),
-                num_buffers: input.word(),
-            };
-        }
-        let mut frame = vec![0; len];
-        let start = input.bytes(64);
-        let known = start.len().min(len);
-        frame[..known].copy_from_slice(&start[..known]);
-        specs.push(Spec { header, frame });
-    }
-    specs
-}
+/// Bytes, and where they go.
+pub type Stores = Vec<(u64, Vec<u8>)>;
 
 /// A device that answers by the fuzzer's choice, and has room for a little.
 #[derive(Clone, Default)]
 pub struct Fuzzed {
     choice: u8,
     next: u64,
+    /// What it stores while the driver waits for it, once.
+    pub meanwhile: Option<(SharedMemory, Stores)>,
 }
 
 impl Fuzzed {
     pub fn new(choice: u8) -> Self {
-        Self { choice, next: 0 }
+        Self { choice, next: 0, meanwhile: None }
     }
 }
 
@@ -78,6 +42,9 @@ impl Exchange for Fuzzed {
     }
 
     fn carry_out(&mut self, jobs: &mut [Job]) {
+        if let Some((memory, stores)) = self.meanwhile.take() {
+            stores.iter().for_each(|(at, bytes)| memory.write(*at, bytes).expect("inside"));
+        }
         for job in jobs {
             job.outcome = match self.choice & 3 {
                 0 | 1 => Outcome::Done,
