@@ -3,6 +3,8 @@
 
 use std::ffi::OsString;
 use std::fs;
+use std::io::stdin;
+use std::os::fd::AsFd;
 use std::path::{Path, PathBuf};
 use std::process::ExitCode;
 use std::thread;
@@ -13,11 +15,13 @@ use clap::{Parser, Subcommand};
 use nix::sys::resource::{Resource, getrlimit, setrlimit};
 use signal_hook::consts::{SIGINT, SIGTERM};
 use signal_hook::iterator::Signals;
+use tracing::warn;
 use tracing_subscriber::EnvFilter;
-use vhost_pci_switch::config::{self, Config};
+use vhost_pci_switch::config::{self, Config, Confine};
 use vhost_pci_switch::confine;
 use vhost_pci_switch::control::{client, render};
 use vhost_pci_switch::demo;
+use vhost_pci_switch::guardian::{self, Guardian};
 use vhost_pci_switch::runtime::broker::Broker;
 
 /// Where `status` and `watch` ask unless told otherwise.
@@ -66,6 +70,16 @@ enum Command {
     },
     /// Run a broker and two guest models on this machine and show what they reach.
     Demo(demo::Args),
+    /// Guard a broker's links: started by `run`.
+    #[command(hide = true)]
+    Guardian {
+        /// How long the peers' VMMs have to let go of memory.
+        #[arg(long, value_name = "MILLISECONDS")]
+        timeout_ms: u64,
+        /// The configuration's `confine`.
+        #[arg(long)]
+        confine: String,
+    },
     /// Run a guest program of the demo: the same as vhost-pci-guest.
     #[command(hide = true)]
     Guest {
@@ -103,6 +117,12 @@ fn execute(command: Command) -> anyhow::Result<()> {
         }
         Command::Watch { interval, control_socket } => watch(&control_socket, interval)?,
         Command::Demo(args) => demo::run(&args)?,
+        Command::Guardian { timeout_ms, confine } => {
+            let policy = Confine::named(&confine).context("no policy of that name")?;
+            // The broker's end of a socket is its standard input.
+            let socket = stdin().as_fd().try_clone_to_owned()?;
+            guardian::process::run(&socket, Duration::from_millis(timeout_ms), policy)?;
+        }
         Command::Guest { args } => guest_driver_model::programs::main(args)?,
     }
     Ok(())
@@ -131,12 +151,20 @@ fn run(path: &Path) -> anyhow::Result<()> {
     raise_descriptor_limit();
     // Registered before the first socket exists: none is left behind.
     let mut signals = Signals::new([SIGTERM, SIGINT])?;
+    // It is a program, and starting one is what a confined process cannot.
+    let guardian = Guardian::start(config.links.len(), config.confirm_timeout, config.confine)
+        .context("the guardian does not start")?;
     // Binding may take privileges, serving takes none: they go in between.
     let bound = Broker::bind(&config)?;
-    let confinement = confine::enter(&config)?;
-    let broker = bound.serve(confinement)?;
+    let confinement = confine::enter(config.confine, &confine::folders(&config))?;
+    if config.confine == Confine::Off {
+        warn!("confine = false: the broker keeps its capabilities, and no filter limits its system calls");
+    } else if !confinement.missing.is_empty() {
+        warn!(missing = %confinement.missing.join("; "), "the broker is confined in part");
+    }
+    let broker = bound.serve(confinement, Some(guardian))?;
     signals.forever().next();
-    drop(broker);
+    broker.leave();
     Ok(())
 }
 

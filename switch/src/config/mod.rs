@@ -70,6 +70,11 @@ impl Confine {
             Self::Require => "require",
         }
     }
+
+    /// That of this name.
+    pub fn named(name: &str) -> Option<Self> {
+        [Self::Off, Self::BestEffort, Self::Require].into_iter().find(|policy| policy.name() == name)
+    }
 }
 
 /// One owner device joined to one peer device.

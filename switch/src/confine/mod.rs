@@ -64,18 +64,16 @@ impl Confinement {
 )]
 pub struct ConfineError(Vec<String>);
 
-/// Gives up what the configuration wants given up. To be called when the sockets are bound, by a
+/// Gives up what the configuration wants given up, but for removing files from `folders`. To be called when the sockets are bound, by a
 /// process that has one thread.
 ///
 /// # Errors
 /// When something is missing that is required.
-pub fn enter(config: &Config) -> Result<Confinement, ConfineError> {
-    if config.confine == Confine::Off {
-        warn!("confine = false: the broker keeps its capabilities, and no filter limits its system calls");
+pub fn enter(policy: Confine, folders: &[PathBuf]) -> Result<Confinement, ConfineError> {
+    if policy == Confine::Off {
         return Ok(Confinement::unconfined());
     }
-    let mut now = Confinement { policy: config.confine.name().into(), ..Confinement::default() };
-    let folders = folders(config);
+    let mut now = Confinement { policy: policy.name().into(), ..Confinement::default() };
     match threads() {
         Some(1) | None => {}
         Some(count) => now.missing.push(format!("confinement of {} threads that run already", count - 1)),
@@ -86,16 +84,13 @@ pub fn enter(config: &Config) -> Result<Confinement, ConfineError> {
         now.no_capabilities = true;
         now.empty_bounding_set = dropped.empty_bounding_set;
     }
-    warn_of_what_stays(&folders);
-    now.landlock_abi = note(&mut take, "landlock", files::restrict(&folders));
+    warn_of_what_stays(folders);
+    now.landlock_abi = note(&mut take, "landlock", files::restrict(folders));
     now.system_calls = note(&mut take, "seccomp", system_calls::restrict());
-    if !now.missing.is_empty() {
-        if config.confine == Confine::Require {
-            return Err(ConfineError(now.missing));
-        }
-        warn!(missing = %now.missing.join("; "), "the broker is confined in part");
+    match policy {
+        Confine::Require if !now.missing.is_empty() => Err(ConfineError(now.missing)),
+        _ => Ok(now),
     }
-    Ok(now)
 }
 
 /// The layer's result, or a line on why there is none.
@@ -119,7 +114,7 @@ fn threads() -> Option<usize> {
 }
 
 /// The folders of the broker's sockets, each once.
-fn folders(config: &Config) -> Vec<PathBuf> {
+pub fn folders(config: &Config) -> Vec<PathBuf> {
     let links = config
         .links
         .iter()
@@ -167,6 +162,6 @@ mod tests {
             "control_socket = \"/s\"\nconfine = false\n[[link]]\nname = \"l\"\nowner_socket = \"/1\"\npeer_socket = \"/2\"\n",
         )
         .unwrap();
-        assert_eq!(enter(&config).unwrap(), Confinement::unconfined());
+        assert_eq!(enter(config.confine, &folders(&config)).unwrap(), Confinement::unconfined());
     }
 }

@@ -56,6 +56,8 @@ pub struct BrokerReport {
     pub packets: Option<u64>,
     /// What its process has given up.
     pub confinement: Confinement,
+    /// The process that takes owners' memory back when this one is killed; `None`: nobody does.
+    pub guardian: Option<u32>,
     /// Its links, in the configuration's order.
     pub links: Vec<LinkReport>,
 }

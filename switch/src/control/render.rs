@@ -22,6 +22,8 @@ pub fn broker(report: &BrokerReport) -> String {
         report.guest_bytes_mapped,
     );
     let _ = writeln!(text, "confinement: {}", confinement(&report.confinement));
+    let guardian = report.guardian.map_or_else(|| "none".to_owned(), |pid| format!("pid {pid}"));
+    let _ = writeln!(text, "guardian: {guardian}");
     for link in &report.links {
         write_link(&mut text, link);
     }

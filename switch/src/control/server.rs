@@ -16,6 +16,7 @@ use super::{Answer, BrokerReport, Query};
 use crate::confine::Confinement;
 #[cfg(debug_assertions)]
 use crate::confine::hook;
+use crate::guardian::Guardian;
 use crate::link::report::LinkReport;
 use crate::runtime::{Input, LinkPort};
 
@@ -33,6 +34,8 @@ pub struct About {
     pub ports: Vec<LinkPort>,
     /// What the process has given up.
     pub confinement: Confinement,
+    /// Who takes owners' memory back when the process is killed.
+    pub guardian: Option<Guardian>,
 }
 
 /// Clients that are served at once. More are turned away: each has a thread.
@@ -115,6 +118,7 @@ fn status(about: &About) -> BrokerReport {
         // What is copied at a driver's wish is a packet or a part of one.
         packets: mapped.filter(|bytes| *bytes == 0).map(|_| copies),
         confinement: about.confinement.clone(),
+        guardian: about.guardian.as_ref().and_then(Guardian::pid),
         links,
     }
 }

@@ -71,7 +71,18 @@ impl AreaFile {
     /// # Errors
     /// When the host gives no memory or descriptor.
     pub fn new() -> io::Result<Self> {
-        let file = sealed_memfd(c"vhost-pci areas", AREAS_LEN, SealFlag::F_SEAL_SEAL)?;
+        Self::of(sealed_memfd(c"vhost-pci areas", AREAS_LEN, SealFlag::F_SEAL_SEAL)?)
+    }
+
+    /// Those of a file that [`Self::new`] made.
+    ///
+    /// # Errors
+    /// When the host gives no memory.
+    pub fn open(file: File) -> io::Result<Self> {
+        Self::of(Arc::new(file))
+    }
+
+    fn of(file: Arc<File>) -> io::Result<Self> {
         let memory = map(&file, 0, AREAS_LEN)?;
         Ok(Self { file, memory })
     }
@@ -205,6 +216,25 @@ impl Witness {
     /// What the peer's VMM is to map.
     pub fn source(&self) -> Source {
         Source::Own(Arc::clone(&self.0))
+    }
+}
+
+impl From<File> for Witness {
+    /// The page of a file that [`Witness::new`] made.
+    fn from(file: File) -> Self {
+        Self(Arc::new(file))
+    }
+}
+
+impl AsFd for Witness {
+    fn as_fd(&self) -> BorrowedFd<'_> {
+        self.0.as_fd()
+    }
+}
+
+impl AsFd for AreaFile {
+    fn as_fd(&self) -> BorrowedFd<'_> {
+        self.file.as_fd()
     }
 }
 

@@ -23,6 +23,7 @@ use super::sockets::{self, Listener, SocketError};
 use crate::config::{Config, OneWay};
 use crate::confine::Confinement;
 use crate::control::server::About;
+use crate::guardian::{Guard, Guardian};
 use crate::link::{Fault, Link, Side};
 
 /// Why the broker cannot run.
@@ -81,7 +82,7 @@ impl Broker {
     /// # Errors
     /// When a socket is taken, or the host refuses. Nothing is left behind then.
     pub fn start(config: &Config) -> Result<Self, BrokerError> {
-        Self::bind(config)?.serve(Confinement::unconfined())
+        Self::bind(config)?.serve(Confinement::unconfined(), None)
     }
 
     /// Makes the sockets, and does all else that takes privileges. Starts no thread.
@@ -126,11 +127,12 @@ impl Broker {
 }
 
 impl Bound {
-    /// Starts the links and lets VMMs connect. `confinement` is what `status` tells of this process.
+    /// Starts the links and lets VMMs connect. `confinement` is what `status` tells of this process;
+    /// `guardian`: who takes memory back when it is killed.
     ///
     /// # Errors
     /// When the host refuses. Nothing is left behind then.
-    pub fn serve(self, confinement: Confinement) -> Result<Broker, BrokerError> {
+    pub fn serve(self, confinement: Confinement, guardian: Option<Guardian>) -> Result<Broker, BrokerError> {
         let Self { config, substitute, ports, doors } = self;
         let mut broker = Broker {
             ports: ports.clone(),
@@ -141,15 +143,18 @@ impl Bound {
             ),
         };
         let generation = first_generation();
-        for (link_config, port) in config.links.iter().zip(&ports) {
+        for (index, (link_config, port)) in config.links.iter().zip(&ports).enumerate() {
             let name = link_config.name.clone();
             let link = Link::new(link_config.clone(), config.confirm_timeout, generation)
                 .map_err(|fault| BrokerError::Link { link: name.clone(), fault })?;
             let link_id = if link_config.doorbell_socket.is_some() { new_link_id() } else { 0 };
-            port.start(LinkDriver::new(link_config, link, link_id, port.clone())?);
+            let guard = guardian
+                .as_ref()
+                .map_or_else(Guard::none, |guardian| guardian.link(index, &link_config.name, link_id));
+            port.start(LinkDriver::new(link_config, link, link_id, port.clone())?.guarded(guard));
         }
         let stop = Arc::clone(&broker.stop);
-        let about = Arc::new(About { ports, confinement });
+        let about = Arc::new(About { ports, confinement, guardian });
         let acceptor = Acceptor::new(doors, about, stop, substitute)?;
         broker.acceptor = Some(thread::Builder::new().name("acceptor".into()).spawn(move || acceptor.run())?);
         for link in config.links.iter().filter(|link| link.one_way == OneWay::Widen) {
@@ -164,13 +169,26 @@ impl Bound {
     }
 }
 
-impl Drop for Broker {
-    fn drop(&mut self) {
+impl Broker {
+    /// Removes the sockets and leaves the sessions as they are, for a process that ends right after
+    /// this: its guardian takes back what peers have and then disconnects the VMMs.
+    pub fn leave(mut self) {
+        self.remove_sockets();
+        self.ports.clear();
+    }
+
+    fn remove_sockets(&mut self) {
         // Fails only when the count is at its end, which ends the acceptor as well.
         let _ = self.stop.write(1);
         if let Some(acceptor) = self.acceptor.take() {
             drop(acceptor.join());
         }
+    }
+}
+
+impl Drop for Broker {
+    fn drop(&mut self) {
+        self.remove_sockets();
         for port in &self.ports {
             port.end();
         }
@@ -180,7 +198,7 @@ impl Drop for Broker {
 /// A generation that is even and larger than any of an earlier broker: a driver
 /// that outlives a broker sees that the link area is another. By the clock that never
 /// goes back while the host is up, since no guest outlives that.
-fn first_generation() -> u64 {
+pub(crate) fn first_generation() -> u64 {
     let up = clock_gettime(ClockId::CLOCK_BOOTTIME).map_or(Duration::ZERO, Duration::from);
     u64::try_from(up.as_micros()).unwrap_or(0) & !1
 }

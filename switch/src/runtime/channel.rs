@@ -32,8 +32,8 @@ const MAX_OPEN: usize = 64;
 /// What an answer is the answer to.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Asked {
-    /// A change of the window.
-    Window(OpId),
+    /// A change of the window; of one that unmaps, where: window offset and length, bytes.
+    Window(OpId, Option<(u64, u64)>),
     /// A change of the wiring.
     Wire(WireId),
     /// A miss.

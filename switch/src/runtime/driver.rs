@@ -4,6 +4,7 @@
 
 use std::collections::VecDeque;
 use std::io::{self, ErrorKind};
+use std::os::fd::AsFd;
 use std::os::unix::net::UnixStream;
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
@@ -24,6 +25,7 @@ use super::rate::Rate;
 use super::relay::Relay;
 use super::{Answer, ChannelId, Input, LinkPort, SessionId};
 use crate::config::{LinkConfig, Rates};
+use crate::guardian::Guard;
 use crate::link::descriptor::Eventfd;
 use crate::link::doorbell::DoorbellMessage;
 use crate::link::iommu::demand::Task;
@@ -88,6 +90,7 @@ pub struct LinkDriver {
     rates: Rates,
     wires: Vec<Wire>,
     doorbell: Option<Eventfd>,
+    guard: Guard,
     /// VMMs that were found gone: applied when the effects that led to it are run.
     failed: VecDeque<Event>,
 }
@@ -122,11 +125,18 @@ impl LinkDriver {
             link_id,
             wires: Vec::new(),
             doorbell: None,
+            guard: Guard::none(),
             failed: VecDeque::new(),
         };
         let first = driver.link.publication();
         driver.run_effects(vec![first]);
         Ok(driver)
+    }
+
+    /// Has a guardian told of what VMMs connect and have mapped.
+    pub fn guarded(mut self, guard: Guard) -> Self {
+        self.guard = guard;
+        self
     }
 
     /// When [`Self::time_passed`] has something to do.
@@ -198,6 +208,11 @@ impl LinkDriver {
         let id = SessionId(self.next_session);
         let port = self.port.clone();
         let decoder = Arc::new(Decoder::new(port.clone(), side, id));
+        // Before its first message.
+        match side {
+            Side::Owner => self.guard.owner(stream.as_fd()),
+            Side::Peer => self.guard.peer(stream.as_fd(), self.areas.as_fd()),
+        }
         let connection = Connection::new(stream, Arc::clone(&decoder));
         let line = connection.line();
         let rate = Rate::new(self.rates.messages, Instant::now());
@@ -206,6 +221,7 @@ impl LinkDriver {
             .spawn(move || serve(connection, &decoder, &port, rate, (side, id)));
         if let Err(error) = started {
             warn!(link = %self.name, side = side.name(), %error, "a connection cannot be served");
+            self.close(side);
             return;
         }
         let session = Some(Session { id, line, answer: None, channel: None });
@@ -437,6 +453,9 @@ impl LinkDriver {
         let rate = Rate::new(self.rates.messages, Instant::now());
         self.next_channel += 1;
         let id = ChannelId(self.next_channel);
+        if side == Side::Peer {
+            self.guard.channel(stream.as_fd());
+        }
         let Some(session) = self.session(side) else { return };
         match Channel::open(stream, port, side, (session.id, id), &name, rate) {
             Ok(channel) => session.channel = Some(channel),
@@ -466,7 +485,10 @@ impl LinkDriver {
             self.channel_lost(side);
         }
         match answered {
-            Some((Asked::Window(op), what)) => {
+            Some((Asked::Window(op, unmapped), what)) => {
+                if let Some((offset, len)) = unmapped.filter(|_| done) {
+                    self.guard.unmapped(op.0, offset, len);
+                }
                 let result = if done { Ok(()) } else { Err(format!("{what}: its answer was no")) };
                 self.apply(Event::WindowDone(op, result));
             }
@@ -511,14 +533,19 @@ impl LinkDriver {
     }
 
     fn change_window(&mut self, op: OpId, change: WindowOp) {
-        match self.prepare(change) {
-            Ok(message) => self.ask(Side::Peer, Asked::Window(op), message),
+        let unmapped = match &change {
+            WindowOp::Unmap(content) => Some(content.place(self.link.window_len())),
+            WindowOp::Map(_) => None,
+        };
+        let unmapped = unmapped.map(|(offset, len)| (offset.raw(), len));
+        match self.prepare(op, change) {
+            Ok(message) => self.ask(Side::Peer, Asked::Window(op, unmapped), message),
             Err(error) => warn!(link = %self.name, %error, "a change of the window cannot be made"),
         }
     }
 
     /// Fills in what the VMM has to be told.
-    fn prepare(&mut self, change: WindowOp) -> io::Result<Message> {
+    fn prepare(&mut self, op: OpId, change: WindowOp) -> io::Result<Message> {
         let content = match change {
             WindowOp::Unmap(content) => {
                 let (offset, len) = content.place(self.link.window_len());
@@ -527,12 +554,19 @@ impl LinkDriver {
             WindowOp::Map(content) => content,
         };
         let (offset, len) = content.place(self.link.window_len());
+        match &content {
+            // The first of a window that has nothing.
+            Content::LinkArea => self.guard.cleared(),
+            Content::Witness { .. } | Content::Owner(_) => self.guard.mapping(op.0, offset.raw(), len),
+            Content::ControlArea | Content::Fence => {}
+        }
         let (source, file_offset, writable) = match &content {
             // Where they are in their file is where they are in the window.
             Content::LinkArea => (self.areas.source(), offset.raw(), false),
             Content::ControlArea => (self.areas.source(), offset.raw(), true),
             Content::Witness { .. } => {
                 let witness = Arc::new(Witness::new()?);
+                self.guard.witness(witness.as_fd());
                 let source = witness.source();
                 self.witnesses.push_back(witness);
                 (source, 0, true)
@@ -564,8 +598,14 @@ impl LinkDriver {
 
     fn close(&mut self, side: Side) {
         match side {
-            Side::Owner => self.owner = None,
-            Side::Peer => self.peer = None,
+            Side::Owner => {
+                self.owner = None;
+                self.guard.owner_gone();
+            }
+            Side::Peer => {
+                self.peer = None;
+                self.guard.peer_gone();
+            }
         }
     }
 }

@@ -18,7 +18,11 @@ fuzz_target!(|bytes: &[u8]| {
     static BROKER: OnceLock<(Running, Arc<About>)> = OnceLock::new();
     let (_, about) = BROKER.get_or_init(|| {
         let link = Running::start(config());
-        let about = About { ports: vec![link.port().clone()], confinement: Confinement::unconfined() };
+        let about = About {
+            ports: vec![link.port().clone()],
+            confinement: Confinement::unconfined(),
+            guardian: None,
+        };
         (link, Arc::new(about))
     });
     let before = Census::take();

@@ -1,0 +1,229 @@
+//! A broker that is killed, with a guardian: no owner is let go while its peer has its memory.
+#![allow(clippy::unwrap_used, clippy::panic, dead_code)]
+
+#[path = "confinement/bench.rs"]
+mod bench;
+#[path = "bad_input/raw.rs"]
+mod raw;
+
+use std::fs::File;
+use std::io::{ErrorKind, Read};
+use std::os::unix::net::UnixStream;
+use std::sync::mpsc::{Receiver, Sender, channel};
+use std::thread;
+use std::time::{Duration, Instant};
+
+use bench::{Place, Running, Who};
+use nix::sys::signal::{Signal, kill};
+use nix::unistd::Pid;
+use raw::{
+    PEER_PROTOCOL, REPLY, Raw, SET_BACKEND_REQ_FD, SET_VRING_CALL, SET_VRING_ENABLE, SET_VRING_KICK, VERSION,
+    eventfd, longs, message, words,
+};
+use vhost_pci_device::abi;
+use vm_memory::{Bytes, FileOffset, GuestAddress, GuestMemoryMmap};
+use vmm_sys_util::sock_ctrl_msg::ScmSocket;
+
+const SHMEM_MAP: u32 = 9;
+
+/// What the peer's VMM was asked: to map or unmap this much here.
+type Asked = (bool, u64, u64);
+
+/// A peer's VMM that maps what is the broker's own, and says yes to everything; but it unmaps a
+/// witness only when it may.
+struct Vmm {
+    connection: Raw,
+    asked: Receiver<Asked>,
+    areas: Receiver<GuestMemoryMmap>,
+    may: Sender<()>,
+}
+
+fn map(file: File, len: u64) -> GuestMemoryMmap {
+    let range = (GuestAddress(0), len as usize, Some(FileOffset::new(file, 0)));
+    GuestMemoryMmap::from_ranges_with_files([range]).unwrap()
+}
+
+fn serve(mut channel: UnixStream, said: &Sender<Asked>, areas: &Sender<GuestMemoryMmap>, may: &Receiver<()>) {
+    let mut witness = None;
+    loop {
+        let mut bytes = [0; 12 + 40];
+        let Ok((len, file)) = channel.recv_with_fd(&mut bytes) else { return };
+        if len == 0 || (len < bytes.len() && channel.read_exact(&mut bytes[len..]).is_err()) {
+            return;
+        }
+        let request = u32::from_ne_bytes(bytes[..4].try_into().unwrap());
+        let long = |at: usize| u64::from_ne_bytes(bytes[at..at + 8].try_into().unwrap());
+        let (offset, len) = (long(28), long(36));
+        match (file, offset) {
+            (Some(file), abi::LINK_OFFSET) => drop(areas.send(map(file, len))),
+            (Some(file), abi::WITNESS_OFFSET) => witness = Some(map(file, len)),
+            (None, abi::WITNESS_OFFSET) => {
+                let _ = said.send((false, offset, len));
+                if may.recv().is_err() {
+                    // For good: it holds the page until the test ends.
+                    thread::sleep(Duration::from_secs(600));
+                }
+                drop(witness.take());
+            }
+            _ => {}
+        }
+        let _ = said.send((request == SHMEM_MAP, offset, len));
+        let answer = message(request, VERSION | REPLY, &longs(&[0]));
+        if channel.send_with_fds(&[answer.as_slice()], &[]).is_err() {
+            return;
+        }
+    }
+}
+
+impl Vmm {
+    fn start(place: &Place) -> Self {
+        let mut connection = Raw::connect(&place.at("link-peer"));
+        connection.negotiate(PEER_PROTOCOL);
+        let (mine, theirs) = UnixStream::pair().unwrap();
+        assert!(connection.done(SET_BACKEND_REQ_FD, &[], &[theirs.into()]));
+        let (said, asked) = channel();
+        let (gives, areas) = channel();
+        let (may, allowed) = channel();
+        thread::spawn(move || serve(mine, &said, &gives, &allowed));
+        for index in 0..3u32 {
+            assert!(connection.done(SET_VRING_CALL, &longs(&[index.into()]), &[eventfd()]));
+            assert!(connection.done(SET_VRING_KICK, &longs(&[index.into()]), &[eventfd()]));
+            assert!(connection.done(SET_VRING_ENABLE, &words(&[index, 1]), &[]));
+        }
+        Self { connection, asked, areas, may }
+    }
+
+    /// All that it was asked until it was this.
+    fn until(&self, last: impl Fn(&Asked) -> bool) -> Vec<Asked> {
+        let mut all = Vec::new();
+        loop {
+            all.push(self.asked.recv_timeout(bench::PATIENCE).unwrap());
+            if last(all.last().unwrap()) {
+                return all;
+            }
+        }
+    }
+}
+
+fn is_open(connection: &Raw) -> bool {
+    connection.stream.set_nonblocking(true).unwrap();
+    let read = (&connection.stream).read(&mut [0]);
+    connection.stream.set_nonblocking(false).unwrap();
+    matches!(read, Err(error) if error.kind() == ErrorKind::WouldBlock)
+}
+
+/// A broker with a link that is up.
+fn up(timeout_ms: u64) -> (Place, Running, Raw, Vmm) {
+    let place = Place::of(Who::Nobody);
+    let broker = place.start(&format!("confirm_timeout_ms = {timeout_ms}"), "");
+    let vmm = Vmm::start(&place);
+    let owner = Raw::owner(&place.at("link-owner"));
+    place.wait_until("up", |report| report["links"][0]["state"] == "up");
+    (place, broker, owner, vmm)
+}
+
+fn is_owners(asked: &Asked) -> bool {
+    asked.1 >= abi::DATA_OFFSET
+}
+
+fn ends_with_its_peers_view(signal: Signal) {
+    let (place, mut broker, mut owner, mut vmm) = up(60_000);
+    let area = vmm.areas.recv().unwrap();
+    let status = || {
+        let header = |at| area.read_obj::<u64>(GuestAddress(at)).unwrap();
+        (header(8), area.read_obj::<u32>(GuestAddress(16)).unwrap())
+    };
+    let mapped: Vec<_> = vmm.asked.try_iter().filter(|asked| asked.0 && is_owners(asked)).collect();
+    let (before, up) = status();
+    assert!(!mapped.is_empty() && up & abi::LINK_S_UP != 0);
+    broker.signal(signal);
+    broker.ends();
+    let unmapped = vmm.until(|asked| asked.1 == abi::WITNESS_OFFSET);
+    let gone: Vec<_> =
+        unmapped.iter().filter(|asked| is_owners(asked)).map(|asked| (true, asked.1, asked.2)).collect();
+    assert_eq!(gone, mapped, "all is unmapped, once, before the witness is");
+    let (after, down) = status();
+    assert!(after > before && after % 2 == 0 && down & abi::LINK_S_UP == 0, "{before} {after} {down}");
+    // The witness is mapped: so might be what was beside it.
+    thread::sleep(Duration::from_millis(100));
+    assert!(is_open(&owner) && is_open(&vmm.connection));
+    vmm.may.send(()).unwrap();
+    owner.closed();
+    vmm.connection.closed();
+    broker.logs("its guardian took back");
+    // Whoever comes next finds everything as it should be.
+    let again = place.start("", "");
+    let next = Vmm::start(&place);
+    let _owner = Raw::owner(&place.at("link-owner"));
+    place.wait_until("up again", |report| report["links"][0]["state"] == "up");
+    drop((next, again));
+}
+
+#[test]
+fn an_owner_is_let_go_when_its_peer_has_nothing_of_it_and_the_broker_was_killed() {
+    ends_with_its_peers_view(Signal::SIGKILL);
+}
+
+#[test]
+fn an_owner_is_let_go_when_its_peer_has_nothing_of_it_and_the_broker_was_told_to_end() {
+    ends_with_its_peers_view(Signal::SIGTERM);
+}
+
+#[test]
+fn an_owner_whose_peer_never_lets_go_is_let_go_when_the_time_is_over_and_that_is_said() {
+    let (_place, broker, mut owner, mut vmm) = up(700);
+    drop(std::mem::replace(&mut vmm.may, channel().0));
+    let killed = Instant::now();
+    broker.signal(Signal::SIGKILL);
+    owner.closed();
+    assert!(killed.elapsed() >= Duration::from_millis(700));
+    broker.logs("did not let go of the owner's memory in time");
+    broker.logs("still_held=1");
+}
+
+#[test]
+fn an_owner_without_a_peer_is_let_go_at_once() {
+    let place = Place::of(Who::Nobody);
+    let broker = place.start("confirm_timeout_ms = 60000", "");
+    let mut owner = Raw::owner(&place.at("link-owner"));
+    broker.signal(Signal::SIGKILL);
+    owner.closed();
+    broker.logs("windows=0");
+}
+
+#[test]
+fn a_broker_whose_guardian_is_gone_says_so_and_goes_on() {
+    let place = Place::of(Who::Nobody);
+    let broker = place.start("", "");
+    let guardian = place.report()["guardian"].as_i64().unwrap();
+    kill(Pid::from_raw(guardian as i32), Signal::SIGKILL).unwrap();
+    place.wait_until("without a guardian", |report| report["guardian"].is_null());
+    let vmm = Vmm::start(&place);
+    broker.logs("nobody takes back what peers have mapped if this broker is killed");
+    let mut owner = Raw::owner(&place.at("link-owner"));
+    place.wait_until("up", |report| report["links"][0]["state"] == "up");
+    broker.signal(Signal::SIGKILL);
+    owner.closed();
+    drop(vmm);
+}
+
+#[test]
+fn a_guardian_gives_up_what_the_broker_gives_up_and_ends_after_it() {
+    let place = Place::of(Who::Nobody);
+    let broker = place.start("confine = \"require\"", "");
+    let guardian = place.report()["guardian"].as_i64().unwrap();
+    let path = format!("/proc/{guardian}/status");
+    let status = std::fs::read_to_string(&path).unwrap();
+    let field =
+        |name: &str| status.lines().find_map(|line| line.strip_prefix(name)).unwrap().trim().to_owned();
+    assert_eq!((field("NoNewPrivs:"), field("Seccomp:")), ("1".into(), "2".into()));
+    assert_eq!((field("CapEff:"), field("CapPrm:")), ("0".repeat(16), "0".repeat(16)));
+    // The terminal's and the service manager's word is not for it.
+    for signal in [Signal::SIGTERM, Signal::SIGINT, Signal::SIGHUP] {
+        kill(Pid::from_raw(guardian as i32), signal).unwrap();
+    }
+    thread::sleep(Duration::from_millis(50));
+    assert_eq!(place.report()["guardian"].as_i64(), Some(guardian));
+    broker.signal(Signal::SIGKILL);
+    broker.logs("its guardian took back");
+}
