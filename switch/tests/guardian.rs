@@ -144,6 +144,8 @@ fn ends_with_its_peers_view(signal: Signal) {
     assert_eq!(gone, mapped, "all is unmapped, once, before the witness is");
     let (after, down) = status();
     assert!(after > before && after % 2 == 0 && down & abi::LINK_S_UP == 0, "{before} {after} {down}");
+    // What QEMU does before anything else.
+    assert!(vmm.connection.done(raw::REM_MEM_REG, &[0; 40], &[]));
     // The witness is mapped: so might be what was beside it.
     thread::sleep(Duration::from_millis(100));
     assert!(is_open(&owner) && is_open(&vmm.connection));

@@ -14,9 +14,11 @@
 //! | [`table`] | what is mapped in the windows, in memory that both have |
 //! | [`process`] | the guardian: takes messages until the broker is gone |
 //! | [`takedown`] | what it does then, with one link |
+//! | [`stand_in`] | answers the peer's VMM meanwhile |
 
 pub mod message;
 pub mod process;
+pub mod stand_in;
 pub mod table;
 pub mod takedown;
 

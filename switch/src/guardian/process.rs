@@ -3,7 +3,7 @@
 
 use std::collections::VecDeque;
 use std::fs::File;
-use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
+use std::os::fd::{AsFd, OwnedFd};
 use std::sync::Arc;
 use std::sync::atomic::AtomicBool;
 use std::time::{Duration, Instant};
@@ -117,15 +117,15 @@ fn take_back(links: Vec<Held>, table: &Table, timeout: Duration) {
 
 /// Waits until a VMM has answered, or reads again, or it is time to look.
 fn wait(open: &VecDeque<Takedown>, pause: Duration) {
-    let channels: Vec<(BorrowedFd<'_>, _)> = open.iter().filter_map(Takedown::waits_for).collect();
-    let mut channels: Vec<_> = channels.into_iter().map(|(fd, flags)| PollFd::new(fd, flags)).collect();
+    let vmms = open.iter().flat_map(Takedown::waits_for);
+    let mut vmms: Vec<_> = vmms.map(|(connection, flags)| PollFd::new(connection, flags)).collect();
     // Shorter than poll(2) can wait.
-    if channels.is_empty() || pause < Duration::from_millis(1) {
+    if pause < Duration::from_millis(1) {
         thread::sleep(pause);
         return;
     }
     let timeout = PollTimeout::try_from(pause).unwrap_or(PollTimeout::ZERO);
-    if let Err(error) = poll(&mut channels, timeout) {
+    if let Err(error) = poll(&mut vmms, timeout) {
         // A signal, or too little memory: looking more often than need be is all that follows.
         let _: io::Error = error.into();
         thread::sleep(pause);

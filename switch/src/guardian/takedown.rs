@@ -17,6 +17,7 @@ use rustix::net::{RecvFlags, SendFlags, recv, send};
 use tracing::warn;
 use vhost_pci_device::abi;
 
+use super::stand_in::StandIn;
 use crate::link::message::{Generations, LinkContents};
 use crate::runtime::areas::{AreaFile, LinkArea, Witness};
 use crate::runtime::backend_message::{self, HEADER_LEN, REPLY_LEN};
@@ -49,6 +50,7 @@ pub struct Held {
 pub struct Takedown {
     // The connections close with it, and not before.
     held: Held,
+    stand_in: StandIn,
     witnesses: Vec<Witness>,
     unsent: VecDeque<Vec<u8>>,
     /// Bytes of answers that have not come.
@@ -71,12 +73,8 @@ impl Takedown {
         }
         let unmap = |(offset, len)| backend_message::unmap(offset, len).bytes;
         let witnesses = held.witnesses.drain(..).map(Witness::from).collect();
-        Some(Self {
-            held,
-            witnesses,
-            unsent: owners.into_iter().chain(own).map(unmap).collect(),
-            unanswered: 0,
-        })
+        let unsent = owners.into_iter().chain(own).map(unmap).collect();
+        Some(Self { held, stand_in: StandIn::default(), witnesses, unsent, unanswered: 0 })
     }
 
     /// The link's.
@@ -92,17 +90,21 @@ impl Takedown {
             // The VMM is gone, or going: only the kernel tells now.
             self.held.channel = None;
         }
+        if let Some(peer) = &self.held.peer
+            && self.stand_in.answer(peer.as_fd()).is_err()
+        {
+            self.held.peer = None;
+        }
         let asked = self.held.channel.is_none() || (self.unsent.is_empty() && self.unanswered == 0);
         asked && self.witnesses.iter().all(|witness| witness.is_gone().unwrap_or(false))
     }
 
     /// What it waits for besides time.
-    pub fn waits_for(&self) -> Option<(BorrowedFd<'_>, PollFlags)> {
-        let channel =
-            self.held.channel.as_ref().filter(|_| !self.unsent.is_empty() || self.unanswered > 0)?;
+    pub fn waits_for(&self) -> impl Iterator<Item = (BorrowedFd<'_>, PollFlags)> {
         let mut flags = PollFlags::POLLIN;
         flags.set(PollFlags::POLLOUT, !self.unsent.is_empty() && has_room(self.unanswered));
-        Some((channel.as_fd(), flags))
+        let channel = self.held.channel.iter().map(move |channel| (channel.as_fd(), flags));
+        channel.chain(self.held.peer.iter().map(|peer| (peer.as_fd(), PollFlags::POLLIN)))
     }
 }
 
