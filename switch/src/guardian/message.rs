@@ -1,5 +1,5 @@
 //! What the broker tells its guardian: a datagram each, on a socket of type SOCK_SEQPACKET, which
-//! keeps their order. Nothing is answered.
+//! keeps their order. The first is answered with the same, when the guardian is ready; no other is.
 //!
 //! Bytes: the kind, 1; 3 of padding; the link's number, 4; its `link_id`, 8; the rest is its name.
 //! In the host's order: both ends are the same program.

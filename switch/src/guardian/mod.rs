@@ -9,7 +9,7 @@
 //!
 //! | file | what it holds |
 //! |---|---|
-//! | this | the broker's side: telling the guardian, which never answers |
+//! | this | the broker's side: telling the guardian, which answers once, when it is ready |
 //! | [`message`] | what it is told |
 //! | [`table`] | what is mapped in the windows, in memory that both have |
 //! | [`process`] | the guardian: takes messages until the broker is gone |
@@ -30,7 +30,9 @@ use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
-use nix::sys::socket::{AddressFamily, SockFlag, SockType, setsockopt, socketpair, sockopt::SendTimeout};
+use nix::sys::socket::{
+    AddressFamily, SockFlag, SockType, setsockopt, socketpair, sockopt::ReceiveTimeout, sockopt::SendTimeout,
+};
 use nix::sys::time::TimeVal;
 use tracing::error;
 
@@ -38,6 +40,8 @@ use self::message::{Kind, Message};
 use self::table::{Spans, Table};
 use crate::config::Confine;
 
+/// How long the guardian may take to start.
+const START: Duration = Duration::from_secs(20);
 /// How long the guardian may take to read. It does nothing but read, so that only one that was
 /// stopped, or is gone, takes longer than a moment.
 const PATIENCE: Duration = Duration::from_secs(1);
@@ -74,9 +78,14 @@ impl Guardian {
             .current_dir("/")
             .spawn()?;
         setsockopt(&ours, SendTimeout, &TimeVal::new(PATIENCE.as_secs() as i64, 0))?;
+        setsockopt(&ours, ReceiveTimeout, &TimeVal::new(START.as_secs() as i64, 0))?;
         let guardian = Self(Arc::new(Inner { socket: ours, table, lost: AtomicBool::new(false), process }));
         guardian.tell(Message::new(Kind::Table, links as u32), &[guardian.0.table.file()]);
-        Ok(guardian)
+        // It is confined by then, or is gone and has said why.
+        match message::receive(guardian.0.socket.as_fd())? {
+            Some(_) => Ok(guardian),
+            None => Err(io::Error::other("it has ended")),
+        }
     }
 
     /// Its process, if it is there.

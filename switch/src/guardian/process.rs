@@ -45,6 +45,7 @@ pub fn run(socket: &OwnedFd, timeout: Duration, policy: Confine) -> anyhow::Resu
     let mut links: Vec<Held> = (0..links).map(|_| Held::default()).collect();
     // What is missing the broker has told of, which has the same.
     confine::enter(policy, &[])?;
+    message::send(socket.as_fd(), &Message::new(Kind::Table, links.len() as u32), &[])?;
     loop {
         match message::receive(socket.as_fd()) {
             Ok(Some((message, descriptors))) => take(&mut links, message, descriptors),
