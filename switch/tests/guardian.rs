@@ -54,23 +54,24 @@ fn serve(mut channel: UnixStream, said: &Sender<Asked>, areas: &Sender<GuestMemo
         let request = u32::from_ne_bytes(bytes[..4].try_into().unwrap());
         let long = |at: usize| u64::from_ne_bytes(bytes[at..at + 8].try_into().unwrap());
         let (offset, len) = (long(28), long(36));
+        let takes_witness = file.is_none() && offset == abi::WITNESS_OFFSET;
         match (file, offset) {
             (Some(file), abi::LINK_OFFSET) => drop(areas.send(map(file, len))),
             (Some(file), abi::WITNESS_OFFSET) => witness = Some(map(file, len)),
-            (None, abi::WITNESS_OFFSET) => {
-                let _ = said.send((false, offset, len));
-                if may.recv().is_err() {
-                    // For good: it holds the page until the test ends.
-                    thread::sleep(Duration::from_secs(600));
-                }
-                drop(witness.take());
-            }
             _ => {}
         }
         let _ = said.send((request == SHMEM_MAP, offset, len));
+        // As QEMU does, before it acts.
         let answer = message(request, VERSION | REPLY, &longs(&[0]));
         if channel.send_with_fds(&[answer.as_slice()], &[]).is_err() {
             return;
+        }
+        if takes_witness {
+            if may.recv().is_err() {
+                // For good: it holds the page until the test ends.
+                thread::sleep(Duration::from_secs(600));
+            }
+            drop(witness.take());
         }
     }
 }
