@@ -29,7 +29,7 @@ use vhost_pci_fuzz::ring_writer::Writer;
 use vhost_pci_fuzz::scribbler::{Scribbling, scribble, words};
 use zerocopy::IntoBytes;
 
-use crate::device::{Fake, Fuzzed, Stores};
+use crate::device::{Fake, Fuzzed, Stores, store};
 
 /// The window: link area, control area, the owner's memory. Shorter than a real one.
 const LINK: u64 = 0;
@@ -414,6 +414,8 @@ impl<'t> Driver<'t> {
         let choice = input.byte();
         let pair = u16::from(choice >> 4 & 1);
         let budget = usize::from(input.byte());
+        // The device stores between two packets, or when it is asked.
+        let mut between = if budget & 1 == 0 { None } else { fuzzed.meanwhile.take() };
         // The device by the control ring, by the fuzzer's choice, or not at all.
         let mut by_ring = self
             .control
@@ -438,7 +440,13 @@ impl<'t> Driver<'t> {
             }
             4..=6 => {
                 let packets = packets(input);
-                if let Ok(count) = port.tx_burst_by(exchange, pair, packets.iter().map(Spec::packet)) {
+                let each = packets.iter().enumerate().map(|(at, spec)| {
+                    if at > 0 {
+                        store(&mut between);
+                    }
+                    spec.packet()
+                });
+                if let Ok(count) = port.tx_burst_by(exchange, pair, each) {
                     assert!(count <= packets.len());
                 }
             }

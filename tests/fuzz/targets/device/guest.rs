@@ -113,7 +113,10 @@ fn value(input: &mut Input<'_>) -> u64 {
 
 fn offset(input: &mut Input<'_>) -> u64 {
     match input.byte() {
-        choice @ 0..0xe0 => STRUCTURES[usize::from(choice) % STRUCTURES.len()] + u64::from(input.byte()),
+        choice @ 0..0xe0 => {
+            let within = if choice & 8 == 0 { 0 } else { u64::from(input.byte()) };
+            STRUCTURES[usize::from(choice) % STRUCTURES.len()] + within
+        }
         choice @ 0xe0..0xf0 => STRUCTURES[usize::from(choice) % STRUCTURES.len()].wrapping_sub(2),
         _ => input.field(0),
     }

@@ -11,6 +11,15 @@ use crate::{CONTROL, CONTROL_LEN};
 
 /// Bytes, and where they go.
 pub type Stores = Vec<(u64, Vec<u8>)>;
+/// Stores that are still to be made.
+pub type Meanwhile = Option<(SharedMemory, Stores)>;
+
+/// Makes them, once.
+pub fn store(meanwhile: &mut Meanwhile) {
+    if let Some((memory, stores)) = meanwhile.take() {
+        stores.iter().for_each(|(at, bytes)| memory.write(*at, bytes).expect("inside"));
+    }
+}
 
 /// A device that answers by the fuzzer's choice, and has room for a little.
 #[derive(Clone, Default)]
@@ -18,7 +27,7 @@ pub struct Fuzzed {
     choice: u8,
     next: u64,
     /// What it stores while the driver waits for it, once.
-    pub meanwhile: Option<(SharedMemory, Stores)>,
+    pub meanwhile: Meanwhile,
 }
 
 impl Fuzzed {
@@ -42,9 +51,7 @@ impl Exchange for Fuzzed {
     }
 
     fn carry_out(&mut self, jobs: &mut [Job]) {
-        if let Some((memory, stores)) = self.meanwhile.take() {
-            stores.iter().for_each(|(at, bytes)| memory.write(*at, bytes).expect("inside"));
-        }
+        store(&mut self.meanwhile);
         for job in jobs {
             job.outcome = match self.choice & 3 {
                 0 | 1 => Outcome::Done,
