@@ -20,6 +20,8 @@ use crate::config::LinkConfig;
 /// Memory slots that a peer's front-end may use; it reports every mapping of the
 /// window back as one.
 const MEMORY_SLOTS: u64 = 509;
+/// The most bytes of the config space in one answer: no config space of vhost-user is longer.
+const MAX_CONFIG_LEN: u32 = 4096;
 
 /// Protocol features offered to a peer's front-end.
 pub fn protocol_features() -> u64 {
@@ -188,6 +190,11 @@ impl PeerSession {
             }
             Request::GetQueueNum => Reply::Number(self.queues.len() as u64),
             Request::GetMaxMemSlots => Reply::Number(MEMORY_SLOTS),
+            Request::GetConfig { len, .. } if len > MAX_CONFIG_LEN => {
+                return Err(Fault::Message(format!(
+                    "{len} bytes of the config space are asked for at once; at most {MAX_CONFIG_LEN} can be"
+                )));
+            }
             Request::GetConfig { offset, len } => Reply::Config(self.config_bytes(offset, len)),
             // The config space is read-only: a guest that writes it changes nothing.
             Request::SetConfig => Reply::Done,

@@ -293,6 +293,17 @@ fn the_peers_memory_and_ring_addresses_are_not_looked_at() {
 }
 
 #[test]
+fn more_of_the_config_space_than_an_answer_can_hold_is_refused_and_not_made() {
+    for (len, is_taken) in [(4096, true), (4097, false), (u32::MAX, false)] {
+        let mut bench = Bench::new();
+        bench.connect(Side::Peer);
+        bench.peer(Request::GetConfig { offset: 0, len });
+        assert_eq!(bench.is_connected(Side::Peer), is_taken, "{len}");
+        assert_eq!(matches!(bench.peer_reply, Some(Reply::Config(_))), is_taken, "{len}");
+    }
+}
+
+#[test]
 fn the_config_space_reads_as_zero_past_its_end_and_takes_no_writes() {
     let mut bench = Bench::new();
     bench.connect(Side::Peer);
