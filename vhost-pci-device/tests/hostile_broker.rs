@@ -3,8 +3,9 @@
 
 mod support;
 
-use std::io::IoSliceMut;
-use std::os::fd::OwnedFd;
+use std::io::{IoSliceMut, Write};
+use std::net::{TcpListener, TcpStream};
+use std::os::fd::{AsFd, OwnedFd};
 use std::os::unix::net::UnixStream;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
@@ -17,10 +18,10 @@ use rustix::io::{ReadWriteFlags, preadv2, write};
 use rustix::net::{
     AddressFamily, SocketAddrUnix, SocketFlags, SocketType, accept, bind, connect, listen, socket_with,
 };
-use support::broker::{Broker, Features};
+use support::broker::{Broker, Features, SHMEM_MAP, longs, message, send};
 use support::guest::{DATA, REGISTERS_AT};
 use support::vmm::FakeVmm;
-use support::{Bench, eventually};
+use support::{Bench, PAGE, VRINGS, eventually, file};
 use vhost_pci_device::{Device, Options};
 
 /// What is to be done in this time, or the test fails.
@@ -164,4 +165,53 @@ fn an_eventfd_that_is_left_full_and_blocking_keeps_no_signal_of_the_loss() {
     bench.vmm.interrupts(DATA + u32::from(QUEUE));
     bench.broker.die(true);
     eventually("the driver is woken", || bench.vmm.interrupts(DATA + u32::from(QUEUE)) > 0);
+}
+
+/// A connection whose last close takes a minute, as its other end, which comes second, reads nothing.
+fn lingering() -> (TcpStream, TcpStream) {
+    let listener = TcpListener::bind("127.0.0.1:0").unwrap();
+    let mut slow = TcpStream::connect(listener.local_addr().unwrap()).unwrap();
+    let (other, _) = listener.accept().unwrap();
+    rustix::net::sockopt::set_socket_linger(&slow, Some(Duration::from_secs(60))).unwrap();
+    slow.set_nonblocking(true).unwrap();
+    while slow.write(&[0; 65536]).is_ok() {}
+    (slow, other)
+}
+
+#[test]
+fn a_descriptor_whose_close_takes_its_time_keeps_neither_the_next_connection_nor_the_drop() {
+    let bench = Bench::started();
+    let (slow, other) = lingering();
+    let channel = bench.broker.channel();
+    let bytes = message(SHMEM_MAP, 9, &longs(&[0, 0, 2 << 20, PAGE, 1]));
+    // The device has it with the header, so that the last to close it is the device.
+    send(&channel, &bytes[..12], &[slow.as_fd()]).unwrap();
+    drop(slow);
+    send(&channel, &bytes[12..], &[]).unwrap();
+    thread::sleep(Duration::from_millis(100));
+    bench.broker.die(false);
+    eventually("another connection", || bench.broker.connections() == 2);
+    bench.broker.wait_until_started(VRINGS + 1);
+    let memory = file(PAGE);
+    eventually("a mapping by it", || bench.broker.map(2 << 20, PAGE, &memory, 0, true));
+    drop(channel);
+    let vmm = bench.vmm.clone();
+    in_time("the drop", move || drop(bench));
+    assert_eq!(vmm.registered(), (0, 0));
+    assert!(vmm.slots().is_empty() && vmm.traps().is_empty());
+    // Otherwise its close would keep this process.
+    drop(other);
+}
+
+#[test]
+fn a_descriptor_that_nobody_takes_from_the_socket_keeps_neither_the_next_connection_nor_the_drop() {
+    let bench = Bench::started();
+    let (slow, other) = lingering();
+    // Unasked; closed by the kernel with the socket in which it waits.
+    send(&bench.broker.main(), &message(1, 5, &longs(&[0])), &[slow.as_fd()]).unwrap();
+    drop(slow);
+    eventually("another connection", || bench.broker.connections() == 2);
+    bench.broker.wait_until_started(VRINGS + 1);
+    in_time("the drop", move || drop(bench));
+    drop(other);
 }

@@ -28,7 +28,7 @@ use std::net::Shutdown;
 use std::os::fd::BorrowedFd;
 use std::os::unix::net::UnixStream;
 use std::path::Path;
-use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError, TryLockError};
+use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
@@ -40,6 +40,7 @@ use self::events::Pair;
 pub(crate) use self::function::Desired;
 use self::function::Function;
 use self::signals::{Signaller, Signals};
+use crate::frontend::ending::await_end;
 use crate::frontend::handshake::Connection;
 pub use crate::frontend::handshake::HandshakeError;
 use crate::frontend::lines::Lines;
@@ -53,6 +54,8 @@ use crate::window::{Refusal, Request, Window};
 
 /// How long a refusal waits for the broker to learn that the device was stopped.
 const STOP_TIME: Duration = Duration::from_secs(2);
+/// How long the drop of a device waits for the thread that talks to the broker.
+const END_TIME: Duration = Duration::from_secs(1);
 
 /// What a VMM chooses for a device.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
@@ -88,7 +91,9 @@ pub struct Snapshot {
 
 /// A vhost-pci device: one PCI function. Its methods can be called by any thread at any time, with
 /// any offset, length and alignment; none waits for the broker. Dropping it takes the function
-/// away: nothing is registered, mapped or open any more when the drop returns.
+/// away: nothing is registered, mapped or open any more when the drop returns. (Of a broker that sent
+/// a descriptor whose close takes its time, a thread and what is open may outlive it for as long;
+/// nothing that is registered, and nothing that the guest could reach.)
 pub struct Device {
     shared: Arc<Shared>,
     bars: [BarInfo; 2],
@@ -107,8 +112,6 @@ pub(crate) struct Shared {
     pub pairs: Arc<Vec<Pair>>,
     /// Wakes the device's thread.
     pub wake: EventFd,
-    /// Held while a request of the broker's is taken, carried out and answered.
-    serving: Mutex<()>,
     /// What ends the conversation that is under way when it is shut down; or that the device is
     /// going away.
     current: Mutex<Current>,
@@ -121,7 +124,7 @@ struct Current {
     ending: bool,
 }
 
-fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
+pub(crate) fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
     // A panic inside is a defect of the VMM's methods; the registers are whole between two calls.
     mutex.lock().unwrap_or_else(PoisonError::into_inner)
 }
@@ -171,7 +174,6 @@ impl Device {
             window,
             pairs,
             wake: event::new()?,
-            serving: Mutex::new(()),
             current: Mutex::default(),
             lines: Mutex::new(Lines::new(Instant::now())),
         });
@@ -252,8 +254,7 @@ impl Drop for Device {
         self.reset();
         self.shared.end();
         if let Some(thread) = self.thread.take() {
-            // A panic of it was reported by the panic hook.
-            let _ = thread.join();
+            await_end(&thread, END_TIME);
         }
     }
 }
@@ -280,20 +281,6 @@ impl Shared {
             let _ = stream.shutdown(Shutdown::Both);
         }
         event::signal(&self.wake);
-    }
-
-    /// Held by the channel's thread for each request.
-    pub fn serving(&self) -> MutexGuard<'_, ()> {
-        lock(&self.serving)
-    }
-
-    /// As [`serving`](Self::serving), unless a request is being served.
-    pub fn try_serving(&self) -> Option<MutexGuard<'_, ()>> {
-        match self.serving.try_lock() {
-            Ok(guard) => Some(guard),
-            Err(TryLockError::Poisoned(guard)) => Some(guard.into_inner()),
-            Err(TryLockError::WouldBlock) => None,
-        }
     }
 
     /// Whether the VMM is to be asked [`again`](Self::settle_again).

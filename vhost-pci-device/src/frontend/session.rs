@@ -14,7 +14,8 @@ use std::time::{Duration, Instant};
 
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
 
-use super::channel;
+use super::channel::Channel;
+use super::ending;
 use super::handshake::{Connection, Geometry, HandshakeError};
 use crate::device::{Desired, Shared};
 use crate::sys::event;
@@ -109,11 +110,11 @@ fn wait(shared: &Shared, pause: Duration) {
 /// Waits until the channel's thread has answered what the broker asked for before it knew of the
 /// stop: that is about a device that is no more, not about the next start's. Not for long, and not if the
 /// driver wants something else meanwhile.
-fn answer_all(shared: &Shared, channel: &UnixStream, desired: &Desired) -> io::Result<()> {
+fn answer_all(shared: &Shared, channel: &Channel, socket: &UnixStream, desired: &Desired) -> io::Result<()> {
     let until = Instant::now() + ANSWERS_TIME;
     while !shared.is_ending() && Instant::now() < until && shared.desired() == *desired {
-        if let Some(_idle) = shared.try_serving()
-            && rustix::io::ioctl_fionread(channel)? == 0
+        if let Some(_idle) = channel.try_idle()
+            && rustix::io::ioctl_fionread(socket)? == 0
         {
             break;
         }
@@ -125,20 +126,20 @@ fn answer_all(shared: &Shared, channel: &UnixStream, desired: &Desired) -> io::R
 /// One connection's life.
 fn serve(shared: &Arc<Shared>, mut connection: Connection) -> Result<(), HandshakeError> {
     shared.set_current(Some(connection.main.try_clone()?));
-    let channel = channel::spawn(shared.clone(), &connection.channel, &connection.main, connection.wiring)?;
+    let channel = Channel::spawn(shared, &connection.channel, &connection.main, connection.wiring)?;
     shared.connected(connection.wiring);
-    let result = converse(shared, &mut connection);
+    let result = converse(shared, &mut connection, &channel);
     // Locally first: whoever looks at the sockets' end finds nothing in the guest's reach.
     shared.lost();
     shared.set_current(None);
     let _ = connection.main.shutdown(Shutdown::Both);
     let _ = connection.channel.shutdown(Shutdown::Both);
-    // A panic of it was reported by the panic hook.
-    let _ = channel.join();
+    channel.end();
+    ending::close(connection);
     result
 }
 
-fn converse(shared: &Shared, connection: &mut Connection) -> Result<(), HandshakeError> {
+fn converse(shared: &Shared, connection: &mut Connection, channel: &Channel) -> Result<(), HandshakeError> {
     let mut told = Desired::default();
     loop {
         event::drain(&shared.wake);
@@ -150,7 +151,7 @@ fn converse(shared: &Shared, connection: &mut Connection) -> Result<(), Handshak
             if !told.queues.is_empty() {
                 connection.stop(&told.queues)?;
                 shared.settled(desired.epoch);
-                answer_all(shared, &connection.channel, &desired)?;
+                answer_all(shared, channel, &connection.channel, &desired)?;
             }
             if shared.begin(&desired) {
                 connection.start(&desired.queues, &shared.pairs)?;

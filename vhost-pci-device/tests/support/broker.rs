@@ -206,6 +206,10 @@ impl Broker {
         self.state().refusing = false;
     }
 
+    pub fn main(&self) -> UnixStream {
+        self.state().main.as_ref().unwrap().try_clone().unwrap()
+    }
+
     pub fn channel(&self) -> UnixStream {
         self.state().channel.as_ref().unwrap().try_clone().unwrap()
     }
