@@ -1,11 +1,8 @@
 //! The control ring against a device that answers from within the doorbell.
 #![allow(clippy::unwrap_used)]
 
-use std::os::fd::AsFd;
 use std::sync::Mutex;
 
-use nix::sys::memfd::{MFdFlags, memfd_create};
-use nix::unistd::ftruncate;
 use vhost_pci_device::abi::DeviceConfig;
 
 use super::*;
@@ -39,10 +36,7 @@ fn attach(generation: u64, interrupt: bool) -> Command {
 
 impl Fake {
     fn new(device: Device) -> Self {
-        let len = 1 << 20;
-        let file = memfd_create(c"test", MFdFlags::MFD_CLOEXEC).unwrap();
-        ftruncate(&file, len).unwrap();
-        let window = SharedMemory::map(file.as_fd(), 0, len as usize).unwrap();
+        let window = SharedMemory::private(1 << 20).unwrap();
         let config = DeviceConfig {
             control_offset: AREA.into(),
             control_len: abi::CONTROL_LEN.into(),

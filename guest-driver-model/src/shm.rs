@@ -164,6 +164,14 @@ impl SharedMemory {
         Ok(Arc::new(MappedRange::of_file(fd, file_offset, len)?).shared())
     }
 
+    /// Zeroed memory of this process, shared by its threads: where there is no other VM.
+    ///
+    /// # Errors
+    /// What mmap answers; `InvalidInput` if `len` is 0.
+    pub fn private(len: usize) -> io::Result<Self> {
+        Ok(Arc::new(MappedRange::private(len)?).shared())
+    }
+
     /// Takes memory that something else mapped.
     ///
     /// # Safety

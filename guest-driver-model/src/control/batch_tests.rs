@@ -2,12 +2,10 @@
 //! later, in any order.
 #![allow(clippy::unwrap_used)]
 
-use std::os::fd::{AsFd, BorrowedFd};
+use std::os::fd::BorrowedFd;
 use std::sync::Mutex;
 use std::sync::atomic::{AtomicBool, Ordering};
 
-use nix::sys::memfd::{MFdFlags, memfd_create};
-use nix::unistd::ftruncate;
 use vhost_pci_device::abi::DeviceConfig;
 
 use super::*;
@@ -48,10 +46,7 @@ struct Fake {
 
 impl Fake {
     fn new(rule: impl FnMut(&Seen) -> Option<u32> + Send + 'static) -> Self {
-        let len = 1 << 20;
-        let file = memfd_create(c"test", MFdFlags::MFD_CLOEXEC).unwrap();
-        ftruncate(&file, len).unwrap();
-        let window = SharedMemory::map(file.as_fd(), 0, len as usize).unwrap();
+        let window = SharedMemory::private(1 << 20).unwrap();
         let config = DeviceConfig {
             control_offset: AREA.into(),
             control_len: abi::CONTROL_LEN.into(),

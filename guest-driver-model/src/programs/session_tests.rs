@@ -3,11 +3,9 @@
 #![allow(clippy::unwrap_used)]
 
 use std::mem::offset_of;
-use std::os::fd::{AsFd, BorrowedFd};
+use std::os::fd::BorrowedFd;
 use std::sync::Mutex;
 
-use nix::sys::memfd::{MFdFlags, memfd_create};
-use nix::unistd::ftruncate;
 use vhost_pci_device::abi::DeviceConfig;
 
 use super::*;
@@ -43,9 +41,7 @@ struct Fake {
 
 impl Fake {
     fn new() -> Self {
-        let file = memfd_create(c"test", MFdFlags::MFD_CLOEXEC).unwrap();
-        ftruncate(&file, 4 << 20).unwrap();
-        let window = SharedMemory::map(file.as_fd(), 0, 4 << 20).unwrap();
+        let window = SharedMemory::private(4 << 20).unwrap();
         let config = crate::transport::parse_config(&crate::transport::tests::config_bytes(4 << 20, 2));
         let state = State { answers: true, ..State::default() };
         Self { config, window, state: Mutex::new(state) }

@@ -2,10 +2,6 @@
 //! other VM changes it between two (CVE-2026 group, and before it every double fetch).
 #![allow(clippy::unwrap_used)]
 
-use std::os::fd::AsFd;
-
-use nix::sys::memfd::{MFdFlags, memfd_create};
-
 use super::{
     Buffer, ChainBurst, DeviceRing, Direction, DriverRing, IndirectTables, RingConfig, RingFeatures,
     RingPlaces,
@@ -14,9 +10,7 @@ use crate::shm::{SharedMemory, trace};
 use crate::translate::{Access, Mapping, Translation};
 
 pub(crate) fn memory(len: u64) -> SharedMemory {
-    let fd = memfd_create("fetch", MFdFlags::empty()).unwrap();
-    nix::unistd::ftruncate(&fd, len as i64).unwrap();
-    SharedMemory::map(fd.as_fd(), 0, len as usize).unwrap()
+    SharedMemory::private(len as usize).unwrap()
 }
 
 /// Panics if two of the ranges share a byte.

@@ -48,21 +48,27 @@ impl MappedRange {
     /// # Errors
     /// What mmap or mlock answers, the latter `ENOMEM` if `ulimit -l` is too low.
     pub fn locked_pages(len: usize) -> io::Result<Self> {
+        let pages = Self::anonymous(len, MapFlags::MAP_SHARED | MapFlags::MAP_POPULATE)?;
+        // SAFETY: the range is the mapping just made, which `pages` owns.
+        unsafe { mlock(pages.base, pages.len.get()) }?;
+        Ok(pages)
+    }
+
+    /// Zeroed pages of this process alone.
+    ///
+    /// # Errors
+    /// What mmap answers; `InvalidInput` if `len` is 0.
+    pub fn private(len: usize) -> io::Result<Self> {
+        Self::anonymous(len, MapFlags::MAP_PRIVATE)
+    }
+
+    fn anonymous(len: usize, flags: MapFlags) -> io::Result<Self> {
         let len = length(len)?;
+        let access = ProtFlags::PROT_READ | ProtFlags::PROT_WRITE;
         // SAFETY: a new mapping at an address that the kernel chooses replaces
         // nothing; it is given back by `Drop` alone.
-        let base = unsafe {
-            mmap_anonymous(
-                None,
-                len,
-                ProtFlags::PROT_READ | ProtFlags::PROT_WRITE,
-                MapFlags::MAP_SHARED | MapFlags::MAP_POPULATE,
-            )
-        }?;
-        let pages = Self { base, len };
-        // SAFETY: the range is the mapping just made, which `pages` owns.
-        unsafe { mlock(base, len.get()) }?;
-        Ok(pages)
+        let base = unsafe { mmap_anonymous(None, len, access, flags) }?;
+        Ok(Self { base, len })
     }
 
     /// Where the range starts in this process.

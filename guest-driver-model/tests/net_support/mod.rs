@@ -27,11 +27,11 @@ pub fn memfd(len: u64) -> OwnedFd {
 }
 
 pub fn shared(len: u64) -> SharedMemory {
-    SharedMemory::map(memfd(len).as_fd(), 0, len as usize).unwrap()
+    SharedMemory::private(len as usize).unwrap()
 }
 
 /// One file, mapped twice: as the owner's memory, and as a window in which it appears
-/// at `DATA_OFFSET`.
+/// at `DATA_OFFSET`. Miri has no files in memory: there it is mapped once.
 pub struct TwoViews {
     pub owner: SharedMemory,
     pub window: SharedMemory,
@@ -40,6 +40,10 @@ pub struct TwoViews {
 impl TwoViews {
     pub fn new(owner_len: u64) -> Self {
         let len = abi::DATA_OFFSET + owner_len;
+        if cfg!(miri) {
+            let window = shared(len);
+            return Self { owner: window.part(abi::DATA_OFFSET, owner_len).unwrap(), window };
+        }
         let fd = memfd(len);
         Self {
             owner: SharedMemory::map(fd.as_fd(), abi::DATA_OFFSET, owner_len as usize).unwrap(),

@@ -172,10 +172,7 @@ pub(super) mod tests {
     #![allow(clippy::unwrap_used)]
     use super::*;
     use std::cell::RefCell;
-    use std::os::fd::AsFd;
 
-    use nix::sys::memfd::{MFdFlags, memfd_create};
-    use nix::unistd::ftruncate;
     use zerocopy::IntoBytes;
 
     pub const GENERATION: u64 = offset_of!(abi::DoorbellHeader, generation) as u64;
@@ -184,9 +181,7 @@ pub(super) mod tests {
 
     /// A page of link 7 with these entries.
     pub fn page(entries: &[(u32, u32, u32)]) -> SharedMemory {
-        let file = memfd_create(c"test", MFdFlags::MFD_CLOEXEC).unwrap();
-        ftruncate(&file, abi::DOORBELL_PAGE_LEN as i64).unwrap();
-        let memory = SharedMemory::map(file.as_fd(), 0, abi::DOORBELL_PAGE_LEN as usize).unwrap();
+        let memory = SharedMemory::private(abi::DOORBELL_PAGE_LEN as usize).unwrap();
         let header = abi::DoorbellHeader {
             magic: abi::DOORBELL_MAGIC.into(),
             version: 1.into(),
