@@ -7,6 +7,7 @@
 //! | `bench` | a broker with two links, its log, its descriptors |
 //! | `faults` | every malformed thing, one by one |
 //! | `stalls` | sessions that stop in the middle |
+//! | `answers` | wrong answers to each request on a back-end channel |
 //! | `descriptors` | too many descriptors, and of the wrong kinds |
 //! | `full_eventfd` | a call on which a write would block |
 //! | `iommu_owner` | an owner with an IOMMU, and a peer's driver that gives commands |
@@ -15,6 +16,8 @@
 //! | `random` | thousands of short sessions of random bytes |
 #![allow(clippy::unwrap_used, clippy::panic)]
 
+#[path = "bad_input/answers.rs"]
+mod answers;
 #[path = "bad_input/bench.rs"]
 mod bench;
 #[path = "bad_input/cve.rs"]

@@ -131,11 +131,16 @@ fn iotlb(kind: u8, page: Iova, access: Access, has_answer: bool) -> Message {
     Message { bytes, descriptor: None, what: format!("translate {page}"), has_answer }
 }
 
-/// Whether a reply says that it was done; `None` if it is no reply.
-pub fn is_done(bytes: &[u8; HEADER_LEN + REPLY_LEN]) -> Option<bool> {
-    let word = |at: usize| u32::from_ne_bytes([bytes[at], bytes[at + 1], bytes[at + 2], bytes[at + 3]]);
+/// Which request this is the header of a reply to; `None` if it is of none.
+pub fn replied(header: &[u8; HEADER_LEN]) -> Option<u32> {
+    let word = |at: usize| u32::from_ne_bytes([header[at], header[at + 1], header[at + 2], header[at + 3]]);
     let is_reply = word(4) & FLAG_REPLY != 0 && word(8) as usize == REPLY_LEN;
-    is_reply.then(|| bytes[HEADER_LEN..].iter().all(|byte| *byte == 0))
+    is_reply.then(|| word(0))
+}
+
+/// Whether the payload of a reply says that it was done.
+pub fn is_done(payload: [u8; REPLY_LEN]) -> bool {
+    payload == [0; REPLY_LEN]
 }
 
 /// The bytes by which the broker says that a request of a front-end is done, or not
@@ -150,6 +155,11 @@ pub fn acknowledgement(request: u32, done: bool) -> [u8; HEADER_LEN + REPLY_LEN]
 }
 
 impl Message {
+    /// The number of its request.
+    pub fn code(&self) -> u32 {
+        self.bytes.first_chunk().map_or(0, |code| u32::from_ne_bytes(*code))
+    }
+
     /// The descriptor that goes with it.
     pub fn descriptor(&self) -> Option<std::os::fd::BorrowedFd<'_>> {
         self.descriptor.as_ref().map(|descriptor| match descriptor {
@@ -202,10 +212,15 @@ mod tests {
 
     #[test]
     fn a_reply_is_told_from_other_messages() {
-        let done = acknowledgement(1, true);
-        assert_eq!((is_done(&done), is_done(&acknowledgement(1, false))), (Some(true), Some(false)));
-        let mut request = done;
-        request[4] = 1;
-        assert_eq!(is_done(&request), None);
+        let header = |bytes: [u8; 20]| *bytes.first_chunk::<HEADER_LEN>().unwrap();
+        let payload = |done| is_done(*acknowledgement(7, done).last_chunk::<REPLY_LEN>().unwrap());
+        assert_eq!((payload(true), payload(false)), (true, false));
+        let reply = header(acknowledgement(7, true));
+        assert_eq!(replied(&reply), Some(7));
+        for (at, value) in [(4, 1), (8, 0), (8, 16), (9, 1)] {
+            let mut other = reply;
+            other[at] = value;
+            assert_eq!(replied(&other), None, "{other:?}");
+        }
     }
 }

@@ -18,7 +18,7 @@ use std::time::Instant;
 use crossbeam_channel::Sender;
 use rustix::net::{SendAncillaryBuffer, SendAncillaryMessage, SendFlags, sendmsg};
 
-use super::backend_message::{HEADER_LEN, Message, REPLY_LEN, is_done};
+use super::backend_message::{HEADER_LEN, Message, REPLY_LEN, is_done, replied};
 use super::rate::Rate;
 use super::{ChannelId, Input, LinkPort, SessionId};
 use crate::link::message::{Flood, MissId, OpId, Reply};
@@ -47,8 +47,8 @@ pub enum Asked {
 pub struct Channel {
     id: ChannelId,
     stream: Arc<UnixStream>,
-    /// Sent and not answered: what, and in words.
-    open: VecDeque<(Asked, String)>,
+    /// Sent and not answered: what, the number of the request, and what it asks for in words.
+    open: VecDeque<(Asked, u32, String)>,
     unsent: VecDeque<(Asked, Message)>,
 }
 
@@ -75,7 +75,9 @@ impl Channel {
                     thread::sleep(wait);
                 }
                 match read_answer(&answers) {
-                    Ok(done) => port.send(Input::ChannelAnswer { side, session, channel, done }),
+                    Ok((request, done)) => {
+                        port.send(Input::ChannelAnswer { side, session, channel, request, done });
+                    }
                     Err(error) => break error,
                 }
             };
@@ -110,8 +112,7 @@ impl Channel {
         while let Some((asked, message)) = self.unsent.front().filter(|_| self.open.len() < MAX_OPEN) {
             match send(&self.stream, message) {
                 Ok(()) if message.has_answer => {
-                    let words = message.what.clone();
-                    self.open.push_back((*asked, words));
+                    self.open.push_back((*asked, message.code(), message.what.clone()));
                 }
                 Ok(()) => {}
                 Err(error) if is_passing(&error) && !self.open.is_empty() => return Ok(()),
@@ -122,9 +123,16 @@ impl Channel {
         Ok(())
     }
 
-    /// An answer came: to what, in words too. `None`: to nothing that was asked.
-    pub fn answered(&mut self) -> Option<(Asked, String)> {
-        self.open.pop_front()
+    /// An answer to a request of this number came: to what, in words too. `None`: to nothing that was
+    /// asked.
+    ///
+    /// # Errors
+    /// When something else was to be answered first: what.
+    pub fn answered(&mut self, request: u32) -> Result<Option<(Asked, String)>, String> {
+        match self.open.pop_front() {
+            Some((_, expected, what)) if expected != request => Err(what),
+            open => Ok(open.map(|(asked, _, what)| (asked, what))),
+        }
     }
 
     /// Whether the VMM was asked for something that it has not answered.
@@ -193,8 +201,12 @@ pub fn send_later(
     Ok(())
 }
 
-fn read_answer(mut stream: &UnixStream) -> io::Result<bool> {
-    let mut bytes = [0; HEADER_LEN + REPLY_LEN];
-    stream.read_exact(&mut bytes)?;
-    is_done(&bytes).ok_or_else(|| io::ErrorKind::InvalidData.into())
+/// The next answer: to which request, and whether it was done.
+fn read_answer(mut stream: &UnixStream) -> io::Result<(u32, bool)> {
+    let (mut header, mut payload) = ([0; HEADER_LEN], [0; REPLY_LEN]);
+    // Descriptors that come along are closed by the kernel, as nobody asks for them.
+    stream.read_exact(&mut header)?;
+    let request = replied(&header).ok_or(io::ErrorKind::InvalidData)?;
+    stream.read_exact(&mut payload)?;
+    Ok((request, is_done(payload)))
 }

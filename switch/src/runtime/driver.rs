@@ -32,7 +32,7 @@ use crate::link::iommu::demand::Task;
 use crate::link::iommu::iotlb::Piece;
 use crate::link::message::{CommandId, Content, Log, OpId, Reply, WindowOp, Wire};
 use crate::link::report::{self, LinkReport};
-use crate::link::{Effect, Event, Link, Side};
+use crate::link::{Effect, Event, Fault, Link, Side};
 use crate::session::decode::Decoder;
 use crate::session::serve::serve;
 use crate::session::sys::{Connection, Line};
@@ -161,8 +161,8 @@ impl LinkDriver {
                     self.apply(Event::Disconnected(side, fault));
                 }
             }
-            Input::ChannelAnswer { side, session, channel, done } => {
-                self.channel_answered(side, (session, channel), done);
+            Input::ChannelAnswer { side, session, channel, request, done } => {
+                self.channel_answered(side, (session, channel), request, done);
             }
             Input::ChannelEnded { side, session, channel } => {
                 if self.channel(side, (session, channel)).is_some() {
@@ -478,9 +478,17 @@ impl LinkDriver {
         }
     }
 
-    fn channel_answered(&mut self, side: Side, ids: (SessionId, ChannelId), done: bool) {
+    fn channel_answered(&mut self, side: Side, ids: (SessionId, ChannelId), request: u32, done: bool) {
         let Some(channel) = self.channel(side, ids) else { return };
-        let answered = channel.answered();
+        let answered = match channel.answered(request) {
+            Ok(answered) => answered,
+            Err(what) => {
+                let fault =
+                    format!("an answer to request {request} came on the back-end channel, not to: {what}");
+                self.close(side);
+                return self.apply(Event::Disconnected(side, Some(Fault::Message(fault))));
+            }
+        };
         if channel.send().is_err() {
             self.channel_lost(side);
         }

@@ -93,6 +93,8 @@ pub enum Input {
         session: SessionId,
         /// Which of its channels.
         channel: ChannelId,
+        /// The number of the request that it answers, as it says.
+        request: u32,
         /// Whether it says that it has done it.
         done: bool,
     },

@@ -15,9 +15,10 @@ use vhost_pci_device::abi;
 use vmm_sys_util::sock_ctrl_msg::ScmSocket;
 
 use crate::raw::{
-    FRONTEND, GET_SHMEM_CONFIG, IOTLB_MSG, OWNER_PROTOCOL, PEER_PROTOCOL, PROTOCOL_FEATURES, REPLY, Raw,
-    SET_BACKEND_REQ_FD, SET_MEM_TABLE, SET_VRING_ADDR, SET_VRING_BASE, SET_VRING_CALL, SET_VRING_ENABLE,
-    SET_VRING_KICK, SET_VRING_NUM, VERSION, VERSION_1, eventfd, longs, message, region, table, words,
+    FRONTEND, GET_FEATURES, GET_SHMEM_CONFIG, IOTLB_MSG, OWNER_PROTOCOL, PEER_PROTOCOL, PROTOCOL_FEATURES,
+    REPLY, Raw, SET_BACKEND_REQ_FD, SET_MEM_TABLE, SET_VRING_ADDR, SET_VRING_BASE, SET_VRING_CALL,
+    SET_VRING_ENABLE, SET_VRING_KICK, SET_VRING_NUM, VERSION, VERSION_1, eventfd, longs, message, region,
+    table, words,
 };
 
 pub const IOMMU_PUSH: u32 = 0x5650_0001;
@@ -229,6 +230,11 @@ impl Peer {
     pub fn does(&mut self, command: u16, iova: u64, len: u32) -> u32 {
         let slot = self.gives(command, iova, len);
         self.status(slot)
+    }
+
+    /// Its VMM is served.
+    pub fn answers(&mut self) {
+        assert_eq!(self.raw.question(GET_FEATURES, &[]).len(), 8);
     }
 
     pub fn leaves(self) {
