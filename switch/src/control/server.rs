@@ -18,6 +18,7 @@ use crate::confine::Confinement;
 use crate::confine::hook;
 use crate::guardian::Guardian;
 use crate::link::report::LinkReport;
+use crate::runtime::closing::turn_away;
 use crate::runtime::{Input, LinkPort};
 
 /// How long a client may take for its question and for taking the answer.
@@ -67,7 +68,7 @@ pub fn serve(mut stream: UnixStream, about: &Arc<About>) {
         let text = serde_json::to_vec(&Answer::Error(words)).unwrap_or_default();
         // It fits into the socket, or is lost: nobody is waited for.
         let _ = stream.set_nonblocking(true).and_then(|()| stream.write_all(&[&text[..], b"\n"].concat()));
-        return;
+        return turn_away(stream);
     };
     let about = Arc::clone(about);
     let client = thread::Builder::new().name("control client".into()).spawn(move || {

@@ -14,6 +14,7 @@ use nix::sys::eventfd::EventFd;
 use tracing::warn;
 
 use super::admission::{Caller, Rule};
+use super::closing::turn_away;
 use super::limits;
 use super::port::Substitute;
 use super::rate::Rate;
@@ -167,16 +168,21 @@ impl Acceptor {
             // Those are short, and how to see what is wrong.
             (Ok(Some(stream)), Purpose::Control) => server::serve(stream, &self.about),
             (Ok(Some(stream)), _) if limits::is_short(number(&stream), limits::limit()) => {
+                turn_away(stream);
                 self.say_short("a connection is turned away");
             }
             (Ok(Some(stream)), Purpose::Link(port, side, rule)) => {
                 if permits(port, side.name(), rule, &stream) {
                     port.send(Input::Connected { side: *side, stream });
+                } else {
+                    turn_away(stream);
                 }
             }
             (Ok(Some(stream)), Purpose::Doorbell(port, rule)) => {
                 if permits(port, "doorbell", rule, &stream) {
                     port.send(Input::DoorbellConnected(stream));
+                } else {
+                    turn_away(stream);
                 }
             }
             (Err(error), _) if error.raw_os_error() == Some(nix::Error::EMFILE as i32) => {

@@ -303,7 +303,7 @@ mod tests {
         }
     }
 
-    /// Found by fuzzing: both areas are in one file.
+    /// Both areas are in one file: found when the fuzz target's invariant was written.
     #[test]
     fn a_response_in_the_link_area_is_not_written_and_a_request_there_breaks_the_ring() {
         let area = ControlArea::new(&AreaFile::new().unwrap());

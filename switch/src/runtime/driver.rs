@@ -18,6 +18,7 @@ use vhost_pci_device::abi;
 use super::areas::{AreaFile, ControlArea, LinkArea, Source, Witness};
 use super::backend_message::{self, Message};
 use super::channel::{Asked, Channel, send_later, send_now};
+use super::closing::turn_away;
 use super::control_ring::ControlRing;
 use super::copy::copy;
 use super::doorbell::{Doorbell, Word};
@@ -194,7 +195,7 @@ impl LinkDriver {
 
     fn connected(&mut self, side: Side, stream: UnixStream) {
         if self.session(side).is_some() {
-            drop(stream);
+            turn_away(stream);
             self.apply(Event::TurnedAway(side));
             return;
         }
@@ -202,7 +203,7 @@ impl LinkDriver {
             && let Err(error) = self.renew_areas()
         {
             warn!(link = %self.name, %error, "the host gives no memory for a peer's link area; it is turned away");
-            return;
+            return turn_away(stream);
         }
         self.next_session += 1;
         let id = SessionId(self.next_session);
@@ -247,7 +248,7 @@ impl LinkDriver {
 
     fn doorbell_connected(&mut self, stream: UnixStream) {
         if self.doorbell_function.is_some() {
-            drop(stream);
+            turn_away(stream);
             self.apply(Event::DoorbellTurnedAway);
             return;
         }

@@ -12,6 +12,7 @@
 //! | [`control_ring`] | serves the control ring |
 //! | [`relay`] | the thread of a link that passes notifications on |
 //! | [`limits`] | how many descriptors links take |
+//! | `closing` | ends of connections that are turned away |
 //! | [`rate`] | how often a VMM may do something |
 //! | [`sockets`] | listening sockets and who may connect |
 //! | [`admission`] | who of those may join |
@@ -25,6 +26,7 @@ pub mod areas;
 pub mod backend_message;
 pub mod broker;
 pub mod channel;
+pub(crate) mod closing;
 pub mod control_ring;
 pub mod copy;
 pub mod doorbell;

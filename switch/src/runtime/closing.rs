@@ -1,0 +1,64 @@
+//! Ends of connections that are turned away. What their VMM has sent already is unread, and the
+//! kernel closes descriptors in it together with the socket: which takes as long as somebody
+//! likes, if one is a TCP connection that lingers. So a few threads do that, for whom nobody
+//! waits.
+
+use std::collections::VecDeque;
+use std::net::Shutdown;
+use std::os::fd::AsRawFd;
+use std::os::unix::net::UnixStream;
+use std::sync::{Mutex, MutexGuard, PoisonError};
+use std::thread;
+
+use nix::sys::socket::{MsgFlags, recv};
+
+/// Threads at most. What comes while all of them are kept waits, and counts against the broker's
+/// limit of descriptors, near which it takes no more connections.
+const MOST: usize = 8;
+
+struct Closing {
+    waiting: VecDeque<UnixStream>,
+    threads: usize,
+}
+
+static CLOSING: Mutex<Closing> = Mutex::new(Closing { waiting: VecDeque::new(), threads: 0 });
+
+fn closing() -> MutexGuard<'static, Closing> {
+    CLOSING.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
+/// Ends a connection of which nobody has read anything. Never waits.
+pub fn turn_away(stream: UnixStream) {
+    // Nothing more comes after this.
+    let _ = stream.shutdown(Shutdown::Both);
+    let look = MsgFlags::MSG_PEEK | MsgFlags::MSG_DONTWAIT;
+    if !matches!(recv(stream.as_raw_fd(), &mut [0], look), Ok(1..)) {
+        return;
+    }
+    let mut closing = closing();
+    closing.waiting.push_back(stream);
+    if closing.threads < MOST {
+        closing.threads += 1;
+        drop(closing);
+        // Without a thread it waits for the next one's.
+        if thread::Builder::new().name("closing".into()).spawn(close_all).is_err() {
+            self::closing().threads -= 1;
+        }
+    }
+}
+
+fn close_all() {
+    while let Some(stream) = next() {
+        drop(stream);
+    }
+}
+
+/// The next one; without any the thread is no more.
+fn next() -> Option<UnixStream> {
+    let mut closing = closing();
+    let next = closing.waiting.pop_front();
+    if next.is_none() {
+        closing.threads -= 1;
+    }
+    next
+}
