@@ -118,6 +118,17 @@ fn write_link(text: &mut String, link: &LinkReport) {
             counters.bytes_stored,
         );
     }
+    let limits = &link.limits;
+    let _ = writeln!(
+        text,
+        "  limits   a second: {} messages, {} notifications, {} connections; {} regions of memory{}; {} ranges in the window",
+        limits.messages_per_second,
+        limits.notifications_per_second,
+        limits.connections_per_second,
+        limits.memory_regions,
+        if limits.unsealed_memory { ", also such as can be shortened" } else { "" },
+        limits.max_mappings,
+    );
     if !counters.faults.is_empty() {
         let faults: Vec<_> = counters.faults.iter().map(|(kind, count)| format!("{kind} {count}")).collect();
         let _ = writeln!(text, "  faults   {}", faults.join(", "));

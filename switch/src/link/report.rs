@@ -13,7 +13,7 @@ use super::peer::PeerSession;
 use super::state::Link;
 use super::vring::Vring;
 use super::wiring::End;
-use crate::config::OneWay;
+use crate::config::{LinkConfig, OneWay};
 
 /// One link, at one moment.
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
@@ -34,6 +34,9 @@ pub struct LinkReport {
     pub window: WindowReport,
     /// The owner's vrings.
     pub vrings: Vec<VringReport>,
+    /// What its VMMs and guests may do and bring.
+    #[serde(default)]
+    pub limits: LimitsReport,
     /// Counts since the broker started.
     pub counters: CountersReport,
 }
@@ -112,6 +115,24 @@ pub struct VringReport {
     pub indirect_because: Option<String>,
 }
 
+/// The limits of a link, as configured. Who meets one is counted under its name, but
+/// `memory_regions` as `memory_region` and `max_mappings` as `mappings_evicted`.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct LimitsReport {
+    /// Regions of memory that the owner's VMM may bring.
+    pub memory_regions: usize,
+    /// Whether memory is taken that the owner's VMM can shorten.
+    pub unsealed_memory: bool,
+    /// Messages, and answers on the back-end channel, of each VMM a second.
+    pub messages_per_second: u32,
+    /// Notifications that are relayed a second.
+    pub notifications_per_second: u32,
+    /// Connections to each socket a second.
+    pub connections_per_second: u32,
+    /// Ranges in the window.
+    pub max_mappings: usize,
+}
+
 /// Counts since the broker started.
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub struct CountersReport {
@@ -180,7 +201,19 @@ pub fn of(link: &Link) -> LinkReport {
         peer: peer(link),
         window: window(link),
         vrings: vrings(link),
+        limits: limits(&link.config),
         counters: counters(link),
+    }
+}
+
+fn limits(config: &LinkConfig) -> LimitsReport {
+    LimitsReport {
+        memory_regions: config.memory_regions,
+        unsealed_memory: config.unsealed_memory,
+        messages_per_second: config.rates.messages,
+        notifications_per_second: config.rates.notifications,
+        connections_per_second: config.rates.connections,
+        max_mappings: config.max_mappings,
     }
 }
 

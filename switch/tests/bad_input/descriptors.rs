@@ -225,4 +225,7 @@ fn an_owner_brings_no_more_regions_than_its_link_may_have() {
     (0..=slots).for_each(&mut add);
     owner.closed();
     bench.logged("17 memory regions, 16 are allowed (memory_regions in the link's configuration)");
+    let limits = bench.report(0).limits;
+    assert_eq!((limits.memory_regions, limits.unsealed_memory), (16, true));
+    assert_eq!((limits.connections_per_second, limits.messages_per_second), (1_000_000, 50_000));
 }
