@@ -2,11 +2,13 @@
 //! file of its own beside this one. `tests/vm/run` builds what they need and starts this.
 #![forbid(unsafe_code)]
 
+mod beside;
 mod boot;
 mod confine;
 mod doorbell;
 mod driver;
 mod figures;
+mod hostile;
 mod iommu;
 mod iommu_static;
 mod offload;
@@ -50,6 +52,7 @@ const SCENARIOS: &[Scenario] = &[
     confine::SCENARIO,
     readonly::SCENARIO,
     torture::SCENARIO,
+    hostile::SCENARIO,
 ];
 
 fn main() -> ExitCode {
@@ -63,8 +66,8 @@ fn main() -> ExitCode {
     let mut chosen = Vec::new();
     let mut arguments = arguments.iter();
     while let Some(argument) = arguments.next() {
-        if torture::OPTIONS.contains(&argument.as_str()) {
-            // It reads its options by itself.
+        if torture::OPTIONS.iter().chain(&hostile::OPTIONS).any(|option| option == argument) {
+            // Who has options reads them by itself.
             arguments.next();
             continue;
         }
@@ -77,7 +80,8 @@ fn main() -> ExitCode {
     if chosen.is_empty() {
         eprintln!(
             "usage: vm NAME...      runs these scenarios\n       vm --list       shows their names\n       \
-             vm torture [--minutes N] [--seed S] [--only KIND]      how long, which strikes"
+             vm torture [--minutes N] [--seed S] [--only KIND]      how long, which strikes\n       \
+             vm hostile [--seconds N] [--seed S] [--only ATTACK]    how long, which attacks"
         );
         return ExitCode::from(2);
     }

@@ -76,6 +76,16 @@ impl Program {
         }
     }
 
+    /// It has not ended.
+    pub fn is_running(&self, guest: &mut Guest) -> Result<bool> {
+        Ok(self.code(guest)?.is_none())
+    }
+
+    /// What it wrote besides its figures.
+    pub fn messages(&self, guest: &mut Guest) -> Result<String> {
+        Ok(guest.sh(&format!("cat /tmp/{}.log", self.name), COMMAND)?.text)
+    }
+
     fn code(&self, guest: &mut Guest) -> Result<Option<i32>> {
         let code = guest.sh(&format!("cat /tmp/{}.code 2>/dev/null", self.name), COMMAND)?;
         Ok(code.text.trim().parse().ok())

@@ -7,6 +7,8 @@ use anyhow::Result;
 use serde_json::json;
 use vhost_pci_tests::{Guest, GuestConfig, Sandbox};
 
+use crate::beside;
+
 /// The doorbell socket's name, beside the others.
 pub const DOORBELL_SOCKET: &str = "doorbell.sock";
 
@@ -92,6 +94,8 @@ pub struct Setup {
     /// Whether the owner's QEMU waits for a broker that is gone to come back, and the peer's device can
     /// be unplugged and plugged anew. (QEMU 11.1.3 as the peer's VMM does not survive `reconnect-ms`.)
     pub reconnect: bool,
+    /// Whether the broker has a second link, for who carries on beside the first.
+    pub beside: bool,
 }
 
 impl From<Mode> for Setup {
@@ -106,6 +110,7 @@ impl From<Mode> for Setup {
             doorbell: None,
             packed: false,
             reconnect: false,
+            beside: false,
         }
     }
 }
@@ -123,6 +128,7 @@ impl Setup {
             doorbell: None,
             packed: false,
             reconnect: false,
+            beside: false,
         }
     }
 
@@ -131,7 +137,7 @@ impl Setup {
         let socket = |name: &str| sandbox.dir().join(name).display().to_string();
         format!(
             "control_socket = {:?}\n[[link]]\nname = \"vm\"\nowner_socket = {:?}\npeer_socket = {:?}\n\
-             queue_pairs = {}\n{}\n{}\n",
+             queue_pairs = {}\n{}\n{}\n{}\n",
             socket("control.sock"),
             socket("owner.sock"),
             socket("peer.sock"),
@@ -139,6 +145,12 @@ impl Setup {
             self.doorbell
                 .map_or(String::new(), |_| format!("doorbell_socket = {:?}", socket(DOORBELL_SOCKET))),
             self.config,
+            if self.beside {
+                let (owner, peer) = (socket(beside::OWNER_SOCKET), socket(beside::PEER_SOCKET));
+                format!("[[link]]\nname = \"beside\"\nowner_socket = {owner:?}\npeer_socket = {peer:?}\n")
+            } else {
+                String::new()
+            },
         )
     }
 

@@ -90,6 +90,21 @@ impl<'s> Testbed<'s> {
         self.peer.sh_ok(&up, COMMAND).map(drop)
     }
 
+    /// Kills the peer's VMM and starts another, without a driver.
+    pub fn boot_peer(&mut self) -> Result<()> {
+        self.peer.kill()?;
+        self.peer = self.setup.spawn_peer(self.sandbox)?;
+        self.peer.wait_ready(BOOT).map(drop)
+    }
+
+    /// Kills the owner's VMM and starts another, of this kind, without a driver.
+    pub fn boot_owner(&mut self, setup: Setup) -> Result<()> {
+        self.owner.kill()?;
+        self.setup = setup;
+        self.owner = self.setup.spawn_owner(self.sandbox)?;
+        self.owner.wait_ready(BOOT).map(drop)
+    }
+
     /// Kills the peer's VMM and starts another, while the owner goes on.
     pub fn replace_peer(&mut self) -> Result<()> {
         self.peer.kill()?;

@@ -132,6 +132,26 @@ pub enum ProgramError {
         /// How long.
         waited: Duration,
     },
+    /// There is no attack of this name.
+    #[error("there is no attack {name}; there are {names}")]
+    NoAttack {
+        /// What was asked for.
+        name: String,
+        /// What there is.
+        names: String,
+    },
+    /// Honest traffic does not come back after an attack.
+    #[error("after {attack}: {back} of {packets} packets came back, {corrupted} with a wrong byte")]
+    NotBack {
+        /// The attack.
+        attack: String,
+        /// Packets that were to come back.
+        packets: u64,
+        /// Those that did.
+        back: u64,
+        /// Those that are none.
+        corrupted: u64,
+    },
     /// The system refused something else.
     #[error("{what}: {source}")]
     System {

@@ -10,6 +10,7 @@
 //! | [`owner_forward`] | one with two cards, between two peers |
 //! | [`vfio_owner`] | an owner's driver in its guest, behind the guest's IOMMU |
 //! | [`confine`] | try whether a peer is confined to what its owner maps |
+//! | [`hostile`] | break every rule there is |
 //! | [`datagrams`] | exchanges datagrams through the guest's kernel |
 //! | [`peer_loop`] | the main loop of the peers |
 //! | [`run`], [`owner_args`] | what several of them can be told, and do alike |
@@ -29,6 +30,7 @@ pub mod echo;
 mod error;
 pub mod forward;
 pub mod generate;
+pub mod hostile;
 mod live;
 pub mod owner;
 pub mod owner_args;
@@ -104,6 +106,10 @@ pub enum Program {
     Hammer(confine::hammer::HammerArgs),
     /// Test: try what may not be done to a page
     Probe(confine::probe::ProbeArgs),
+    /// Test: be an owner's driver that breaks what the specification demands of it
+    HostileOwner(hostile::owner::HostileOwnerArgs),
+    /// Test: be a peer's driver that does
+    HostilePeer(hostile::peer::HostilePeerArgs),
     /// Test: exchange datagrams with another guest through both kernels, and check them
     Datagrams(datagrams::DatagramsArgs),
 }
@@ -129,6 +135,8 @@ impl Program {
             Self::Scan(args) => confine::scan::run(args),
             Self::Hammer(args) => confine::hammer::run(args),
             Self::Probe(args) => confine::probe::run(args),
+            Self::HostileOwner(args) => hostile::owner::run(args),
+            Self::HostilePeer(args) => hostile::peer::run(args),
             Self::Datagrams(args) => datagrams::run(args),
         }
     }

@@ -386,7 +386,8 @@ impl<'a, A: Addressing> Owner<'a, A> {
         let in_flight = (0..self.args.pairs)
             .map(|pair| self.port.reap_transmitted(pair).map_or(0, u64::from))
             .sum::<u64>();
-        let echoed = self.args.work != Work::EchoCheck || self.traffic.rx_packets >= self.traffic.tx_packets;
+        let echoed = !matches!(self.args.work, Work::EchoCheck | Work::Ping)
+            || self.traffic.rx_packets >= self.traffic.tx_packets;
         (in_flight == 0 && echoed) || since.elapsed() >= LAST_PACKETS
     }
 

@@ -71,6 +71,25 @@ impl MappedRange {
         Ok(Self { base, len })
     }
 
+    /// The same in huge pages, each of which is in one piece in the machine's memory.
+    ///
+    /// # Errors
+    /// What mmap answers, `ENOMEM` if the kernel has no huge pages to give.
+    pub fn huge_page(len: usize) -> io::Result<Self> {
+        let len = length(len)?;
+        // SAFETY: a new mapping at an address that the kernel chooses replaces
+        // nothing; it is given back by `Drop` alone.
+        let base = unsafe {
+            mmap_anonymous(
+                None,
+                len,
+                ProtFlags::PROT_READ | ProtFlags::PROT_WRITE,
+                MapFlags::MAP_SHARED | MapFlags::MAP_POPULATE | MapFlags::MAP_HUGETLB,
+            )
+        }?;
+        Ok(Self { base, len })
+    }
+
     /// Where the range starts in this process.
     pub fn base(&self) -> NonNull<u8> {
         self.base.cast()

@@ -8,8 +8,9 @@
 //!
 //! `doorbell` is a second function beside the device, by which notifications need no help of
 //! the host. [`virtio_pci`] is what the first two share. [`card`] is no vhost-pci device but the
-//! other end: an owner's network card. Rings and packets are not known here.
+//! other end: an owner's network card, and [`bare`] either of them for who obeys no rule. Rings and packets are not known here.
 
+pub mod bare;
 pub mod card;
 mod doorbell;
 pub mod error;

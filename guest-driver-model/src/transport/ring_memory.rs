@@ -27,22 +27,22 @@ pub(super) fn lock(address: &str, queues: u16) -> Result<(MappedRange, QueuePage
     let count = QueuePages::pages_for(queues);
     let memory = MappedRange::locked_pages(count * PAGE_SIZE as usize)
         .map_err(|error| problem(format!("mlock of {count} pages: {error} (see `ulimit -l`)")))?;
-    let pagemap =
-        File::open(PAGEMAP).map_err(|error| problem(format!("{PAGEMAP}: {error} (is /proc mounted?)")))?;
-    let first = memory.base().addr().get() as u64 / PAGE_SIZE;
-    let page = |index: u64| {
-        let mut entry = [0; 8];
-        pagemap
-            .read_exact_at(&mut entry, (first + index) * 8)
-            .map_err(|error| problem(format!("{PAGEMAP}: {error}")))?;
-        let entry = u64::from_ne_bytes(entry);
-        match entry & FRAME {
-            frame if entry & PRESENT != 0 && frame != 0 => Ok(frame * PAGE_SIZE),
-            _ => Err(problem(format!(
-                "{PAGEMAP} shows no physical addresses: that takes CAP_SYS_ADMIN. Run as root, or use --vfio"
-            ))),
-        }
-    };
-    let pages = (0..count as u64).map(page).collect::<Result<_, _>>()?;
+    let pages = (0..count as u64).map(|index| physical(&memory, index));
+    let pages = pages.collect::<Result<_, _>>().map_err(problem)?;
     Ok((memory, QueuePages { pages }))
+}
+
+/// The physical address of a page of a range, by its number; or what is wrong.
+pub(super) fn physical(memory: &MappedRange, index: u64) -> Result<u64, String> {
+    let pagemap = File::open(PAGEMAP).map_err(|error| format!("{PAGEMAP}: {error} (is /proc mounted?)"))?;
+    let first = memory.base().addr().get() as u64 / PAGE_SIZE;
+    let mut entry = [0; 8];
+    pagemap.read_exact_at(&mut entry, (first + index) * 8).map_err(|error| format!("{PAGEMAP}: {error}"))?;
+    let entry = u64::from_ne_bytes(entry);
+    match entry & FRAME {
+        frame if entry & PRESENT != 0 && frame != 0 => Ok(frame * PAGE_SIZE),
+        _ => Err(format!(
+            "{PAGEMAP} shows no physical addresses: that takes CAP_SYS_ADMIN. Run as root, or use --vfio"
+        )),
+    }
 }

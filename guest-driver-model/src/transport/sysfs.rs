@@ -188,14 +188,14 @@ impl PciDevice {
 }
 
 /// The files of a function, opened.
-struct SysfsPci {
+pub(super) struct SysfsPci {
     device: PciDevice,
     config: File,
     bars: [u64; 6],
 }
 
 impl SysfsPci {
-    fn open(device: PciDevice) -> Result<Self, TransportError> {
+    pub(super) fn open(device: PciDevice) -> Result<Self, TransportError> {
         let path = device.folder.join("config");
         let config = OpenOptions::new()
             .read(true)

@@ -85,6 +85,11 @@ impl VfioPci {
         Ok(opened)
     }
 
+    /// Resets the function, if it can be.
+    pub(super) fn reset_function(&self) {
+        self.device.reset();
+    }
+
     /// Lets the device reach pages at a bus address.
     pub(super) fn map_dma(
         &self,

@@ -17,18 +17,18 @@ use crate::transport::{ConfigError, check_config, parse_config};
 // struct virtio_pci_common_cfg, offsets in bytes.
 const DEVICE_FEATURE_SELECT: u64 = 0;
 const DEVICE_FEATURE: u64 = 4;
-const DRIVER_FEATURE_SELECT: u64 = 8;
-const DRIVER_FEATURE: u64 = 12;
+pub(in crate::transport) const DRIVER_FEATURE_SELECT: u64 = 8;
+pub(in crate::transport) const DRIVER_FEATURE: u64 = 12;
 const CONFIG_MSIX_VECTOR: u64 = 16;
 const NUM_QUEUES: u64 = 18;
 /// `device_status`.
 pub(in crate::transport) const DEVICE_STATUS: u64 = 20;
 const CONFIG_GENERATION: u64 = 21;
-const QUEUE_SELECT: u64 = 22;
+pub(in crate::transport) const QUEUE_SELECT: u64 = 22;
 const QUEUE_SIZE: u64 = 24;
 const QUEUE_MSIX_VECTOR: u64 = 26;
 const QUEUE_ENABLE: u64 = 28;
-const QUEUE_NOTIFY_OFF: u64 = 30;
+pub(in crate::transport) const QUEUE_NOTIFY_OFF: u64 = 30;
 const QUEUE_DESC: u64 = 32;
 const QUEUE_DRIVER: u64 = 40;
 const QUEUE_DEVICE: u64 = 48;
@@ -167,7 +167,7 @@ pub(super) fn vector_of_queue(queue: u16, vectors: u16) -> Option<u16> {
 }
 
 /// Reads the config space, again if it changed meanwhile (2.5.1).
-pub(super) fn read_config<R: Registers>(common: &R, device: &R) -> DeviceConfig {
+pub(in crate::transport) fn read_config<R: Registers>(common: &R, device: &R) -> DeviceConfig {
     let mut bytes = [0; CONFIG_LEN];
     for _ in 0..CONFIG_READS {
         let before = common.read8(CONFIG_GENERATION);
