@@ -76,18 +76,7 @@ impl MappedRange {
     /// # Errors
     /// What mmap answers, `ENOMEM` if the kernel has no huge pages to give.
     pub fn huge_page(len: usize) -> io::Result<Self> {
-        let len = length(len)?;
-        // SAFETY: a new mapping at an address that the kernel chooses replaces
-        // nothing; it is given back by `Drop` alone.
-        let base = unsafe {
-            mmap_anonymous(
-                None,
-                len,
-                ProtFlags::PROT_READ | ProtFlags::PROT_WRITE,
-                MapFlags::MAP_SHARED | MapFlags::MAP_POPULATE | MapFlags::MAP_HUGETLB,
-            )
-        }?;
-        Ok(Self { base, len })
+        Self::anonymous(len, MapFlags::MAP_SHARED | MapFlags::MAP_POPULATE | MapFlags::MAP_HUGETLB)
     }
 
     /// Where the range starts in this process.
