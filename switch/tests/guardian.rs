@@ -66,7 +66,7 @@ fn serve(mut channel: UnixStream, said: &Sender<Asked>, areas: &Sender<GuestMemo
         if channel.send_with_fds(&[answer.as_slice()], &[]).is_err() {
             return;
         }
-        if takes_witness {
+        if takes_witness && witness.is_some() {
             if may.recv().is_err() {
                 // For good: it holds the page until the test ends.
                 thread::sleep(Duration::from_secs(600));
@@ -106,11 +106,17 @@ impl Vmm {
     }
 }
 
+/// Whether the other end is open, whatever it sent.
 fn is_open(connection: &Raw) -> bool {
     connection.stream.set_nonblocking(true).unwrap();
-    let read = (&connection.stream).read(&mut [0]);
+    let end = loop {
+        match (&connection.stream).read(&mut [0; 64]) {
+            Ok(1..) => {}
+            end => break end,
+        }
+    };
     connection.stream.set_nonblocking(false).unwrap();
-    matches!(read, Err(error) if error.kind() == ErrorKind::WouldBlock)
+    matches!(end, Err(error) if error.kind() == ErrorKind::WouldBlock)
 }
 
 /// A broker with a link that is up.
@@ -228,5 +234,62 @@ fn a_guardian_gives_up_what_the_broker_gives_up_and_ends_after_it() {
     thread::sleep(Duration::from_millis(50));
     assert_eq!(place.report()["guardian"].as_i64(), Some(guardian));
     broker.signal(Signal::SIGKILL);
-    broker.logs("its guardian took back");
+    let end = Instant::now() + bench::PATIENCE;
+    // Nobody may have waited for it.
+    while std::fs::read_to_string(&path).is_ok_and(|status| !status.contains("State:\tZ")) {
+        assert!(Instant::now() < end, "the guardian stays");
+        thread::sleep(Duration::from_millis(5));
+    }
+}
+
+#[test]
+fn an_owner_whose_peer_said_yes_is_held_until_the_kernel_says_so_whoever_asked() {
+    let (_place, broker, mut owner, vmm) = up(60_000);
+    let _ = vmm.asked.try_iter().count();
+    for vring in 0..2 {
+        owner.ask(raw::GET_VRING_BASE, &words(&[vring, 0]), &[]);
+    }
+    // The broker's own revocation: all is answered, and the witness is mapped still.
+    let asked = vmm.until(|asked| !asked.0 && asked.1 == abi::WITNESS_OFFSET);
+    assert!(asked.iter().any(|asked| !asked.0 && is_owners(asked)));
+    broker.signal(Signal::SIGKILL);
+    thread::sleep(Duration::from_millis(150));
+    assert!(is_open(&owner));
+    vmm.may.send(()).unwrap();
+    owner.closed();
+    broker.logs("still_held=0");
+}
+
+/// A second link's keys.
+fn second(place: &Place) -> String {
+    let at = |name: &str| place.at(name).display().to_string();
+    let (owner, peer) = (at("second-owner"), at("second-peer"));
+    format!("[[link]]\nname = \"second\"\nowner_socket = \"{owner}\"\npeer_socket = \"{peer}\"\n")
+}
+
+#[test]
+fn a_vmm_that_writes_without_end_holds_up_its_own_link_only() {
+    let place = Place::of(Who::Nobody);
+    let broker = place.start("confirm_timeout_ms = 3000", &second(&place));
+    let vmm = Vmm::start(&place);
+    let mut owner = Raw::owner(&place.at("link-owner"));
+    place.wait_until("up", |report| report["links"][0]["state"] == "up");
+    let mut other = Raw::owner(&place.at("second-owner"));
+    broker.signal(Signal::SIGSTOP);
+    // More than is read at once, and more and more of it.
+    let flood = vmm.connection.stream.try_clone().unwrap();
+    let flooded = thread::spawn(move || {
+        let message = message(raw::SET_VRING_NUM, VERSION, &words(&[0, 64])).repeat(512);
+        while std::io::Write::write_all(&mut &flood, &message).is_ok() {}
+    });
+    thread::sleep(Duration::from_millis(50));
+    let killed = Instant::now();
+    broker.signal(Signal::SIGKILL);
+    other.closed();
+    assert!(killed.elapsed() < Duration::from_secs(2), "{:?}", killed.elapsed());
+    // What held its witness is let go when the time is over.
+    owner.closed();
+    broker.logs("still_held=1");
+    drop(vmm);
+    flooded.join().unwrap();
 }

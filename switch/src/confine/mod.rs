@@ -64,8 +64,8 @@ impl Confinement {
 )]
 pub struct ConfineError(Vec<String>);
 
-/// Gives up what the configuration wants given up, but for removing files from `folders`. To be called when the sockets are bound, by a
-/// process that has one thread.
+/// Gives up what the configuration wants given up, but for removing files from `folders`. To be
+/// called by a process that has one thread; by the broker when its sockets are bound.
 ///
 /// # Errors
 /// When something is missing that is required.

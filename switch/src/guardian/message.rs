@@ -9,8 +9,8 @@ use std::mem::MaybeUninit;
 use std::os::fd::{BorrowedFd, OwnedFd};
 
 use rustix::net::{
-    RecvAncillaryBuffer, RecvAncillaryMessage, RecvFlags, SendAncillaryBuffer, SendAncillaryMessage,
-    SendFlags, recvmsg, sendmsg,
+    RecvAncillaryBuffer, RecvAncillaryMessage, RecvFlags, ReturnFlags, SendAncillaryBuffer,
+    SendAncillaryMessage, SendFlags, recvmsg, sendmsg,
 };
 
 const HEADER_LEN: usize = 16;
@@ -112,18 +112,29 @@ pub fn send(socket: BorrowedFd<'_>, message: &Message, descriptors: &[BorrowedFd
     }
 }
 
+/// A message as it came.
+#[derive(Debug)]
+pub struct Received {
+    /// What it says.
+    pub message: Message,
+    /// What came with it.
+    pub descriptors: Vec<OwnedFd>,
+    /// Whether all that was sent with it is there: this process may have no room for it.
+    pub is_whole: bool,
+}
+
 /// Waits for a message. `None`: the other end is closed.
 ///
 /// # Errors
 /// When the socket fails, or a message is none.
-pub fn receive(socket: BorrowedFd<'_>) -> io::Result<Option<(Message, Vec<OwnedFd>)>> {
+pub fn receive(socket: BorrowedFd<'_>) -> io::Result<Option<Received>> {
     let mut bytes = [0; HEADER_LEN + MAX_NAME];
     let mut space = [MaybeUninit::uninit(); rustix::cmsg_space!(ScmRights(MAX_DESCRIPTORS))];
     let mut ancillary = RecvAncillaryBuffer::new(&mut space);
-    let len = loop {
+    let (len, flags) = loop {
         let buffers = &mut [IoSliceMut::new(&mut bytes)];
         match recvmsg(socket, buffers, &mut ancillary, RecvFlags::CMSG_CLOEXEC) {
-            Ok(message) => break message.bytes,
+            Ok(message) => break (message.bytes, message.flags),
             Err(rustix::io::Errno::INTR) => {}
             Err(error) => return Err(error.into()),
         }
@@ -137,7 +148,7 @@ pub fn receive(socket: BorrowedFd<'_>) -> io::Result<Option<(Message, Vec<OwnedF
     });
     let descriptors = rights.flatten().collect();
     let message = Message::decode(&bytes[..len]).ok_or(io::ErrorKind::InvalidData)?;
-    Ok(Some((message, descriptors)))
+    Ok(Some(Received { message, descriptors, is_whole: !flags.contains(ReturnFlags::CTRUNC) }))
 }
 
 #[cfg(test)]
@@ -158,11 +169,12 @@ mod tests {
             let link = Message { name: "ü".repeat(number), link_id: 7, ..Message::new(kind, number as u32) };
             let descriptors = vec![null.as_fd(); number % (MAX_DESCRIPTORS + 1)];
             send(here.as_fd(), &link, &descriptors).unwrap();
-            let (message, received) = receive(there.as_fd()).unwrap().unwrap();
-            assert_eq!((message, received.len()), (link, descriptors.len()));
+            let received = receive(there.as_fd()).unwrap().unwrap();
+            assert_eq!((received.message, received.descriptors.len()), (link, descriptors.len()));
+            assert!(received.is_whole);
         }
         send(here.as_fd(), &Message { name: "n".repeat(1000), ..Message::new(Kind::Link, 1) }, &[]).unwrap();
-        assert_eq!(receive(there.as_fd()).unwrap().unwrap().0.name.len(), MAX_NAME);
+        assert_eq!(receive(there.as_fd()).unwrap().unwrap().message.name.len(), MAX_NAME);
         drop(here);
         assert!(receive(there.as_fd()).unwrap().is_none());
     }

@@ -23,15 +23,17 @@ pub mod table;
 pub mod takedown;
 
 use std::io;
-use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
+use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
 use std::process::{Child, Command, Stdio};
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
-use std::time::Duration;
+use std::thread;
+use std::time::{Duration, Instant};
 
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 use nix::sys::socket::{
-    AddressFamily, SockFlag, SockType, setsockopt, socketpair, sockopt::ReceiveTimeout, sockopt::SendTimeout,
+    AddressFamily, Shutdown, SockFlag, SockType, setsockopt, shutdown, socketpair, sockopt::ReceiveTimeout,
+    sockopt::SendTimeout,
 };
 use nix::sys::time::TimeVal;
 use tracing::error;
@@ -39,6 +41,7 @@ use tracing::error;
 use self::message::{Kind, Message};
 use self::table::{Spans, Table};
 use crate::config::Confine;
+use crate::runtime::channel::is_passing;
 
 /// How long the guardian may take to start.
 const START: Duration = Duration::from_secs(20);
@@ -62,7 +65,7 @@ pub struct Guardian(Arc<Inner>);
 
 impl Guardian {
     /// Starts a guardian for so many links, each of whose peers has `timeout` to let go of memory.
-    /// To be called before the process is confined.
+    /// To be called before the process is confined, by the broker's program: it is started again for this.
     ///
     /// # Errors
     /// When the host gives no process, memory or descriptor.
@@ -82,9 +85,13 @@ impl Guardian {
         let guardian = Self(Arc::new(Inner { socket: ours, table, lost: AtomicBool::new(false), process }));
         guardian.tell(Message::new(Kind::Table, links as u32), &[guardian.0.table.file()]);
         // It is confined by then, or is gone and has said why.
-        match message::receive(guardian.0.socket.as_fd())? {
-            Some(_) => Ok(guardian),
-            None => Err(io::Error::other("it has ended")),
+        match message::receive(guardian.0.socket.as_fd()) {
+            Ok(Some(_)) => Ok(guardian),
+            Ok(None) => Err(io::Error::other("it has ended")),
+            Err(error) if error.kind() == io::ErrorKind::WouldBlock => {
+                Err(io::Error::other(format!("it was not ready within {START:?}")))
+            }
+            Err(error) => Err(error),
         }
     }
 
@@ -107,16 +114,35 @@ impl Guardian {
         if self.0.lost.load(Ordering::Relaxed) {
             return;
         }
-        // What it was not told it cannot know later: it is of no use any more. Its socket stays
-        // open, since it takes that to be closed for the broker's end.
-        if let Err(error) = message::send(self.0.socket.as_fd(), &message, descriptors)
+        // What it was not told it cannot know later: it is of no use any more, and is to end without
+        // doing anything.
+        if let Err(error) = send_patiently(self.0.socket.as_fd(), &message, descriptors)
             && !self.0.lost.swap(true, Ordering::Relaxed)
         {
+            self.0.table.forsake();
+            let _ = shutdown(self.0.socket.as_raw_fd(), Shutdown::Both);
             error!(
                 %error,
                 "the broker's guardian does not hear it any more: nobody takes back what peers have mapped if this \
                  broker is killed; start it anew when that suits"
             );
+        }
+    }
+}
+
+/// Sends a message; again, for a while, where the host has too little at the moment.
+fn send_patiently(
+    socket: BorrowedFd<'_>,
+    message: &Message,
+    descriptors: &[BorrowedFd<'_>],
+) -> io::Result<()> {
+    let end = Instant::now() + PATIENCE;
+    loop {
+        match message::send(socket, message, descriptors) {
+            Err(error) if is_passing(&error) && Instant::now() < end => {
+                thread::sleep(Duration::from_millis(1))
+            }
+            result => return result,
         }
     }
 }

@@ -8,14 +8,14 @@ use rustix::io::Errno;
 use rustix::net::{RecvFlags, SendFlags, recv, send};
 use vhost::vhost_user::message::FrontendReq;
 
-use crate::runtime::backend_message::{HEADER_LEN, acknowledgement};
+use crate::runtime::backend_message::{
+    FLAG_NEED_REPLY, FLAG_REPLY, FLAG_VERSION, HEADER_LEN, acknowledgement,
+};
 
 /// The longest payload of a message that is taken, bytes.
 const MAX_PAYLOAD: usize = 4096;
-/// Header flags: protocol version 1, a reply, a reply is wanted.
-const FLAG_VERSION: u32 = 0x1;
-const FLAG_REPLY: u32 = 0x4;
-const FLAG_NEED_REPLY: u32 = 0x8;
+/// Pieces that are read at once: one who writes without end is not listened to for ever.
+const MAX_PIECES: usize = 16;
 
 /// Of one connection: what has come of a message that is not whole.
 #[derive(Debug, Default)]
@@ -31,7 +31,7 @@ impl StandIn {
     /// is to be disconnected.
     pub fn answer(&mut self, connection: BorrowedFd<'_>) -> Result<(), Errno> {
         let mut piece = [0; 1024];
-        loop {
+        for _ in 0..MAX_PIECES {
             // Descriptors that come along the kernel closes.
             match recv(connection, &mut piece[..], RecvFlags::DONTWAIT) {
                 Ok((0, _)) => return Err(Errno::PIPE),
@@ -48,6 +48,7 @@ impl StandIn {
                 }
             }
         }
+        Ok(())
     }
 
     /// The answer, which may be none, to the next message that is whole.
@@ -66,13 +67,13 @@ impl StandIn {
         // Those are answered with a payload of the question's kind: the configuration as it was
         // asked for, zeroed, and a vring's state.
         let echoed = [FrontendReq::GET_CONFIG, FrontendReq::GET_VRING_BASE];
-        Ok(Some(match () {
-            () if echoed.iter().any(|echoed| *echoed as u32 == request) => {
-                message[4..8].copy_from_slice(&(FLAG_VERSION | FLAG_REPLY).to_ne_bytes());
-                message
-            }
-            () if flags & FLAG_NEED_REPLY != 0 => acknowledgement(request, true).to_vec(),
-            () => Vec::new(),
+        Ok(Some(if echoed.iter().any(|echoed| *echoed as u32 == request) {
+            message[4..8].copy_from_slice(&(FLAG_VERSION | FLAG_REPLY).to_ne_bytes());
+            message
+        } else if flags & FLAG_NEED_REPLY != 0 {
+            acknowledgement(request, true).to_vec()
+        } else {
+            Vec::new()
         }))
     }
 }

@@ -7,6 +7,7 @@ use std::collections::HashMap;
 use std::fs::File;
 use std::io;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
+use std::os::unix::fs::FileExt;
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
 
@@ -17,6 +18,8 @@ use vm_memory::{Bytes, FileOffset, GuestAddress, GuestMemoryMmap};
 /// Entries of a link. All that a window shows, all that it stops to show meanwhile, and the witnesses.
 const SLOTS: u64 = 4096;
 const _: () = assert!(SLOTS > 2 * abi::MAX_MAPPINGS as u64 + 8);
+/// What stands before the links: whether the guardian is to take nothing back.
+const HEAD_LEN: u64 = abi::PAGE_SIZE;
 /// An entry: its window offset and its length, bytes, which is 0 where there is none.
 const ENTRY_LEN: u64 = 16;
 const LINK_LEN: u64 = SLOTS * ENTRY_LEN;
@@ -36,7 +39,7 @@ impl Table {
     pub fn new(links: usize) -> io::Result<Self> {
         let flags = MFdFlags::MFD_CLOEXEC | MFdFlags::MFD_ALLOW_SEALING;
         let file = File::from(memfd_create(c"vhost-pci guardian's table", flags)?);
-        file.set_len(links.max(1) as u64 * LINK_LEN)?;
+        file.set_len(HEAD_LEN + links as u64 * LINK_LEN)?;
         Self::map(file)
     }
 
@@ -62,32 +65,39 @@ impl Table {
 
     /// The entries of a link, none, to be written.
     pub fn spans(&self, link: usize) -> Spans {
-        Spans {
-            table: self.clone(),
-            base: link as u64 * LINK_LEN,
-            slots: HashMap::new(),
-            free: Vec::new(),
-            used: 0,
-        }
+        Spans { table: self.clone(), base: base(link), slots: HashMap::new(), free: Vec::new(), used: 0 }
     }
 
-    /// Those that are there, as window offset and length, bytes.
-    pub fn entries(&self, link: usize) -> Vec<(u64, u64)> {
-        let base = link as u64 * LINK_LEN;
-        let entry = |slot| {
-            let at = base + slot * ENTRY_LEN;
-            Some((self.load(at)?, self.load(at + 8).filter(|len| *len > 0)?))
-        };
-        (0..SLOTS).filter_map(entry).collect()
+    /// Those that are there, as window offset and length, bytes. Takes no memory for those that are not.
+    ///
+    /// # Errors
+    /// When the file cannot be read.
+    pub fn entries(&self, link: usize) -> io::Result<Vec<(u64, u64)>> {
+        let mut bytes = vec![0; LINK_LEN as usize];
+        self.file.read_exact_at(&mut bytes, base(link))?;
+        let (longs, _) = bytes.as_chunks::<8>();
+        let (pairs, _) = longs.as_chunks::<2>();
+        let pairs = pairs.iter().map(|[offset, len]| (u64::from_ne_bytes(*offset), u64::from_ne_bytes(*len)));
+        Ok(pairs.filter(|(_, len)| *len > 0).collect())
     }
 
-    fn load(&self, at: u64) -> Option<u64> {
-        self.memory.load(GuestAddress(at), Ordering::Acquire).ok()
+    /// Has the guardian take nothing back: it was not told everything.
+    pub fn forsake(&self) {
+        self.store(0, 1);
+    }
+
+    /// Whether it is to.
+    pub fn is_forsaken(&self) -> bool {
+        self.memory.load::<u64>(GuestAddress(0), Ordering::Acquire).is_ok_and(|word| word != 0)
     }
 
     fn store(&self, at: u64, value: u64) -> bool {
         self.memory.store(value, GuestAddress(at), Ordering::Release).is_ok()
     }
+}
+
+fn base(link: usize) -> u64 {
+    HEAD_LEN + link as u64 * LINK_LEN
 }
 
 /// One link's entries, as the broker writes them.
@@ -150,7 +160,7 @@ mod tests {
     use super::*;
 
     fn sorted(table: &Table, link: usize) -> Vec<(u64, u64)> {
-        let mut entries = table.entries(link);
+        let mut entries = table.entries(link).unwrap();
         entries.sort_unstable();
         entries
     }
@@ -165,6 +175,9 @@ mod tests {
         assert_eq!((sorted(&other, 1), sorted(&other, 2)), (vec![], vec![(8192, 1)]));
         first.remove(3, 0, 4096);
         assert_eq!(sorted(&other, 0), [(4096, 4096)]);
+        assert!(!other.is_forsaken());
+        table.forsake();
+        assert!(other.is_forsaken());
         first.clear();
         assert_eq!((sorted(&other, 0), sorted(&other, 2).len()), (vec![], 1));
     }
@@ -190,12 +203,12 @@ mod tests {
         for round in 0..3 {
             assert!((0..SLOTS).all(|entry| spans.add(round, entry * 4096, 4096)));
             assert!(!spans.add(round, 1 << 40, 4096));
-            assert_eq!(table.entries(0).len() as u64, SLOTS);
+            assert_eq!(table.entries(0).unwrap().len() as u64, SLOTS);
             match round {
                 0 => (0..SLOTS).for_each(|entry| spans.remove(9, entry * 4096, 4096)),
                 _ => spans.clear(),
             }
-            assert_eq!(table.entries(0), []);
+            assert_eq!(table.entries(0).unwrap(), []);
         }
     }
 }

@@ -4,8 +4,10 @@
 //! pages last; and when the kernel says that no process has these mapped, nobody has what was
 //! beside them either (`docs/architecture.md`, Revocation).
 //!
-//! What the VMM still answers to the broker cannot be told from what it answers here: so answers
-//! say only that it reads, and the witness says that it did it.
+//! What the VMM answers to the broker cannot be told from what it answers here: that it has read all
+//! requests, which it carries out one after the other, the kernel says; and of the last, the witness.
+//! If the broker was killed between reading a message of that VMM's and answering it, a moment, the VMM waits for
+//! an answer that nobody knows of, and does nothing until the time is over.
 
 use std::collections::VecDeque;
 use std::fs::File;
@@ -20,11 +22,12 @@ use vhost_pci_device::abi;
 use super::stand_in::StandIn;
 use crate::link::message::{Generations, LinkContents};
 use crate::runtime::areas::{AreaFile, LinkArea, Witness};
-use crate::runtime::backend_message::{self, HEADER_LEN, REPLY_LEN};
+use crate::runtime::backend_message;
 use crate::runtime::broker::first_generation;
+use crate::runtime::sys::all_is_read;
 
-/// Requests that are sent and not answered, at most: so nobody waits for a full socket.
-const MAX_OPEN: usize = 64;
+/// Times that answers are read in a row: one who writes without end is not listened to for ever.
+const MAX_PIECES: usize = 16;
 
 /// What the guardian has of a link.
 #[derive(Debug, Default)]
@@ -43,6 +46,15 @@ pub struct Held {
     pub channel: Option<OwnedFd>,
     /// The witness pages, the oldest first.
     pub witnesses: VecDeque<File>,
+    /// Something of it is not known: what the peer has cannot be taken back for certain.
+    pub is_in_part: bool,
+}
+
+impl Held {
+    /// Whether nobody was there.
+    pub fn is_unused(&self) -> bool {
+        self.owner.is_none() && self.peer.is_none() && self.witnesses.is_empty() && !self.is_in_part
+    }
 }
 
 /// A link whose peer may have memory of its owner.
@@ -52,14 +64,14 @@ pub struct Takedown {
     held: Held,
     stand_in: StandIn,
     witnesses: Vec<Witness>,
+    /// Whether these tell what the peer has.
+    is_told: bool,
     unsent: VecDeque<Vec<u8>>,
-    /// Bytes of answers that have not come.
-    unanswered: usize,
 }
 
 impl Takedown {
-    /// Begins, with what is mapped in the window as offset and length, bytes; `None` if the peer has
-    /// nothing: then the connections are closed.
+    /// Begins, with what is mapped in the window as offset and length, bytes; `None` if the
+    /// peer has nothing for certain: then the connections are closed.
     pub fn begin(mut held: Held, mapped: Vec<(u64, u64)>) -> Option<Self> {
         if let Some(areas) = held.areas.take()
             && let Err(error) = say_down(areas, held.link_id)
@@ -68,24 +80,21 @@ impl Takedown {
         }
         let (owners, own): (Vec<_>, Vec<_>) =
             mapped.into_iter().partition(|(offset, _)| *offset >= abi::DATA_OFFSET);
-        if owners.is_empty() {
+        let witnesses: Vec<_> = held.witnesses.drain(..).map(Witness::from).collect();
+        // What a VMM has answered that it unmapped it may have until its witness is gone.
+        let is_told = !held.is_in_part && (owners.is_empty() || !witnesses.is_empty());
+        if is_told && owners.is_empty() && all_gone(&witnesses) {
             return None;
         }
         let unmap = |(offset, len)| backend_message::unmap(offset, len).bytes;
-        let witnesses = held.witnesses.drain(..).map(Witness::from).collect();
         let unsent = owners.into_iter().chain(own).map(unmap).collect();
-        Some(Self { held, stand_in: StandIn::default(), witnesses, unsent, unanswered: 0 })
-    }
-
-    /// The link's.
-    pub fn name(&self) -> &str {
-        &self.held.name
+        Some(Self { held, stand_in: StandIn::default(), witnesses, is_told, unsent })
     }
 
     /// Does what can be done without waiting. Says whether the peer has nothing any more.
     pub fn go_on(&mut self) -> bool {
         if let Some(channel) = &self.held.channel
-            && talk(channel.as_fd(), &mut self.unsent, &mut self.unanswered).is_err()
+            && talk(channel.as_fd(), &mut self.unsent).is_err()
         {
             // The VMM is gone, or going: only the kernel tells now.
             self.held.channel = None;
@@ -95,17 +104,25 @@ impl Takedown {
         {
             self.held.peer = None;
         }
-        let asked = self.held.channel.is_none() || (self.unsent.is_empty() && self.unanswered == 0);
-        asked && self.witnesses.iter().all(|witness| witness.is_gone().unwrap_or(false))
+        let asked = self
+            .held
+            .channel
+            .as_ref()
+            .is_none_or(|channel| self.unsent.is_empty() && all_is_read(channel).unwrap_or(false));
+        asked && self.is_told && all_gone(&self.witnesses)
     }
 
     /// What it waits for besides time.
     pub fn waits_for(&self) -> impl Iterator<Item = (BorrowedFd<'_>, PollFlags)> {
         let mut flags = PollFlags::POLLIN;
-        flags.set(PollFlags::POLLOUT, !self.unsent.is_empty() && has_room(self.unanswered));
+        flags.set(PollFlags::POLLOUT, !self.unsent.is_empty());
         let channel = self.held.channel.iter().map(move |channel| (channel.as_fd(), flags));
         channel.chain(self.held.peer.iter().map(|peer| (peer.as_fd(), PollFlags::POLLIN)))
     }
+}
+
+fn all_gone(witnesses: &[Witness]) -> bool {
+    witnesses.iter().all(|witness| witness.is_gone().unwrap_or(false))
 }
 
 fn say_down(areas: File, link_id: u64) -> std::io::Result<()> {
@@ -115,34 +132,20 @@ fn say_down(areas: File, link_id: u64) -> std::io::Result<()> {
     area.publish(&LinkContents::default(), Generations { link: generation, table: generation })
 }
 
-fn has_room(unanswered: usize) -> bool {
-    unanswered < MAX_OPEN * (HEADER_LEN + REPLY_LEN)
-}
-
-/// Reads answers and sends requests until one would have to wait.
-fn talk(
-    channel: BorrowedFd<'_>,
-    unsent: &mut VecDeque<Vec<u8>>,
-    unanswered: &mut usize,
-) -> Result<(), Errno> {
-    let mut answers = [0; 16 * (HEADER_LEN + REPLY_LEN)];
-    loop {
+/// Reads answers, which say nothing, and sends requests until one would have to wait.
+fn talk(channel: BorrowedFd<'_>, unsent: &mut VecDeque<Vec<u8>>) -> Result<(), Errno> {
+    let mut answers = [0; 1024];
+    for _ in 0..MAX_PIECES {
         match recv(channel, &mut answers[..], RecvFlags::DONTWAIT) {
             Ok((0, _)) => return Err(Errno::PIPE),
-            Ok((len, _)) => *unanswered = unanswered.saturating_sub(len),
-            Err(Errno::INTR) => {}
+            Ok(_) | Err(Errno::INTR) => {}
             Err(Errno::AGAIN) => break,
             Err(error) => return Err(error),
         }
     }
-    while has_room(*unanswered)
-        && let Some(request) = unsent.front()
-    {
+    while let Some(request) = unsent.front() {
         match send(channel, request, SendFlags::DONTWAIT | SendFlags::NOSIGNAL) {
-            Ok(_) => {
-                *unanswered += HEADER_LEN + REPLY_LEN;
-                unsent.pop_front();
-            }
+            Ok(_) => drop(unsent.pop_front()),
             Err(Errno::INTR) => {}
             Err(Errno::AGAIN) => break,
             Err(error) => return Err(error),

@@ -9,7 +9,7 @@ use std::collections::VecDeque;
 use std::io::{self, IoSlice, Read, Write};
 use std::mem::MaybeUninit;
 use std::net::Shutdown;
-use std::os::fd::BorrowedFd;
+use std::os::fd::{AsFd, BorrowedFd};
 use std::os::unix::net::UnixStream;
 use std::sync::Arc;
 use std::thread;
@@ -18,16 +18,12 @@ use std::time::Instant;
 use crossbeam_channel::Sender;
 use rustix::net::{SendAncillaryBuffer, SendAncillaryMessage, SendFlags, sendmsg};
 
-use super::backend_message::{HEADER_LEN, Message, REPLY_LEN, is_done, replied};
+use super::backend_message::{HEADER_LEN, MAX_OPEN, Message, REPLY_LEN, is_done, replied};
 use super::rate::Rate;
 use super::{ChannelId, Input, LinkPort, SessionId};
 use crate::link::message::{Flood, MissId, OpId, Reply};
 use crate::link::wiring::WireId;
 use crate::link::{Fault, Side};
-
-/// Requests that are sent and not answered, at most: descriptors on their way count
-/// against a limit of the broker's user.
-const MAX_OPEN: usize = 64;
 
 /// What an answer is the answer to.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -90,6 +86,11 @@ impl Channel {
         Ok(Self { id: channel, stream, open: VecDeque::new(), unsent: VecDeque::new() })
     }
 
+    /// Its connection.
+    pub fn connection(&self) -> BorrowedFd<'_> {
+        self.stream.as_fd()
+    }
+
     /// Its number.
     pub fn id(&self) -> ChannelId {
         self.id
@@ -150,7 +151,7 @@ impl Drop for Channel {
 
 /// Whether the VMM has not read enough, or the host has too little at the moment: to be
 /// tried again.
-pub(super) fn is_passing(error: &io::Error) -> bool {
+pub(crate) fn is_passing(error: &io::Error) -> bool {
     use rustix::io::Errno;
     [Errno::AGAIN, Errno::NOBUFS, Errno::NOMEM, Errno::TOOMANYREFS]
         .into_iter()

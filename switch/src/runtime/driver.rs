@@ -1,5 +1,5 @@
 //! What is around one link: it takes input, applies it to the link's state, and runs
-//! the effects. Nothing that it does waits: sessions, the readers of back-end channels
+//! the effects. Nothing that it does waits, but for the guardian to listen: sessions, the readers of back-end channels
 //! and the relay have their own threads.
 
 use std::collections::VecDeque;
@@ -454,12 +454,15 @@ impl LinkDriver {
         let rate = Rate::new(self.rates.messages, Instant::now());
         self.next_channel += 1;
         let id = ChannelId(self.next_channel);
-        if side == Side::Peer {
-            self.guard.channel(stream.as_fd());
-        }
+        let guard = self.guard.clone();
         let Some(session) = self.session(side) else { return };
         match Channel::open(stream, port, side, (session.id, id), &name, rate) {
-            Ok(channel) => session.channel = Some(channel),
+            Ok(channel) => {
+                let channel = session.channel.insert(channel);
+                if side == Side::Peer {
+                    guard.channel(channel.connection());
+                }
+            }
             Err(error) => warn!(link = %name, %error, "the back-end channel cannot be served"),
         }
     }

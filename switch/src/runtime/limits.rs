@@ -10,7 +10,7 @@ use crate::config::LinkConfig;
 
 /// A link's own to which nobody is connected: listening sockets and areas.
 const LISTENING: u64 = 3;
-/// Both sides' connections and back-end channels, three witness pages, what the relay waits on, and
+/// Both sides' connections and back-end channels, two witness pages and one that answers a fence, what the relay waits on, and
 /// kick and call of the control ring.
 const CONNECTED: u64 = 10;
 /// The owner's kick, call and error eventfd of a vring, and the peer's kick and call.

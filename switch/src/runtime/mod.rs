@@ -36,7 +36,7 @@ pub mod port;
 pub mod rate;
 pub mod relay;
 pub mod sockets;
-mod sys;
+pub(crate) mod sys;
 
 use std::os::unix::net::UnixStream;
 

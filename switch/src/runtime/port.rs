@@ -1,5 +1,5 @@
 //! How threads reach a link: each input is applied by the thread that has it, under
-//! the link's lock. Nothing that is done under it waits for anybody: sessions wait
+//! the link's lock. Nothing that is done under it waits for anybody but the guardian, which only listens: sessions wait
 //! for answers, and channels for VMMs, outside. So a change goes from one VMM's
 //! socket to the other's without a change of threads in between.
 //!
