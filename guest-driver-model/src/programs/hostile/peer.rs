@@ -84,8 +84,8 @@ fn strike(rig: &mut Rig, attack: &PeerAttack, link: &LinkSnapshot) -> Result<(),
         .collect::<Result<_, _>>()?;
     let result = (attack.run)(rig, link);
     rig.bare.restore_config_space(&kept);
-    // Linux looks at its rings in a loop for as long as what they say of the device contradicts itself (a later
-    // descriptor is used, an earlier one is not), with its interrupts off: it is to come back.
+    // Linux looks at its rings in a loop for as long as what they say contradicts itself: often, if not always,
+    // it comes back when they say what they said.
     for ((start, _), bytes) in areas.iter().zip(&bytes) {
         rig.window.write(*start, bytes)?;
     }
