@@ -149,7 +149,9 @@ impl Spans {
         for (_, (slot, _)) in self.slots.drain() {
             self.table.store(self.base + slot * ENTRY_LEN + 8, 0);
         }
-        self.free.clear();
+        // A window that had thousands keeps no room for them.
+        self.slots = HashMap::new();
+        self.free = Vec::new();
         self.used = 0;
     }
 }
