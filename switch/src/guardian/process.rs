@@ -86,7 +86,6 @@ fn take(links: &mut [Held], received: Received) {
         Kind::Peer => {
             let old = [mem::replace(&mut held.peer, next()), held.channel.take()];
             held.areas = next().map(File::from);
-            held.is_in_part = !is_whole;
             old
         }
         // Its VMM may have the window still: witnesses and areas stay.

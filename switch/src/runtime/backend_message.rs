@@ -26,9 +26,6 @@ pub const FLAG_VERSION: u32 = 0x1;
 pub const FLAG_REPLY: u32 = 0x4;
 /// A reply is wanted.
 pub const FLAG_NEED_REPLY: u32 = 0x8;
-/// Requests of a channel that are sent and not answered, at most: descriptors on their way count
-/// against a limit of the broker's user, and nobody waits for a full socket.
-pub const MAX_OPEN: usize = 64;
 /// VHOST_USER_BACKEND_IOTLB_MSG.
 const IOTLB_MSG: u32 = 1;
 /// Length of `struct vhost_iotlb_msg`, bytes.

@@ -18,12 +18,16 @@ use std::time::Instant;
 use crossbeam_channel::Sender;
 use rustix::net::{SendAncillaryBuffer, SendAncillaryMessage, SendFlags, sendmsg};
 
-use super::backend_message::{HEADER_LEN, MAX_OPEN, Message, REPLY_LEN, is_done, replied};
+use super::backend_message::{HEADER_LEN, Message, REPLY_LEN, is_done, replied};
 use super::rate::Rate;
 use super::{ChannelId, Input, LinkPort, SessionId};
 use crate::link::message::{Flood, MissId, OpId, Reply};
 use crate::link::wiring::WireId;
 use crate::link::{Fault, Side};
+
+/// Requests that are sent and not answered, at most: descriptors on their way count
+/// against a limit of the broker's user.
+const MAX_OPEN: usize = 64;
 
 /// What an answer is the answer to.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
