@@ -23,6 +23,7 @@ use vhost_pci_switch::control::{client, render};
 use vhost_pci_switch::demo;
 use vhost_pci_switch::guardian::{self, Guardian};
 use vhost_pci_switch::runtime::broker::Broker;
+use vhost_pci_switch::runtime::one_heap;
 
 /// Where `status` and `watch` ask unless told otherwise.
 const CONTROL_SOCKET: &str = "/run/vhost-pci-switch/control.sock";
@@ -147,6 +148,7 @@ fn load(path: &Path) -> anyhow::Result<Config> {
 }
 
 fn run(path: &Path) -> anyhow::Result<()> {
+    one_heap();
     let config = load(path)?;
     raise_descriptor_limit();
     // Registered before the first socket exists: none is left behind.

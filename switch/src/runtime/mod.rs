@@ -43,6 +43,7 @@ use std::os::unix::net::UnixStream;
 use crossbeam_channel::Sender;
 
 pub use port::LinkPort;
+pub use sys::one_heap;
 
 use crate::link::message::{Flood, Reply, Request};
 use crate::link::report::LinkReport;

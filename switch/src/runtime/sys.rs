@@ -1,4 +1,4 @@
-//! Two questions to the kernel that no crate in use asks. With `session::sys` the broker's only
+//! Two questions to the kernel, and one to the C library, that no crate in use asks. With `session::sys` the broker's only
 //! `unsafe` code.
 #![allow(unsafe_code)]
 
@@ -57,5 +57,16 @@ pub fn supplementary_groups<F: AsFd>(socket: F) -> io::Result<Vec<u32>> {
             }
             error => return Err(error),
         }
+    }
+}
+
+/// Has all threads of this process allocate from one heap, instead of from eight a processor that each keep their own
+/// free room: the broker's threads come and go with its connections, and one heap holds what all of them together
+/// need at once. For a program's `main`, before its threads; does nothing with a C library other than GNU's.
+pub fn one_heap() {
+    #[cfg(target_env = "gnu")]
+    // SAFETY: takes two numbers and has no conditions; 1 heap is one of the values it knows.
+    unsafe {
+        libc::mallopt(libc::M_ARENA_MAX, 1);
     }
 }
