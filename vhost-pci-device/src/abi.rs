@@ -137,6 +137,11 @@ pub const CONTROL_LEN: u64 = 256 << 10;
 pub const WITNESS_OFFSET: u64 = CONTROL_OFFSET + CONTROL_LEN;
 /// Window offset of the fence page (section 6.4): the driver leaves it alone.
 pub const FENCE_OFFSET: u64 = WITNESS_OFFSET + 2 * PAGE_SIZE;
+/// Window offset of an owner's dirty log that is not longer than [`MAX_LOW_LOG`]; a longer one is at
+/// the end of the window (section 6.3). The driver takes it from [`LinkHeader::log`].
+pub const LOG_OFFSET: u64 = 512 << 10;
+/// The longest dirty log at [`LOG_OFFSET`], bytes: that of 48 GiB of guest-physical addresses.
+pub const MAX_LOW_LOG: u64 = DATA_OFFSET - LOG_OFFSET;
 /// Window offset from which on the owner's memory appears: a multiple of 2 MiB,
 /// so that offsets keep the alignment that large pages need.
 pub const DATA_OFFSET: u64 = 2 << 20;
@@ -144,7 +149,7 @@ pub const DATA_OFFSET: u64 = 2 << 20;
 const _: () = {
     assert!(LINK_OFFSET + LINK_LEN <= CONTROL_OFFSET);
     assert!(CONTROL_OFFSET + CONTROL_LEN <= WITNESS_OFFSET);
-    assert!(FENCE_OFFSET + PAGE_SIZE <= DATA_OFFSET);
+    assert!(FENCE_OFFSET + PAGE_SIZE <= LOG_OFFSET && LOG_OFFSET < DATA_OFFSET);
 };
 
 // --- 7 The link page ---------------------------------------------------------------
@@ -164,10 +169,13 @@ pub const LINK_S_IOMMU: u32 = 1 << 2;
 /// [`LinkHeader::status`]: ranges that the owner allows one direction of access to
 /// only are not mapped: [`CTRL_FETCH`] and [`CTRL_STORE`] reach them.
 pub const LINK_S_COPY: u32 = 1 << 3;
+/// [`LinkHeader::status`]: the owner is being migrated, and its VMM wants to know each page that the
+/// driver writes: by bits of the dirty log at [`LinkHeader::log`] (section 8.7).
+pub const LINK_S_LOG: u32 = 1 << 4;
 
 /// The link page: the header of the link area (section 7.1). Written by the
 /// device only.
-#[repr(C, align(64))]
+#[repr(C)]
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, FromBytes, IntoBytes, Immutable, KnownLayout)]
 pub struct LinkHeader {
     /// [`LINK_MAGIC`].
@@ -199,6 +207,15 @@ pub struct LinkHeader {
     /// The number that the link's doorbell page has as well ([`DoorbellHeader::link_id`]);
     /// 0: the link has no doorbell function.
     pub link_id: Le64,
+    /// Length of the copy of the owner's device-specific configuration space, bytes, at most
+    /// 256; 0: there is none.
+    pub config_len: Le32,
+    /// Where that copy starts, bytes from the start of the link area.
+    pub config: Le32,
+    /// Window offset of the owner's dirty log; 0 without [`LINK_S_LOG`].
+    pub log: Le64,
+    /// Length of the dirty log, bytes; 0 without [`LINK_S_LOG`].
+    pub log_len: Le64,
 }
 
 /// Where the device puts the vring table, bytes from the start of the link area.
@@ -211,7 +228,7 @@ pub const MAPPING_TABLE: u32 = 8192;
 pub const MAX_MAPPINGS: u32 = ((LINK_LEN - MAPPING_TABLE as u64) / size_of::<Mapping>() as u64) as u32;
 
 const _: () = {
-    assert!(size_of::<LinkHeader>() == 64);
+    assert!(size_of::<LinkHeader>() == 88);
     assert!(offset_of!(LinkHeader, generation) == 8);
     assert!(offset_of!(LinkHeader, status) == 16);
     assert!(offset_of!(LinkHeader, features) == 24);
@@ -219,6 +236,10 @@ const _: () = {
     assert!(offset_of!(LinkHeader, vring_count) == 40);
     assert!(offset_of!(LinkHeader, table_generation) == 48);
     assert!(offset_of!(LinkHeader, link_id) == 56);
+    assert!(offset_of!(LinkHeader, config_len) == 64);
+    assert!(offset_of!(LinkHeader, config) == 68);
+    assert!(offset_of!(LinkHeader, log) == 72);
+    assert!(offset_of!(LinkHeader, log_len) == 80);
     assert!(MAPPING_TABLE as u64 + MAX_MAPPINGS as u64 * 32 <= LINK_LEN);
     assert!(VRING_TABLE as usize + MAX_VRINGS as usize * size_of::<Vring>() <= MAPPING_TABLE as usize);
 };
@@ -241,13 +262,15 @@ pub struct Mapping {
     pub window_offset: Le64,
     /// `ACCESS_*` bits.
     pub access: Le32,
-    /// Zero.
-    pub reserved: Le32,
+    /// Number of the range's first page in the dirty log: its guest-physical address in the owner,
+    /// divided by [`PAGE_SIZE`]. 0 without [`LINK_S_LOG`].
+    pub log_page: Le32,
 }
 
 const _: () = {
     assert!(size_of::<Mapping>() == 32);
     assert!(offset_of!(Mapping, access) == 24);
+    assert!(offset_of!(Mapping, log_page) == 28);
 };
 
 /// [`Vring::flags`]: the owner's front-end has started and enabled the vring.

@@ -74,7 +74,7 @@ impl Link {
             len: range.iova().len().into(),
             window_offset: shown_at(placement, self.config.window_len).raw().into(),
             access: allowed.bits().into(),
-            reserved: 0.into(),
+            log_page: 0.into(),
         }
     }
 
