@@ -48,6 +48,14 @@ pub enum LinkError {
         /// How many entries it is said to have.
         count: u32,
     },
+    /// The copy of the owner's configuration space is longer than it may be, or not in the area.
+    #[error("a configuration space of {len} bytes at {offset:#x} is not inside the link area")]
+    OwnerConfig {
+        /// Where it is said to start, bytes from the start of the link area.
+        offset: u32,
+        /// How long it is said to be, bytes.
+        len: u32,
+    },
     /// There are more vrings than the device announces.
     #[error("the link page has {count} vrings; its device announces at most {most}")]
     Vrings {
@@ -124,6 +132,8 @@ pub struct LinkSnapshot {
     pub mappings: Vec<Mapping>,
     /// By the owner's vring number.
     pub vrings: Vec<VringInfo>,
+    /// The configuration space of the owner's device; empty if the link knows of none.
+    pub config: Vec<u8>,
 }
 
 impl LinkSnapshot {
@@ -264,7 +274,21 @@ impl LinkPage {
                 word(offset_of!(abi::LinkHeader, vring_table))?,
                 word(offset_of!(abi::LinkHeader, vring_count))?,
             )?,
+            config: self.owner_config(
+                word(offset_of!(abi::LinkHeader, config))?,
+                word(offset_of!(abi::LinkHeader, config_len))?,
+            )?,
         })
+    }
+
+    fn owner_config(&self, offset: u32, len: u32) -> Result<Vec<u8>, LinkError> {
+        let wrong = LinkError::OwnerConfig { offset, len };
+        if len > abi::MAX_OWNER_CONFIG {
+            return Err(wrong);
+        }
+        let mut bytes = vec![0; len as usize];
+        self.area.read(offset.into(), &mut bytes).map_err(|_| wrong)?;
+        Ok(bytes)
     }
 
     /// A table of `count` entries of `T`, after checking that it lies inside the

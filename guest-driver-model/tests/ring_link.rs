@@ -118,6 +118,27 @@ fn a_foreign_header_is_refused() {
 }
 
 #[test]
+fn the_owners_configuration_space_is_copied_or_refused() {
+    let views = views();
+    let good = LinkWriter { config: (0..60).collect(), ..LinkWriter::new(0, vec![], vec![]) };
+    good.write(&views.window);
+    assert_eq!(link_page(&views.window).snapshot().unwrap().config, good.config);
+    let most = abi::MAX_OWNER_CONFIG;
+    let last = abi::LINK_LEN as u32 - most;
+    for (config_at, len, is_good) in [
+        (last, most, true),
+        (last, most + 1, false),
+        (last + 1, most, false),
+        (abi::OWNER_CONFIG, u32::MAX, false),
+        (u32::MAX, 1, false),
+    ] {
+        let read = read(&views, &LinkWriter { config_at, config_len: Some(len), ..good.clone() });
+        let refused = matches!(read, Err(LinkError::OwnerConfig { .. }));
+        assert_eq!((read.is_ok(), refused), (is_good, !is_good), "{config_at:#x} {len}");
+    }
+}
+
+#[test]
 fn a_table_that_leaves_the_link_area_is_refused() {
     let views = views();
     let good = LinkWriter::new(0, vec![], vec![]);

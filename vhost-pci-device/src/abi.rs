@@ -208,7 +208,7 @@ pub struct LinkHeader {
     /// 0: the link has no doorbell function.
     pub link_id: Le64,
     /// Length of the copy of the owner's device-specific configuration space, bytes, at most
-    /// 256; 0: there is none.
+    /// [`MAX_OWNER_CONFIG`]; 0: there is none.
     pub config_len: Le32,
     /// Where that copy starts, bytes from the start of the link area.
     pub config: Le32,
@@ -218,6 +218,11 @@ pub struct LinkHeader {
     pub log_len: Le64,
 }
 
+/// Where the device puts the copy of the owner's configuration space, bytes from the start of the
+/// link area.
+pub const OWNER_CONFIG: u32 = 256;
+/// The most bytes of that copy.
+pub const MAX_OWNER_CONFIG: u32 = 256;
 /// Where the device puts the vring table, bytes from the start of the link area.
 pub const VRING_TABLE: u32 = 4096;
 /// Vring entries that the link area has room for.
@@ -240,6 +245,8 @@ const _: () = {
     assert!(offset_of!(LinkHeader, config) == 68);
     assert!(offset_of!(LinkHeader, log) == 72);
     assert!(offset_of!(LinkHeader, log_len) == 80);
+    assert!(size_of::<LinkHeader>() <= OWNER_CONFIG as usize);
+    assert!(OWNER_CONFIG + MAX_OWNER_CONFIG <= VRING_TABLE);
     assert!(MAPPING_TABLE as u64 + MAX_MAPPINGS as u64 * 32 <= LINK_LEN);
     assert!(VRING_TABLE as usize + MAX_VRINGS as usize * size_of::<Vring>() <= MAPPING_TABLE as usize);
 };

@@ -34,6 +34,7 @@ fn a_burst_of_packets_is_fetched_once_by_either_side() {
             features: config.features(),
             mappings: vec![whole],
             vrings: layout.infos(0),
+            config: Vec::new(),
         };
         // Its generations may be, and are, looked at more than once.
         let link = fresh(abi::LINK_LEN);

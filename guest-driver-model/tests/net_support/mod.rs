@@ -78,6 +78,9 @@ pub struct LinkWriter {
     pub vring_table: u32,
     pub mapping_count: Option<u32>,
     pub vring_count: Option<u32>,
+    pub config: Vec<u8>,
+    pub config_at: u32,
+    pub config_len: Option<u32>,
 }
 
 impl LinkWriter {
@@ -85,7 +88,7 @@ impl LinkWriter {
         Self {
             magic: abi::LINK_MAGIC,
             version: abi::ABI_VERSION,
-            header_len: 64,
+            header_len: size_of::<abi::LinkHeader>() as u16,
             generation: 2,
             table_generation: 2,
             status: abi::LINK_S_OWNER | abi::LINK_S_UP,
@@ -97,6 +100,9 @@ impl LinkWriter {
             vring_table: abi::VRING_TABLE,
             mapping_count: None,
             vring_count: None,
+            config: Vec::new(),
+            config_at: abi::OWNER_CONFIG,
+            config_len: None,
         }
     }
 
@@ -111,6 +117,9 @@ impl LinkWriter {
         link.store_u32(36, self.mapping_table).unwrap();
         link.store_u32(40, self.vring_count.unwrap_or(self.vrings.len() as u32)).unwrap();
         link.store_u32(44, self.vring_table).unwrap();
+        link.store_u32(64, self.config_len.unwrap_or(self.config.len() as u32)).unwrap();
+        link.store_u32(68, self.config_at).unwrap();
+        link.write(u64::from(abi::OWNER_CONFIG), &self.config).unwrap();
         for (at, mapping) in self.mappings.iter().enumerate() {
             let at = u64::from(abi::MAPPING_TABLE) + 32 * at as u64;
             link.store_u64(at, mapping.iova).unwrap();

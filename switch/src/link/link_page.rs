@@ -61,8 +61,8 @@ pub fn header(contents: &LinkContents, generations: Generations, link_id: u64) -
         vring_count: (contents.vrings.len() as u32).into(),
         vring_table: abi::VRING_TABLE.into(),
         link_id: link_id.into(),
-        config_len: 0.into(),
-        config: 0.into(),
+        config_len: (contents.config.len() as u32).into(),
+        config: abi::OWNER_CONFIG.into(),
         log: 0.into(),
         log_len: 0.into(),
     }

@@ -348,14 +348,16 @@ pub struct LinkContents {
     pub mappings: Vec<abi::Mapping>,
     /// Entries of the vring table.
     pub vrings: Vec<abi::Vring>,
+    /// The owner's device configuration space, at most `MAX_OWNER_CONFIG` bytes.
+    pub config: Vec<u8>,
 }
 
 impl LinkContents {
     /// Whether the other says the same, but for the mapping table.
     pub fn is_but_for_mappings(&self, other: &Self) -> bool {
-        let Self { status, owner_device, features, mappings: _, vrings } = self;
-        (status, owner_device, features, vrings)
-            == (&other.status, &other.owner_device, &other.features, &other.vrings)
+        let Self { status, owner_device, features, mappings: _, vrings, config } = self;
+        (status, owner_device, features, vrings, config)
+            == (&other.status, &other.owner_device, &other.features, &other.vrings, &other.config)
     }
 }
 

@@ -118,6 +118,8 @@ impl LinkArea {
             let offset = abi::VRING_TABLE as usize + index * size_of::<abi::Vring>();
             self.write(vring.as_bytes(), offset)?;
         }
+        let config = &contents.config[..contents.config.len().min(abi::MAX_OWNER_CONFIG as usize)];
+        self.write(config, abi::OWNER_CONFIG as usize)?;
         self.publish_table(&contents.mappings, generations.table)?;
         let header = link_page::header(contents, Generations { link: changing, ..generations }, self.link_id);
         self.write(header.as_bytes(), 0)?;
@@ -261,6 +263,7 @@ mod tests {
         let contents = LinkContents {
             status: abi::LINK_S_UP,
             mappings: vec![abi::Mapping { iova: 4096.into(), ..Default::default() }],
+            config: vec![9, 8, 7],
             ..LinkContents::default()
         };
         area.publish(&contents, Generations { link: 42, table: 6 }).unwrap();
@@ -271,6 +274,8 @@ mod tests {
         assert_eq!(page[16], abi::LINK_S_UP as u8);
         assert_eq!((page[32], page[48], page[56]), (1, 6, 77));
         assert_eq!(page[abi::MAPPING_TABLE as usize + 1], 16);
+        assert_eq!(page[64..68], [3, 0, 0, 0]);
+        assert_eq!(page[abi::OWNER_CONFIG as usize..][..4], [9, 8, 7, 0]);
     }
 
     #[test]
