@@ -141,7 +141,7 @@ impl Driver {
         let mut ring = ControlRing::new(&self.device)?;
         ring.call(
             &self.device,
-            Command::Attach { generation: link.generation, interrupt: false, doorbell: None },
+            Command::Attach { generation: link.generation, interrupt: false, doorbell: None, quiesce: false },
             PATIENCE,
         )?;
         self.ring = Some(ring);

@@ -110,7 +110,7 @@ impl User {
         let mut ring = ControlRing::new(&driver)?;
         ring.call(
             &driver,
-            Command::Attach { generation: link.generation, interrupt: false, doorbell: None },
+            Command::Attach { generation: link.generation, interrupt: false, doorbell: None, quiesce: false },
             PATIENCE,
         )?;
         let half = function.window_len() / 2;

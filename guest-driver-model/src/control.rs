@@ -54,9 +54,17 @@ pub enum Command {
         interrupt: bool,
         /// It has the link's doorbell function, with so many MSI-X vectors.
         doorbell: Option<u16>,
+        /// A device of this VM uses the window: the driver says [`Command::Release`] before what
+        /// leaves the link page leaves the window.
+        quiesce: bool,
     },
     /// The driver has let go of all vrings.
     Detach,
+    /// Its device has let go of all that is not in the mapping table of this generation.
+    Release {
+        /// The table's generation.
+        table: u64,
+    },
     /// The driver has stopped serving a vring that is broken.
     Fault {
         /// The owner's vring.
@@ -79,10 +87,11 @@ impl Command {
     fn to_abi(self) -> abi::ControlRequest {
         let request = |command: u16| abi::ControlRequest { command: command.into(), ..Default::default() };
         match self {
-            Self::Attach { generation, interrupt, doorbell } => {
+            Self::Attach { generation, interrupt, doorbell, quiesce } => {
                 let flag = |set, flag| if set { flag } else { 0 };
                 let flags = flag(interrupt, abi::ATTACH_F_INTERRUPT)
-                    | flag(doorbell.is_some(), abi::ATTACH_F_DOORBELL);
+                    | flag(doorbell.is_some(), abi::ATTACH_F_DOORBELL)
+                    | flag(quiesce, abi::ATTACH_F_QUIESCE);
                 abi::ControlRequest {
                     flags: flags.into(),
                     value: generation.into(),
@@ -91,6 +100,9 @@ impl Command {
                 }
             }
             Self::Detach => request(abi::CTRL_DETACH),
+            Self::Release { table } => {
+                abi::ControlRequest { value: table.into(), ..request(abi::CTRL_RELEASE) }
+            }
             Self::Fault { vring, kind, value } => abi::ControlRequest {
                 vring: vring.into(),
                 kind: (kind as u32).into(),

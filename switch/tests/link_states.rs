@@ -5,6 +5,7 @@
 //! |---|---|
 //! | `bench` | runs the effects as the runtime does, and checks what must always hold |
 //! | `vmm` | the model of the peer's VMM: what it has mapped, what it was asked |
+//! | `lent` | a device of the peer's VM that uses the window, and its driver |
 //! | `front_end` | requests as front-ends make them, and what the owner shares by them |
 //! | the others | one behaviour each |
 #![allow(clippy::unwrap_used, clippy::panic)]
@@ -21,12 +22,16 @@ mod doorbell;
 mod front_end;
 #[path = "link_states/iommu.rs"]
 mod iommu_owner;
+#[path = "link_states/lent.rs"]
+mod lent;
 #[path = "link_states/peer_restart.rs"]
 mod peer_restart;
 #[path = "link_states/peer_trouble.rs"]
 mod peer_trouble;
 #[path = "link_states/random.rs"]
 mod random;
+#[path = "link_states/release.rs"]
+mod release;
 #[path = "link_states/requests.rs"]
 mod requests;
 #[path = "link_states/revocation.rs"]

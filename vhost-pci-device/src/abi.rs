@@ -353,6 +353,10 @@ pub const CTRL_FETCH: u16 = 5;
 /// device-readable part of the chain to the IOVA in `value` (section 9.4).
 pub const CTRL_STORE: u16 = 6;
 
+/// [`ControlRequest::command`]: the driver's device has let go of all that is not in the mapping
+/// table of the `table_generation` in `value` (section 9.5).
+pub const CTRL_RELEASE: u16 = 7;
+
 /// The most bytes of one [`CTRL_FETCH`] or [`CTRL_STORE`].
 pub const MAX_COPY: u32 = 64 << 10;
 /// The most bytes of one [`CTRL_MAP`].
@@ -364,6 +368,9 @@ pub const ATTACH_F_INTERRUPT: u32 = 1 << 0;
 /// [`ControlRequest::flags`] of [`CTRL_ATTACH`]: the driver has the link's doorbell
 /// function, which has [`ControlRequest::len`] MSI-X vectors (section 12).
 pub const ATTACH_F_DOORBELL: u32 = 1 << 1;
+/// [`ControlRequest::flags`] of [`CTRL_ATTACH`]: a device of the peer's VM uses the window. What is
+/// to leave it stays until the driver says [`CTRL_RELEASE`] (section 9.5).
+pub const ATTACH_F_QUIESCE: u32 = 1 << 2;
 
 /// The device-readable part of a control buffer (section 9.2).
 #[repr(C)]

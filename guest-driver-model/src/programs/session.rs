@@ -291,7 +291,7 @@ impl<'a> Session<'a> {
     fn attachment(&self) -> Option<Command> {
         let generation = self.live.as_ref()?.port.generation();
         let doorbell = self.doorbell.map(|doorbell| doorbell.vectors);
-        Some(Command::Attach { generation, interrupt: self.interrupt, doorbell })
+        Some(Command::Attach { generation, interrupt: self.interrupt, doorbell, quiesce: false })
     }
 
     /// Tells the device what is served. What it cannot be told now is owed to it: without it,

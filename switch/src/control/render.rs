@@ -96,6 +96,13 @@ fn write_link(text: &mut String, link: &LinkReport) {
         counters.peer_messages,
         counters.control_commands,
     );
+    if counters.releases_asked > 0 || link.peer.quiesces {
+        let _ = writeln!(
+            text,
+            "  lent     a device of the peer's VM uses the window; had to let go of something {} times, did in time {} times",
+            counters.releases_asked, counters.releases_given,
+        );
+    }
     let has_iommu = link.owner.features.iter().any(|name| name == "VIRTIO_F_ACCESS_PLATFORM");
     if has_iommu || counters.iotlb_misses + counters.iommu_pushes > 0 {
         let _ = writeln!(

@@ -83,6 +83,12 @@ pub enum Fault {
     /// The peer's VMM did not confirm a change of its window in time.
     #[error("the peer's VMM did not confirm within {0} ms that the window changed")]
     Unconfirmed(u128),
+    /// The peer's driver did not say in time that its device has let go of what leaves the window.
+    #[error(
+        "the peer's driver did not release within {0} ms what it had lent to a device of its VM; it is taken \
+         away all the same"
+    )]
+    Unreleased(u128),
     /// The peer's VMM did not answer a change of its wiring in time, or did not take back what it
     /// must.
     #[error("the peer's VMM {0}")]
@@ -140,6 +146,7 @@ impl Fault {
             Self::Window(_) => "window_too_small",
             Self::Refused(_) => "window_refused",
             Self::Unconfirmed(_) => "window_unconfirmed",
+            Self::Unreleased(_) => "window_unreleased",
             Self::Wiring(_) => "wiring",
             Self::DoorbellSpoke | Self::DoorbellUnread(_) => "doorbell",
             Self::ControlRing(_) => "control_ring",

@@ -9,6 +9,7 @@
 //! | [`peer`] | what the peer's front-end has told |
 //! | [`iommu`] | an owner with an IOMMU: what the peer asks for, what it is shown |
 //! | [`window`] | what the peer has mapped, and how that changes |
+//! | [`release`] | what a device of the peer's VM has to let go of before it leaves the window |
 //! | [`wiring`] | the owner's eventfds that the peer's VMM has |
 //! | [`doorbell`] | the same for a VMM that knows `ivshmem-doorbell` only |
 //! | [`notify`] | which way each notification goes |
@@ -27,6 +28,7 @@ pub mod message;
 pub mod notify;
 pub mod owner;
 pub mod peer;
+pub mod release;
 pub mod report;
 pub mod state;
 pub mod view;

@@ -72,6 +72,8 @@ pub struct AttachedDriver {
     pub interrupt: bool,
     /// Vectors of the link's doorbell function that it waits for; 0: it uses none.
     pub vectors: u32,
+    /// A device of its VM uses the window, and has to let go of what leaves it.
+    pub quiesces: bool,
 }
 
 /// What the peer's front-end has told so far.

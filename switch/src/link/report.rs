@@ -54,6 +54,9 @@ pub struct SideReport {
     pub protocol_features: Vec<String>,
     /// `none`, `polling` or `interrupt`: the driver in the peer's guest.
     pub driver: Option<String>,
+    /// Whether a device of the peer's VM uses the window, and has to let go of what leaves it.
+    #[serde(default)]
+    pub quiesces: bool,
 }
 
 /// The peer's window.
@@ -61,7 +64,7 @@ pub struct SideReport {
 pub struct WindowReport {
     /// Its length, bytes.
     pub len: u64,
-    /// `closed`, `open`, `revoking`, `residue` or `reopening`.
+    /// `closed`, `open`, `releasing`, `revoking`, `residue` or `reopening`.
     pub phase: String,
     /// Bytes of the owner that the peer has, or may have, mapped.
     pub mapped_bytes: u64,
@@ -140,6 +143,12 @@ pub struct CountersReport {
     pub mappings_made: u64,
     /// Mappings that are known to be gone.
     pub mappings_revoked: u64,
+    /// Times that the peer's driver was asked to have its device let go of what leaves the window.
+    #[serde(default)]
+    pub releases_asked: u64,
+    /// Times that it did so in time.
+    #[serde(default)]
+    pub releases_given: u64,
     /// Kicks relayed to the peer.
     pub kicks_relayed: u64,
     /// Calls relayed to the owner.
@@ -246,6 +255,7 @@ fn owner(link: &Link) -> SideReport {
         features: features::names(owner.features(), link.config.profile),
         protocol_features: features::protocol_names(owner.protocol()),
         driver: None,
+        quiesces: false,
     }
 }
 
@@ -260,6 +270,7 @@ fn peer(link: &Link) -> SideReport {
         features: features::names(peer.features(), link.config.profile),
         protocol_features: features::protocol_names(peer.protocol()),
         driver: peer.driver.map(|driver| if driver.interrupt { "interrupt" } else { "polling" }.into()),
+        quiesces: peer.driver.is_some_and(|driver| driver.quiesces),
     }
 }
 
@@ -290,7 +301,11 @@ fn window(link: &Link) -> WindowReport {
         .collect();
     WindowReport {
         len: link.peer.as_ref().map_or(link.config.window_len, PeerSession::window_len),
-        phase: link.window.phase_name().into(),
+        phase: match link.window.phase_name() {
+            "open" if link.release.is_owed() => "releasing",
+            phase => phase,
+        }
+        .into(),
         mapped_bytes: link.window.owner_bytes(),
         largest_mapped_bytes: link.window.counters().largest,
         one_way: link.config.one_way.name().into(),
@@ -366,6 +381,8 @@ fn counters(link: &Link) -> CountersReport {
         bytes_stored: demand.bytes_stored,
         mappings_made: window.made,
         mappings_revoked: window.revoked,
+        releases_asked: link.release.counters().asked,
+        releases_given: link.release.counters().given,
         owner_connections: link.counters.owner_connections,
         peer_connections: link.counters.peer_connections,
         owner_messages: link.counters.owner_messages,

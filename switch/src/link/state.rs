@@ -23,6 +23,7 @@ use super::message::{
 };
 use super::owner::OwnerSession;
 use super::peer::{AttachedDriver, PeerChange, PeerSession};
+use super::release::{Release, loses};
 use super::window::Window;
 use super::wiring::Wiring;
 use crate::config::LinkConfig;
@@ -79,6 +80,8 @@ pub struct Link {
     pub(super) owner: Option<OwnerSession>,
     pub(super) peer: Option<PeerSession>,
     pub(super) window: Window,
+    /// What a device of the peer's VM has to let go of before it leaves the window.
+    pub(super) release: Release,
     /// What of the owner's memory the peer should have.
     pub(super) layout: WindowLayout<MemoryFile>,
     /// Of an owner with an IOMMU: what is open between the sides, and what is chosen to be
@@ -126,6 +129,7 @@ impl Link {
             owner: None,
             peer: None,
             window: Window::new(timeout),
+            release: Release::new(timeout),
             layout: WindowLayout::new(),
             demand: Demand::default(),
             demand_counters: DemandCounters::default(),
@@ -234,7 +238,8 @@ impl Link {
             false => pending.deadline,
         });
         let doorbell = self.doorbell_function.as_ref().and_then(Doorbell::deadline);
-        let others = [pending, self.demand.deadline(), self.wiring.deadline(), doorbell];
+        let others =
+            [pending, self.demand.deadline(), self.wiring.deadline(), doorbell, self.release.deadline()];
         self.window.deadline().into_iter().chain(others.into_iter().flatten()).min()
     }
 
@@ -267,14 +272,31 @@ impl Link {
                     generation,
                     interrupt: has(abi::ATTACH_F_INTERRUPT),
                     vectors: if has(abi::ATTACH_F_DOORBELL) { vectors } else { 0 },
+                    quiesces: has(abi::ATTACH_F_QUIESCE),
                 });
+                if !has(abi::ATTACH_F_QUIESCE) {
+                    self.release.forget();
+                }
                 self.unsettled = true;
                 abi::CTRL_OK
             }
             abi::CTRL_DETACH => {
                 peer.driver = None;
+                self.release.forget();
                 self.unsettled = true;
                 abi::CTRL_OK
+            }
+            abi::CTRL_RELEASE => {
+                let table = request.value.value();
+                let quiesces = peer.driver.is_some_and(|driver| driver.quiesces);
+                match quiesces && table <= self.generations.table {
+                    false => abi::CTRL_INVALID,
+                    true if self.release.give(table) => {
+                        self.unsettled = true;
+                        abi::CTRL_OK
+                    }
+                    true => abi::CTRL_STALE,
+                }
             }
             abi::CTRL_FAULT => self.ring_fault(request, effects),
             // A command of a driver that serves an earlier link must not reach into this one.
@@ -472,6 +494,7 @@ impl Link {
                     }
                     PeerChange::Stopped => {
                         self.demand.forget_peer();
+                        self.release.forget();
                         self.wiring.device_stopped();
                         self.window.stop(effects);
                     }
@@ -484,6 +507,9 @@ impl Link {
     fn tick(&mut self, now: Instant, effects: &mut Vec<Effect>) {
         if let Err(fault) = self.window.tick(now, effects).and_then(|()| self.wiring.tick(now)) {
             self.peer_failed(&fault, effects);
+        }
+        if self.release.tick(now) {
+            self.count(&Fault::Unreleased(self.release.patience().as_millis()), "peer", effects);
         }
         if let Some(Err(fault)) = self.doorbell_function.as_ref().map(|doorbell| doorbell.tick(now)) {
             self.refuse_doorbell(&fault, effects);
@@ -529,6 +555,7 @@ impl Link {
             }
             Side::Peer if self.peer.take().is_some() => {
                 self.demand.forget_peer();
+                self.release.forget();
                 self.wiring.disconnected();
                 self.window.disconnect(effects);
             }
@@ -544,8 +571,6 @@ impl Link {
             self.answer_mapped(effects);
             return;
         }
-        let mut changes = Vec::new();
-        self.window.reconcile(&self.layout, now, &mut changes);
         let mappings = self.mappings();
         let up = self.is_usable(&mappings);
         if up && self.failure.take().is_some() {
@@ -564,9 +589,17 @@ impl Link {
         let contents = self.contents(up, mappings);
         if contents != self.published {
             let Generations { link, table } = self.generations;
+            let quiesces =
+                self.peer.as_ref().and_then(|peer| peer.driver).is_some_and(|driver| driver.quiesces);
+            let lent =
+                quiesces && (self.release.is_owed() || loses(&self.published.mappings, &contents.mappings));
+            if lent {
+                self.release.ask(table + 2, now);
+            }
             if contents.is_but_for_mappings(&self.published) {
                 self.generations = Generations { link, table: table + 2 };
                 effects.push(Effect::PublishTable(contents.mappings.clone(), self.generations.table));
+                effects.extend(self.control_call().filter(|_| lent).map(Effect::NotifyPeer));
             } else {
                 self.generations = Generations { link: link + 2, table: table + 2 };
                 effects.push(Effect::Publish(contents.clone(), self.generations));
@@ -578,7 +611,10 @@ impl Link {
             self.published = contents;
         }
         self.answer_mapped(effects);
-        effects.append(&mut changes);
+        // And a device of the peer's VM lets go of it before.
+        if !self.release.is_owed() {
+            self.window.reconcile(&self.layout, now, effects);
+        }
 
         let answered = self.pending.as_ref().is_some_and(|pending| self.is_confined(&pending.concerns));
         if let Some(pending) = self.pending.take_if(|_| answered) {

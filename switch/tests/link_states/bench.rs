@@ -16,6 +16,7 @@ use vhost_pci_switch::link::{Effect, Event, Link, Side};
 
 use crate::front_end::{Ask, Files, Region, Shared, peer_set_up, peer_start};
 use crate::iommu_owner::peer_driver::Commands;
+use crate::lent::Lent;
 use crate::vmm::{Kind, Manner, Vmm, kind};
 use crate::wirer::Wirer;
 
@@ -49,6 +50,8 @@ pub struct Bench {
     pub wiring: bool,
     pub one_way: OneWay,
     pub wires: Vec<Wire>,
+    /// What a device of the peer's VM has of the window.
+    pub lent: Lent,
     /// Whether a doorbell function is connected.
     pub doorbell: bool,
     watching: bool,
@@ -108,6 +111,7 @@ impl Bench {
             wiring: false,
             one_way,
             wires: Vec::new(),
+            lent: Lent::default(),
             doorbell: false,
             watching: false,
             witnesses: VecDeque::new(),
@@ -391,6 +395,7 @@ impl Bench {
             let start = placement.range().iova().start().raw();
             let shown = self.published.0.mappings.iter().any(|entry| entry.iova.value() == start);
             assert!(!shown, "{placement:?} is unmapped while the link page still shows it");
+            self.check_released(placement);
         }
         if let (WindowOp::Map(_), Content::Owner(placement)) = (change, content) {
             let allowed = self.shared.allows(placement, &self.files, self.wanted_bits(placement));

@@ -42,6 +42,10 @@ pub enum Step {
     Control(u16, u16, u32, bool),
     /// The peer's driver attaches, with so many vectors of a doorbell function.
     Attach(u64),
+    /// It attaches, and lends a device all that the link page shows.
+    Lends,
+    /// The device lets go of what it does not show any more.
+    Releases,
     DoorbellConnects,
     DoorbellReads,
     DoorbellLeaves,
@@ -92,10 +96,12 @@ fn step() -> impl Strategy<Value = Step> {
         3 => Just(Step::VmmCatchesUp),
         3 => prop::sample::select(vec![1u64, 100, 260, 499, 500, 1000]).prop_map(Step::Wait),
         2 => (0u64..6).prop_map(Step::Attach),
+        3 => Just(Step::Lends),
+        3 => Just(Step::Releases),
         2 => Just(Step::DoorbellConnects),
         2 => Just(Step::DoorbellReads),
         1 => Just(Step::DoorbellLeaves),
-        1 => (0u16..5, 0u16..4, 0u32..12, any::<bool>()).prop_map(|(c, v, k, current)| Step::Control(c, v, k, current)),
+        1 => (0u16..9, 0u16..4, 0u32..12, any::<bool>()).prop_map(|(c, v, k, current)| Step::Control(c, v, k, current)),
     ]
 }
 
@@ -183,6 +189,8 @@ fn take(bench: &mut Bench, step: Step) {
             bench.run(effects);
         }
         Step::Attach(vectors) => attach(bench, vectors),
+        Step::Lends => drop(bench.lends()),
+        Step::Releases => drop(bench.releases()),
         Step::DoorbellConnects if bench.doorbell => bench.apply(Event::DoorbellTurnedAway),
         Step::DoorbellConnects => {
             bench.doorbell = true;

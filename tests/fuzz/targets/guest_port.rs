@@ -496,8 +496,12 @@ impl<'t> Driver<'t> {
             }
             _ => {
                 if let Some(ring) = &mut self.control {
-                    let command =
-                        Command::Attach { generation: 2, interrupt: choice & 0x40 != 0, doorbell: None };
+                    let command = Command::Attach {
+                        generation: 2,
+                        interrupt: choice & 0x40 != 0,
+                        doorbell: None,
+                        quiesce: false,
+                    };
                     let _ = ring.send(self.transport, command);
                     // A ring that is broken gives none.
                     let answers = ring.answers().unwrap_or_default();

@@ -9,6 +9,8 @@ mod bench;
 mod front_end;
 #[path = "../../../switch/tests/link_states/iommu.rs"]
 mod iommu_owner;
+#[path = "../../../switch/tests/link_states/lent.rs"]
+mod lent;
 #[path = "../../../switch/tests/link_states/vmm.rs"]
 mod vmm;
 #[path = "../../../switch/tests/link_states/wirer.rs"]
@@ -87,7 +89,9 @@ fn step(input: &mut Input<'_>) -> Step {
             Step::Vmm(manner(choice), 1 + (choice >> 4))
         }
         23 => Step::VmmActs(manner(input.byte())),
+        24 if ring == 1 => Step::Lends,
         24 => Step::AnswerArrives,
+        25 if ring == 1 => Step::Releases,
         25 => Step::VmmCatchesUp,
         26 => Step::Settle,
         27 => Step::Wait(input.pick(&[1, 20, 100, 260, 499, 500, 1000])),

@@ -10,6 +10,8 @@ mod bench;
 mod front_end;
 #[path = "../../../switch/tests/link_states/iommu.rs"]
 mod iommu_owner;
+#[path = "../../../switch/tests/link_states/lent.rs"]
+mod lent;
 #[path = "../../../switch/tests/link_states/random.rs"]
 mod random;
 #[path = "../../../switch/tests/link_states/vmm.rs"]
@@ -97,13 +99,17 @@ fn step(input: &mut Input<'_>) -> Step {
         19 => Step::AnswerArrives,
         20 => Step::VmmCatchesUp,
         21 => Step::Wait(input.pick(&[1, 100, 260, 499, 500, 1000])),
-        22 => Step::Attach(input.below(6)),
+        22 => match input.below(8) {
+            6 => Step::Lends,
+            7 => Step::Releases,
+            vectors => Step::Attach(vectors),
+        },
         23 => Step::DoorbellConnects,
         24 if input.coin() => Step::DoorbellReads,
         24 => Step::DoorbellLeaves,
         _ => {
             let choice = u32::from(input.byte());
-            Step::Control((choice % 4) as u16, (choice / 4 % 4) as u16, choice / 16 % 12, input.coin())
+            Step::Control((choice % 8) as u16, (choice / 4 % 4) as u16, choice / 16 % 12, input.coin())
         }
     }
 }

@@ -71,8 +71,13 @@ impl Bench {
     /// Tells that the driver serves the present link, as it has to before other commands.
     pub fn attaches(&mut self) {
         let generation = self.published.1.into();
-        let attach =
-            abi::ControlRequest { command: abi::CTRL_ATTACH.into(), value: generation, ..Default::default() };
+        let flags = if self.report().peer.quiesces { abi::ATTACH_F_QUIESCE } else { 0 };
+        let attach = abi::ControlRequest {
+            command: abi::CTRL_ATTACH.into(),
+            value: generation,
+            flags: flags.into(),
+            ..Default::default()
+        };
         let id = self.next_command();
         self.commands.open.insert(id, (Task::Map, 0, 0));
         self.apply(Event::Command(id, attach, 0, 0));

@@ -57,6 +57,10 @@ pub enum Step {
     Command(u16, u64, u64, u64, u32),
     /// So many times the same copy.
     Copies(u16, u64, u8),
+    /// A device of the peer's VM gets all that the link page shows.
+    Lends,
+    /// It lets go of what that does not show any more.
+    Releases,
 }
 
 pub const PAGES: u64 = 12;
@@ -103,6 +107,8 @@ fn step() -> impl Strategy<Value = Step> {
         6 => Just(Step::Settle),
         3 => prop::sample::select(vec![1u64, 20, 100, 260, 499, 500, 1000]).prop_map(Step::Wait),
         12 => (command, page(), prop::sample::select(vec![0u64, 16, 4000]), len, 1u32..4).prop_map(|(c, p, o, l, f)| Step::Command(c, p, o, l, f)),
+        3 => Just(Step::Lends),
+        5 => Just(Step::Releases),
         6 => (copy(), page(), 1u8..12).prop_map(|(command, page, times)| Step::Copies(command, page, times)),
     ]
 }
@@ -263,6 +269,8 @@ fn take(bench: &mut Bench, kind: Kind, step: Step) {
         Step::AnswerArrives => drop(bench.deliver()),
         Step::VmmCatchesUp => bench.vmm.catch_up(),
         Step::Settle => settle(bench),
+        Step::Lends => drop(bench.lends()),
+        Step::Releases => drop(bench.releases()),
         Step::Wait(ms) => bench.wait(Duration::from_millis(ms)),
         Step::Command(command, page, into, len, flags)
             if bench.is_connected(Side::Peer) && bench.commands.open() < 64 =>
