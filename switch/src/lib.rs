@@ -7,6 +7,7 @@
 //! | [`config`] | what a configuration file may say |
 //! | [`confine`] | what a running broker gives up |
 //! | [`guardian`] | takes owners' memory back when the broker was killed |
+//! | [`kind`] | what an owner's device can be: a network card, a disk |
 //! | [`link`] | one owner joined to one peer: a state machine without I/O |
 //! | [`session`] | a front-end's connection: messages to requests |
 //! | [`runtime`] | threads, sockets and descriptors around the links |
@@ -22,6 +23,7 @@ pub mod confine;
 pub mod control;
 pub mod demo;
 pub mod guardian;
+pub mod kind;
 pub mod link;
 pub mod runtime;
 pub mod session;

@@ -4,11 +4,12 @@
 //! | file | what it holds |
 //! |---|---|
 //! | `raw` | a front-end that writes its own bytes |
-//! | `bench` | a broker with two links, its log, its descriptors |
+//! | `bench` | a broker with three links, one of them for a disk, its log, its descriptors |
 //! | `faults` | every malformed thing, one by one |
 //! | `stalls` | sessions that stop in the middle |
 //! | `answers` | wrong answers to each request on a back-end channel |
 //! | `descriptors` | too many descriptors, and of the wrong kinds |
+//! | `disk` | the configuration space of a disk |
 //! | `full_eventfd` | a call on which a write would block |
 //! | `iommu_owner` | an owner with an IOMMU, and a peer's driver that gives commands |
 //! | `iommu` | what such an owner can do wrong |
@@ -24,6 +25,8 @@ mod bench;
 mod cve;
 #[path = "bad_input/descriptors.rs"]
 mod descriptors;
+#[path = "bad_input/disk.rs"]
+mod disk;
 #[path = "bad_input/faults.rs"]
 mod faults;
 #[path = "bad_input/full_eventfd.rs"]

@@ -16,6 +16,8 @@ mod bench;
 mod bring_up;
 #[path = "link_states/control.rs"]
 mod control;
+#[path = "link_states/disk.rs"]
+mod disk;
 #[path = "link_states/doorbell.rs"]
 mod doorbell;
 #[path = "link_states/front_end.rs"]

@@ -12,8 +12,9 @@ use guest_driver_model::programs::device::DeviceArgs;
 use guest_driver_model::programs::peer_loop::{PeerArgs, run_until};
 use guest_driver_model::programs::sink::{Check, Sink};
 use guest_driver_model::programs::stop::Stop;
-use vhost_pci_switch::config::{Config, Confine, LinkConfig, OneWay, Profile, Rates, WiringPolicy};
+use vhost_pci_switch::config::{Config, Confine, LinkConfig, OneWay, Rates, WiringPolicy};
 use vhost_pci_switch::control::client;
+use vhost_pci_switch::kind;
 use vhost_pci_switch::link::report::LinkReport;
 use vhost_pci_switch::runtime::broker::Broker;
 
@@ -26,14 +27,12 @@ fn config(folder: &Path) -> Config {
         owner_socket: folder.join(format!("{name}-owner")),
         peer_socket: folder.join(format!("{name}-peer")),
         window_len: 64 << 20,
-        profile: Profile::Net,
-        queue_pairs: 1,
+        device: kind::net::device(1, false),
         one_way: OneWay::Refuse,
         max_mappings: 16,
         memory_regions: 8,
         unsealed_memory: false,
         rates: Rates::default(),
-        offloads: false,
         wiring: WiringPolicy::Direct,
         doorbell_socket: None,
         owner_admission: Default::default(),

@@ -14,6 +14,8 @@ use vhost_pci_device::abi;
 
 pub use size::{SizeError, parse_size};
 
+use crate::kind::Device;
+
 /// How long a peer's VMM has to confirm a change of its window, unless the file
 /// says otherwise.
 pub const DEFAULT_CONFIRM_TIMEOUT: Duration = Duration::from_millis(2000);
@@ -88,10 +90,8 @@ pub struct LinkConfig {
     pub peer_socket: PathBuf,
     /// Length of the peer's window, bytes: a power of two, as a BAR is.
     pub window_len: u64,
-    /// What kind of device the owner has.
-    pub profile: Profile,
-    /// Pairs of queues that the owner may use.
-    pub queue_pairs: u16,
+    /// The owner's device.
+    pub device: Device,
     /// What becomes of memory that the owner's IOMMU allows one direction only.
     pub one_way: OneWay,
     /// Ranges that the window shows at once of an owner with an IOMMU.
@@ -102,8 +102,6 @@ pub struct LinkConfig {
     pub unsealed_memory: bool,
     /// How often the link's VMMs may do what costs the broker something.
     pub rates: Rates,
-    /// Whether the owner may leave checksums and segments to the peer's driver, and takes such from it.
-    pub offloads: bool,
     /// How notifications go.
     pub wiring: WiringPolicy,
     /// Where the peer's VMM connects its `ivshmem-doorbell`, if it has one.
@@ -205,46 +203,9 @@ impl OneWay {
 impl LinkConfig {
     /// How many of the owner's vrings the peer's device can show.
     pub fn max_vrings(&self) -> u16 {
-        self.profile.vrings(self.queue_pairs)
+        self.device.vrings
     }
 }
-
-/// The kind of device that the owner's driver sees, and so what the peer's driver
-/// has to serve.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Profile {
-    /// A virtio network card (virtio 1.3, 5.1).
-    Net,
-}
-
-impl Profile {
-    /// Every profile.
-    pub const ALL: [Self; 1] = [Self::Net];
-
-    /// The name in the file.
-    pub const fn name(self) -> &'static str {
-        match self {
-            Self::Net => "net",
-        }
-    }
-
-    /// The owner's virtio device number.
-    pub const fn virtio_id(self) -> u32 {
-        match self {
-            Self::Net => virtio_bindings::virtio_ids::VIRTIO_ID_NET,
-        }
-    }
-
-    /// Vrings of a device with so many pairs of queues.
-    pub const fn vrings(self, queue_pairs: u16) -> u16 {
-        match self {
-            Self::Net => 2 * queue_pairs,
-        }
-    }
-}
-
-/// The most pairs of queues that a link may have: what the link page has room for.
-pub const MAX_QUEUE_PAIRS: u16 = abi::MAX_VRINGS / 2;
 
 /// A mistake in a configuration file.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -273,6 +234,7 @@ pub fn parse(text: &str) -> Result<Config, Vec<Mistake>> {
 mod tests {
     #![allow(clippy::unwrap_used)]
     use super::*;
+    use crate::kind;
 
     const GOOD: &str = r#"
 control_socket = "/run/vp/control.sock"
@@ -294,10 +256,11 @@ window = "2G"
         assert_eq!(config.links.len(), 1);
         let link = &config.links[0];
         assert_eq!(link.window_len, 2 << 30);
-        assert_eq!(link.profile, Profile::Net);
+        assert_eq!(link.device, kind::net::device(1, false));
         assert_eq!(link.max_vrings(), 2);
-        assert!(!link.offloads);
-        assert!(parse(&format!("{GOOD}offloads = true\n")).unwrap().links[0].offloads);
+        let with = |keys: &str| parse(&format!("{GOOD}{keys}\n")).unwrap().links.remove(0).device;
+        assert_eq!(with("offloads = true"), kind::net::device(1, true));
+        assert_eq!(with("profile = \"net\"\nqueue_pairs = 3"), kind::net::device(3, false));
         assert_eq!(config.confirm_timeout, DEFAULT_CONFIRM_TIMEOUT);
         assert_eq!(config.confine, Confine::BestEffort);
         for (word, confine) in
@@ -384,6 +347,31 @@ doorbell_socket = "e"
             let found = with(keys).unwrap_err();
             assert!(found.len() == 1 && found[0].line == 9 && found[0].message.contains(words), "{found:?}");
         }
+    }
+
+    #[test]
+    fn a_disk_has_its_own_keys_and_a_size_of_whole_sectors() {
+        let with = |keys: &str| parse(&format!("{GOOD}profile = \"block\"\n{keys}\n"));
+        let disk = |keys: &str| with(keys).unwrap().links.remove(0).device;
+        assert_eq!(disk("size = \"8G\""), kind::block::device(8 << 30, 1, false));
+        let all = disk("size = \"1536\"\nread_only = true\nnum_queues = 4");
+        assert_eq!(all, kind::block::device(1536, 4, true));
+        for (keys, line, words) in [
+            ("", 4, "needs size"),
+            ("size = 4096", 10, "string in quotes"),
+            ("size = \"1000\"", 10, "whole number of sectors"),
+            ("size = \"0\"", 10, "at least one sector"),
+            ("size = \"1X\"", 10, "is not a size"),
+            ("size = \"1M\"\nnum_queues = 65", 11, "from 1 to 64"),
+            ("size = \"1M\"\nqueue_pairs = 1", 11, "no key 'queue_pairs'"),
+            ("size = \"1M\"\noffloads = true", 11, "a [[link]] of a block device"),
+        ] {
+            let found = with(keys).unwrap_err();
+            let is_that = found.len() == 1 && found[0].line == line && found[0].message.contains(words);
+            assert!(is_that, "{keys}: {found:?}");
+        }
+        let found = parse(&format!("{GOOD}size = \"1M\"\n")).unwrap_err();
+        assert!(found[0].message.contains("no key 'size'"), "{found:?}");
     }
 
     fn line(mistake: &str) -> usize {

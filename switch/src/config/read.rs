@@ -12,16 +12,38 @@ use vhost_pci_device::abi;
 
 use super::{
     Account, Admission, Config, Confine, DEFAULT_CONFIRM_TIMEOUT, DEFAULT_MAX_MAPPINGS,
-    DEFAULT_MEMORY_REGIONS, DEFAULT_WINDOW, LinkConfig, MAX_MAX_MAPPINGS, MAX_MEMORY_REGIONS,
-    MAX_QUEUE_PAIRS, MAX_RATE, MAX_SOCKET_PATH, MAX_WINDOW, Mistake, OneWay, Profile, Rates, WiringPolicy,
-    parse_size,
+    DEFAULT_MEMORY_REGIONS, DEFAULT_WINDOW, LinkConfig, MAX_MAX_MAPPINGS, MAX_MEMORY_REGIONS, MAX_RATE,
+    MAX_SOCKET_PATH, MAX_WINDOW, Mistake, OneWay, Rates, WiringPolicy, parse_size,
 };
+use crate::kind::{Device, KINDS, Keys, Kind};
 use crate::link::message::Flood;
 
 /// Confirmation timeouts that make sense, milliseconds.
 const TIMEOUT_MS: std::ops::RangeInclusive<u64> = 10..=60_000;
 /// The longest name of a link, bytes.
 const MAX_NAME: usize = 64;
+
+/// The keys of a link that do not depend on the kind of its device.
+const LINK_KEYS: [&str; 18] = [
+    "name",
+    "owner_socket",
+    "peer_socket",
+    "window",
+    "profile",
+    "one_way",
+    "max_mappings",
+    "memory_regions",
+    "unsealed_memory",
+    "messages_per_second",
+    "notifications_per_second",
+    "connections_per_second",
+    "wiring",
+    "doorbell_socket",
+    "owner_users",
+    "owner_groups",
+    "peer_users",
+    "peer_groups",
+];
 
 struct Reader<'t> {
     text: &'t str,
@@ -149,17 +171,14 @@ impl<'t> Reader<'t> {
         let owner_socket = self.socket(&mut table, "owner_socket");
         let peer_socket = self.socket(&mut table, "peer_socket");
         let window_len = self.window(&mut table);
-        let profile = self.profile(&mut table);
-        let queue_pairs = self
-            .count(&mut table, "queue_pairs", 1, usize::from(MAX_QUEUE_PAIRS))
-            .and_then(|pairs| u16::try_from(pairs).ok());
+        let kind = self.kind(&mut table);
+        let device = self.device(&mut table, kind);
         let one_way = self.one_way(&mut table);
         let max_mappings = self.count(&mut table, "max_mappings", DEFAULT_MAX_MAPPINGS, MAX_MAX_MAPPINGS);
         let memory_regions =
             self.count(&mut table, "memory_regions", DEFAULT_MEMORY_REGIONS, MAX_MEMORY_REGIONS);
         let unsealed_memory = self.flag(&mut table, "unsealed_memory");
         let rates = self.rates(&mut table);
-        let offloads = self.flag(&mut table, "offloads");
         let wiring = self.wiring(&mut table);
         let doorbell_line = table.entries.get("doorbell_socket").map(|(line, _)| *line);
         let doorbell_socket = match table.entries.contains_key("doorbell_socket") {
@@ -175,44 +194,19 @@ impl<'t> Reader<'t> {
         }
         let owner_admission = self.admission(&mut table, "owner_users", "owner_groups");
         let peer_admission = self.admission(&mut table, "peer_users", "peer_groups");
-        self.unknown(
-            table,
-            &[
-                "name",
-                "owner_socket",
-                "peer_socket",
-                "window",
-                "profile",
-                "queue_pairs",
-                "one_way",
-                "max_mappings",
-                "memory_regions",
-                "unsealed_memory",
-                "messages_per_second",
-                "notifications_per_second",
-                "connections_per_second",
-                "offloads",
-                "wiring",
-                "doorbell_socket",
-                "owner_users",
-                "owner_groups",
-                "peer_users",
-                "peer_groups",
-            ],
-        );
+        table.what = kind.map_or(table.what, |kind| kind.table);
+        self.unknown(table, &[&LINK_KEYS, kind.unwrap_or(KINDS[0]).keys].concat());
         Some(LinkConfig {
             name: name?,
             owner_socket: owner_socket?,
             peer_socket: peer_socket?,
             window_len: window_len?,
-            profile: profile?,
-            queue_pairs: queue_pairs?,
+            device: device?,
             one_way: one_way?,
             max_mappings: max_mappings?,
             memory_regions: memory_regions?,
             unsealed_memory: unsealed_memory?,
             rates: rates?,
-            offloads: offloads?,
             wiring: wiring?,
             doorbell_socket: doorbell_socket?,
             owner_admission: owner_admission?,
@@ -266,16 +260,23 @@ impl<'t> Reader<'t> {
         None
     }
 
-    fn profile(&mut self, table: &mut Table<'t>) -> Option<Profile> {
-        let Some((line, name)) = self.string(table, "profile") else {
-            return Some(Profile::Net);
-        };
-        let found = Profile::ALL.into_iter().find(|profile| profile.name() == name);
+    fn kind(&mut self, table: &mut Table<'t>) -> Option<&'static Kind> {
+        if !table.entries.contains_key("profile") {
+            return Some(KINDS[0]);
+        }
+        let (line, name) = self.string(table, "profile")?;
+        let found = KINDS.into_iter().find(|kind| kind.name == name);
         if found.is_none() {
-            let known: Vec<_> = Profile::ALL.iter().map(|profile| profile.name()).collect();
-            self.mistake(line, format!("there is no profile '{name}'; known: {}", known.join(", ")));
+            let known = KINDS.map(|kind| kind.name).join(", ");
+            self.mistake(line, format!("there is no profile '{name}'; known: {known}"));
         }
         found
+    }
+
+    /// Where the kind is not known, mistakes in the keys of the most common one are told all the same.
+    fn device(&mut self, table: &mut Table<'t>, kind: Option<&'static Kind>) -> Option<Device> {
+        let device = (kind.unwrap_or(KINDS[0]).read)(&mut LinkKeys { reader: self, table });
+        kind.and(device)
     }
 
     fn one_way(&mut self, table: &mut Table<'t>) -> Option<OneWay> {
@@ -417,6 +418,35 @@ impl<'t> Reader<'t> {
     fn unknown(&mut self, table: Table<'t>, known: &[&str]) {
         for (key, (line, _)) in table.entries {
             self.mistake(line, format!("{} has no key '{key}'; known: {}", table.what, known.join(", ")));
+        }
+    }
+}
+
+/// The keys of one link, for the kind of its device.
+struct LinkKeys<'r, 't> {
+    reader: &'r mut Reader<'t>,
+    table: &'r mut Table<'t>,
+}
+
+impl Keys for LinkKeys<'_, '_> {
+    fn count(&mut self, key: &str, default: u16, most: u16) -> Option<u16> {
+        let found = self.reader.count(self.table, key, default.into(), most.into());
+        found.and_then(|count| u16::try_from(count).ok())
+    }
+
+    fn flag(&mut self, key: &str) -> Option<bool> {
+        self.reader.flag(self.table, key)
+    }
+
+    fn size(&mut self, key: &str, check: fn(u64) -> Result<(), String>) -> Option<u64> {
+        let (line, text) = self.reader.required(self.table, key)?;
+        let size = parse_size(&text).map_err(|error| error.to_string());
+        match size.and_then(|bytes| check(bytes).map(|()| bytes)) {
+            Ok(bytes) => Some(bytes),
+            Err(reason) => {
+                self.reader.mistake(line, format!("{key}: {reason}"));
+                None
+            }
         }
     }
 }

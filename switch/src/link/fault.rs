@@ -17,6 +17,9 @@ pub enum Fault {
     /// A message that this back-end does not take part in.
     #[error("{0} was not negotiated or is not supported by this back-end")]
     Unsupported(&'static str),
+    /// A request about the owner's configuration space that cannot be carried out.
+    #[error("configuration space: {0}")]
+    Config(String),
     /// A message that has no place in the present state.
     #[error("{0}")]
     OutOfOrder(String),
@@ -132,6 +135,7 @@ impl Fault {
         match self {
             Self::Message(_) => "message",
             Self::Unsupported(_) => "unsupported",
+            Self::Config(_) => "config",
             Self::OutOfOrder(_) => "out_of_order",
             Self::Occupied => "occupied",
             Self::NotPermitted { .. } => "not_permitted",

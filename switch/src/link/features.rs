@@ -1,10 +1,10 @@
 //! Which virtio features each side is offered, and their names for `status`.
 
 use vhost::vhost_user::VhostUserProtocolFeatures;
-use virtio_bindings::{virtio_config, virtio_net, virtio_ring};
+use virtio_bindings::{virtio_config, virtio_ring};
 
 use super::fault::Fault;
-use crate::config::Profile;
+use crate::kind::{Device, Kind};
 
 /// VHOST_USER_F_PROTOCOL_FEATURES, a bit of the virtio feature word that vhost-user
 /// keeps for itself.
@@ -26,17 +26,6 @@ pub const PROTOCOL_SHMEM_STRICT: u64 = bit(61);
 /// tells each change of its guest's IOMMU by itself.
 pub const PROTOCOL_IOMMU_PUSH: u64 = bit(62);
 
-/// Checksum and TCP segmentation offload, of what the owner sends and of what it receives (virtio
-/// 1.3, 5.1.3).
-const OFFLOADS: u64 = bit(virtio_net::VIRTIO_NET_F_CSUM)
-    | bit(virtio_net::VIRTIO_NET_F_GUEST_CSUM)
-    | bit(virtio_net::VIRTIO_NET_F_GUEST_TSO4)
-    | bit(virtio_net::VIRTIO_NET_F_GUEST_TSO6)
-    | bit(virtio_net::VIRTIO_NET_F_GUEST_ECN)
-    | bit(virtio_net::VIRTIO_NET_F_HOST_TSO4)
-    | bit(virtio_net::VIRTIO_NET_F_HOST_TSO6)
-    | bit(virtio_net::VIRTIO_NET_F_HOST_ECN);
-
 const fn bit(number: u32) -> u64 {
     1 << number
 }
@@ -48,20 +37,16 @@ const fn bit(number: u32) -> u64 {
 /// QEMU has `packed=off` and, where it knows that at all, `in_order=off` unless told
 /// otherwise; DPDK's virtio-user has `packed_vq=0`, but `in_order=1` for either format.
 ///
-/// `offloads` are not like that: VMMs take them unless told otherwise, and packets then have headers
-/// that ask something of their receiver. The configuration says that the peer's driver knows that.
-pub fn offered_to_owner(profile: Profile, offloads: bool) -> u64 {
-    let transport = bit(virtio_config::VIRTIO_F_VERSION_1)
+/// The features of the kind of device are the kind's to say.
+pub fn offered_to_owner(device: &Device) -> u64 {
+    bit(virtio_config::VIRTIO_F_VERSION_1)
         | bit(virtio_config::VIRTIO_F_ACCESS_PLATFORM)
         | bit(virtio_ring::VIRTIO_RING_F_INDIRECT_DESC)
         | bit(virtio_ring::VIRTIO_RING_F_EVENT_IDX)
         | RING_PACKED
         | bit(virtio_config::VIRTIO_F_IN_ORDER)
-        | PROTOCOL_FEATURES;
-    match profile {
-        Profile::Net if offloads => transport | bit(virtio_net::VIRTIO_NET_F_MRG_RXBUF) | OFFLOADS,
-        Profile::Net => transport | bit(virtio_net::VIRTIO_NET_F_MRG_RXBUF),
-    }
+        | PROTOCOL_FEATURES
+        | device.features
 }
 
 /// What a peer's front-end is offered: the vhost-pci device's own features
@@ -91,18 +76,14 @@ pub fn check_needs(acked: u64, extension: u64, needs: VhostUserProtocolFeatures)
     }
 }
 
-/// The names of a network card's virtio features; a bit without a name appears as
-/// its number.
-pub fn names(features: u64, profile: Profile) -> Vec<String> {
-    let Profile::Net = profile;
-    (0..64)
-        .filter(|number| features & bit(*number) != 0)
-        .map(|number| {
-            NAMES
-                .iter()
-                .find(|(known, _)| *known == number)
-                .map_or_else(|| format!("bit {number}"), |(_, name)| (*name).into())
-        })
+/// The names of virtio features, of a device of this kind if it has one; a bit without a name appears
+/// as its number.
+pub fn names(features: u64, kind: Option<&Kind>) -> Vec<String> {
+    let own = kind.map_or(&[][..], |kind| kind.feature_names);
+    let name = |number: u32| own.iter().chain(NAMES).find(|(known, _)| *known == number);
+    let numbers = (0..64).filter(|number| features & bit(*number) != 0);
+    numbers
+        .map(|number| name(number).map_or_else(|| format!("bit {number}"), |(_, name)| (*name).into()))
         .collect()
 }
 
@@ -121,20 +102,6 @@ pub fn protocol_names(features: u64) -> Vec<String> {
 }
 
 const NAMES: &[(u32, &str)] = &[
-    (virtio_net::VIRTIO_NET_F_CSUM, "VIRTIO_NET_F_CSUM"),
-    (virtio_net::VIRTIO_NET_F_GUEST_CSUM, "VIRTIO_NET_F_GUEST_CSUM"),
-    (virtio_net::VIRTIO_NET_F_MTU, "VIRTIO_NET_F_MTU"),
-    (virtio_net::VIRTIO_NET_F_MAC, "VIRTIO_NET_F_MAC"),
-    (virtio_net::VIRTIO_NET_F_GUEST_TSO4, "VIRTIO_NET_F_GUEST_TSO4"),
-    (virtio_net::VIRTIO_NET_F_GUEST_TSO6, "VIRTIO_NET_F_GUEST_TSO6"),
-    (virtio_net::VIRTIO_NET_F_GUEST_ECN, "VIRTIO_NET_F_GUEST_ECN"),
-    (virtio_net::VIRTIO_NET_F_HOST_TSO4, "VIRTIO_NET_F_HOST_TSO4"),
-    (virtio_net::VIRTIO_NET_F_HOST_TSO6, "VIRTIO_NET_F_HOST_TSO6"),
-    (virtio_net::VIRTIO_NET_F_HOST_ECN, "VIRTIO_NET_F_HOST_ECN"),
-    (virtio_net::VIRTIO_NET_F_MRG_RXBUF, "VIRTIO_NET_F_MRG_RXBUF"),
-    (virtio_net::VIRTIO_NET_F_STATUS, "VIRTIO_NET_F_STATUS"),
-    (virtio_net::VIRTIO_NET_F_CTRL_VQ, "VIRTIO_NET_F_CTRL_VQ"),
-    (virtio_net::VIRTIO_NET_F_MQ, "VIRTIO_NET_F_MQ"),
     (virtio_ring::VIRTIO_RING_F_INDIRECT_DESC, "VIRTIO_F_INDIRECT_DESC"),
     (virtio_ring::VIRTIO_RING_F_EVENT_IDX, "VIRTIO_F_EVENT_IDX"),
     (virtio_config::VIRTIO_F_VERSION_1, "VIRTIO_F_VERSION_1"),
@@ -146,13 +113,13 @@ const NAMES: &[(u32, &str)] = &[
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::kind;
 
     #[test]
     fn an_owner_is_offered_what_the_peers_driver_serves_and_nothing_else() {
         let offered =
-            |offloads| names(offered_to_owner(Profile::Net, offloads) & !PROTOCOL_FEATURES, Profile::Net);
-        let served = [
-            "VIRTIO_NET_F_MRG_RXBUF",
+            |device: &Device| names(offered_to_owner(device) & !PROTOCOL_FEATURES, Some(device.kind));
+        let all = [
             "VIRTIO_F_INDIRECT_DESC",
             "VIRTIO_F_EVENT_IDX",
             "VIRTIO_F_VERSION_1",
@@ -160,7 +127,8 @@ mod tests {
             "VIRTIO_F_RING_PACKED",
             "VIRTIO_F_IN_ORDER",
         ];
-        assert_eq!(offered(false), served);
+        let served = [&["VIRTIO_NET_F_MRG_RXBUF"][..], &all].concat();
+        assert_eq!(offered(&kind::net::device(1, false)), served);
         let offloads = [
             "VIRTIO_NET_F_CSUM",
             "VIRTIO_NET_F_GUEST_CSUM",
@@ -171,6 +139,12 @@ mod tests {
             "VIRTIO_NET_F_HOST_TSO6",
             "VIRTIO_NET_F_HOST_ECN",
         ];
-        assert_eq!(offered(true), [&offloads[..], &served].concat());
+        assert_eq!(offered(&kind::net::device(1, true)), [&offloads[..], &served].concat());
+        let size = ["VIRTIO_BLK_F_SIZE_MAX", "VIRTIO_BLK_F_SEG_MAX"];
+        let disk = [&size[..], &["VIRTIO_BLK_F_BLK_SIZE", "VIRTIO_BLK_F_FLUSH"], &all].concat();
+        assert_eq!(offered(&kind::block::device(512, 1, false)), disk);
+        let more = [&size[..], &["VIRTIO_BLK_F_RO", "VIRTIO_BLK_F_BLK_SIZE", "VIRTIO_BLK_F_FLUSH"]].concat();
+        let disk = [&more[..], &["VIRTIO_BLK_F_MQ"], &all].concat();
+        assert_eq!(offered(&kind::block::device(512, 2, true)), disk);
     }
 }

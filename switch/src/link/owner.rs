@@ -3,6 +3,7 @@
 
 use iommu::{Access, FrontendVa, Gpa, Iova, IovaMap, MemoryTable, NewRegion, Region, Span};
 use vhost::vhost_user::VhostUserProtocolFeatures as Protocol;
+use vhost_pci_device::abi;
 
 use super::descriptor::MemoryFile;
 use super::fault::Fault;
@@ -11,10 +12,13 @@ use super::iommu::iotlb::Iotlb;
 use super::message::{RegionRequest, Reply, Request, VringBase};
 use super::vring::{AddressSpace, Format, Vring, VringAddr, VringConfig};
 use crate::config::LinkConfig;
+use crate::kind::Device;
 
-/// Protocol features offered to an owner's front-end.
-pub fn protocol_features() -> u64 {
-    let standard = Protocol::MQ | Protocol::REPLY_ACK | Protocol::CONFIGURE_MEM_SLOTS | Protocol::BACKEND_REQ;
+/// Protocol features offered to the front-end of an owner with this device.
+pub fn protocol_features(device: &Device) -> u64 {
+    let mut standard =
+        Protocol::MQ | Protocol::REPLY_ACK | Protocol::CONFIGURE_MEM_SLOTS | Protocol::BACKEND_REQ;
+    standard.set(Protocol::CONFIG, !device.config.is_empty());
     standard.bits() | features::PROTOCOL_IOMMU_PUSH
 }
 
@@ -24,7 +28,8 @@ pub struct OwnerSession {
     offered: u64,
     features: u64,
     protocol: u64,
-    queue_pairs: u16,
+    offered_protocol: u64,
+    device: Device,
     memory: MemoryTable<MemoryFile>,
     vrings: Vec<Vring>,
     /// What is known of the guest's IOMMU, if it has one.
@@ -41,10 +46,11 @@ impl OwnerSession {
     /// A session in which nothing was said yet.
     pub fn new(config: &LinkConfig) -> Self {
         Self {
-            offered: features::offered_to_owner(config.profile, config.offloads),
+            offered: features::offered_to_owner(&config.device),
+            offered_protocol: protocol_features(&config.device),
             features: 0,
             protocol: 0,
-            queue_pairs: config.queue_pairs,
+            device: config.device.clone(),
             memory: MemoryTable::new(config.memory_regions),
             vrings: (0..config.max_vrings()).map(|_| Vring::default()).collect(),
             iotlb: Iotlb::default(),
@@ -136,9 +142,9 @@ impl OwnerSession {
                     self.vrings.iter_mut().for_each(|vring| vring.enabled = true);
                 }
             }
-            Request::GetProtocolFeatures => return Ok(Reply::Number(protocol_features())),
+            Request::GetProtocolFeatures => return Ok(Reply::Number(self.offered_protocol)),
             Request::SetProtocolFeatures(acked) => {
-                features::check(acked, protocol_features())?;
+                features::check(acked, self.offered_protocol)?;
                 features::check_needs(acked, features::PROTOCOL_IOMMU_PUSH, Protocol::REPLY_ACK)?;
                 if (acked ^ self.protocol) & features::PROTOCOL_IOMMU_PUSH != 0 {
                     self.must_be_stopped("IOMMU_PUSH")?;
@@ -146,7 +152,7 @@ impl OwnerSession {
                 }
                 self.protocol = acked;
             }
-            Request::GetQueueNum => return Ok(Reply::Number(u64::from(self.queue_pairs))),
+            Request::GetQueueNum => return Ok(Reply::Number(u64::from(self.device.queues))),
             Request::GetMaxMemSlots => return Ok(Reply::Number(self.memory.max_regions() as u64)),
             Request::SetMemTable(regions) => {
                 let table = self.memory.replace(regions.into_iter().map(new_region).collect())?;
@@ -193,7 +199,12 @@ impl OwnerSession {
                     self.halted = false;
                 }
             }
-            Request::GetConfig { .. } | Request::SetConfig => return Err(Fault::Unsupported("CONFIG")),
+            Request::GetConfig { .. } | Request::SetConfig if self.device.config.is_empty() => {
+                return Err(Fault::Unsupported("CONFIG"));
+            }
+            Request::GetConfig { offset, len } => return self.config_bytes(offset, len).map(Reply::Config),
+            // None is offered that the driver could write.
+            Request::SetConfig => return Err(Fault::Config("it is read-only".into())),
             Request::GetShmemConfig => return Err(Fault::Unsupported("SHMEM")),
             // Taken by the link before it comes here.
             Request::SetBackendChannel(_) => return Err(Fault::Unsupported("BACKEND_REQ")),
@@ -279,11 +290,24 @@ impl OwnerSession {
         }
     }
 
+    /// Bytes of the device's configuration space; zero past its end.
+    fn config_bytes(&self, offset: u32, len: u32) -> Result<Vec<u8>, Fault> {
+        if u64::from(offset) + u64::from(len) > u64::from(abi::MAX_OWNER_CONFIG) {
+            return Err(Fault::Config(format!(
+                "{len} bytes from {offset} on are asked for; it has at most {}",
+                abi::MAX_OWNER_CONFIG
+            )));
+        }
+        let known = self.device.config.iter().copied().chain(std::iter::repeat(0));
+        Ok(known.skip(offset as usize).take(len as usize).collect())
+    }
+
     fn vring(&mut self, index: u32) -> Result<&mut Vring, Fault> {
         let count = self.vrings.len();
+        let key = self.device.vrings_key();
         self.vrings.get_mut(index as usize).ok_or_else(|| Fault::Vring {
             index,
-            reason: format!("this link has {count} vrings (queue_pairs in its configuration)"),
+            reason: format!("this link has {count} vrings ({key} in its configuration)"),
         })
     }
 }

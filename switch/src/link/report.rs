@@ -20,6 +20,9 @@ use crate::config::{LinkConfig, OneWay};
 pub struct LinkReport {
     /// The link's name.
     pub name: String,
+    /// What kind of device the owner has: the configuration's `profile`.
+    #[serde(default)]
+    pub device: String,
     /// `up`, `waiting` or `failed`.
     pub state: String,
     /// Why it failed, or what it waits for.
@@ -206,6 +209,7 @@ pub fn of(link: &Link) -> LinkReport {
         .into(),
         reason: link.failure.clone().or_else(|| waits_for(link).map(str::to_owned)),
         generation: link.generations.link,
+        device: link.config.device.kind.name.into(),
         owner: owner(link),
         peer: peer(link),
         window: window(link),
@@ -252,7 +256,7 @@ fn owner(link: &Link) -> SideReport {
     SideReport {
         state: if started { "started" } else { "connected" }.into(),
         socket,
-        features: features::names(owner.features(), link.config.profile),
+        features: features::names(owner.features(), Some(link.config.device.kind)),
         protocol_features: features::protocol_names(owner.protocol()),
         driver: None,
         quiesces: false,
@@ -267,7 +271,7 @@ fn peer(link: &Link) -> SideReport {
     SideReport {
         state: if peer.is_started() { "started" } else { "connected" }.into(),
         socket,
-        features: features::names(peer.features(), link.config.profile),
+        features: features::names(peer.features(), None),
         protocol_features: features::protocol_names(peer.protocol()),
         driver: peer.driver.map(|driver| if driver.interrupt { "interrupt" } else { "polling" }.into()),
         quiesces: peer.driver.is_some_and(|driver| driver.quiesces),

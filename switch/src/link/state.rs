@@ -383,7 +383,7 @@ impl Link {
             }),
             Request::Iotlb(message) => self.take_iotlb(message).map(|()| Reply::Done),
             Request::IommuPush { reset, entries } => self.take_push(reset, &entries).map(|()| Reply::Done),
-            request => owner.apply(request).map_err(Refusal::End),
+            request => owner.apply(request).map_err(Refusal::of),
         };
         if changes_memory {
             self.hide_unbacked();

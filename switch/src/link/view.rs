@@ -18,7 +18,8 @@ impl Link {
         };
         let mut contents = LinkContents {
             status: abi::LINK_S_OWNER,
-            owner_device: self.config.profile.virtio_id(),
+            owner_device: self.config.device.kind.virtio_id,
+            config: self.config.device.config.clone(),
             ..LinkContents::default()
         };
         if up {

@@ -249,9 +249,14 @@ impl VhostUserBackendReqHandler for Decoder {
     }
 
     fn get_config(&self, offset: u32, len: u32, _flags: VhostUserConfigFlags) -> Result<Vec<u8>> {
-        match self.ask(Request::GetConfig { offset, len })? {
-            Reply::Config(bytes) => Ok(bytes),
-            _ => Err(Error::BackendInternalError),
+        match self.ask(Request::GetConfig { offset, len }) {
+            Ok(Reply::Config(bytes)) => Ok(bytes),
+            Ok(_) => Err(Error::BackendInternalError),
+            Err(error) => {
+                // The crate answers it with an empty one, and takes it for no failure of its own.
+                self.take_declined();
+                Err(error)
+            }
         }
     }
 

@@ -1,4 +1,4 @@
-//! A broker with two links in a folder of its own. One test at a time, since the
+//! A broker with three links in a folder of its own. One test at a time, since the
 //! log and the descriptors are the process's.
 
 use std::collections::BTreeMap;
@@ -57,6 +57,11 @@ impl Bench {
                  connections_per_second = 1000000\nunsealed_memory = true\n"
             );
         }
+        let (owner, peer) = (at("disk-owner"), at("disk-peer"));
+        text += &format!(
+            "[[link]]\nname = \"disk\"\nowner_socket = \"{owner}\"\npeer_socket = \"{peer}\"\n\
+             profile = \"block\"\nsize = \"8M\"\n"
+        );
         let config = config::parse(&text).unwrap();
         let broker = Broker::start(&config).unwrap();
         Self { config, _broker: broker, _folder: folder, _turn: turn }

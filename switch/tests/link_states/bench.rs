@@ -6,7 +6,8 @@ use std::time::{Duration, Instant};
 
 use iommu::{Access, Iova};
 use vhost_pci_device::abi;
-use vhost_pci_switch::config::{LinkConfig, OneWay, Profile, Rates, WiringPolicy};
+use vhost_pci_switch::config::{LinkConfig, OneWay, Rates, WiringPolicy};
+use vhost_pci_switch::kind;
 use vhost_pci_switch::link::descriptor::MemoryFile;
 use vhost_pci_switch::link::message::{
     CommandId, Content, Generations, LinkContents, MissId, OpId, Reply, Request, WindowOp, Wire,
@@ -71,14 +72,12 @@ pub fn config() -> LinkConfig {
         owner_socket: "/nowhere/owner".into(),
         peer_socket: "/nowhere/peer".into(),
         window_len: WINDOW_LEN,
-        profile: Profile::Net,
-        queue_pairs: 1,
+        device: kind::net::device(1, false),
         one_way: OneWay::Refuse,
         max_mappings: 16,
         memory_regions: 64,
         unsealed_memory: false,
         rates: Rates::default(),
-        offloads: false,
         wiring: WiringPolicy::Direct,
         doorbell_socket: None,
         owner_admission: Default::default(),

@@ -7,8 +7,9 @@ use std::time::Duration;
 
 use crossbeam_channel::bounded;
 use vhost_pci_switch::config::{
-    Admission, DEFAULT_MEMORY_REGIONS, LinkConfig, OneWay, Profile, Rates, WiringPolicy,
+    Admission, DEFAULT_MEMORY_REGIONS, LinkConfig, OneWay, Rates, WiringPolicy,
 };
+use vhost_pci_switch::kind;
 use vhost_pci_switch::link::report::LinkReport;
 use vhost_pci_switch::link::{Link, Side};
 use vhost_pci_switch::runtime::driver::LinkDriver;
@@ -31,11 +32,9 @@ pub fn config() -> LinkConfig {
         owner_socket: "/nowhere/owner".into(),
         peer_socket: "/nowhere/peer".into(),
         window_len: WINDOW,
-        profile: Profile::Net,
-        queue_pairs: 1,
+        device: kind::net::device(1, false),
         one_way: OneWay::Refuse,
         max_mappings: 16,
-        offloads: false,
         wiring: WiringPolicy::Direct,
         doorbell_socket: None,
         memory_regions: DEFAULT_MEMORY_REGIONS,

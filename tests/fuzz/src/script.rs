@@ -13,6 +13,7 @@ use std::time::{Duration, Instant};
 
 use vhost_pci_device::abi;
 use vhost_pci_switch::config::{LinkConfig, OneWay, WiringPolicy};
+use vhost_pci_switch::kind;
 use vhost_pci_switch::link::Side;
 use vhost_pci_switch::link::report::LinkReport;
 
@@ -45,8 +46,12 @@ pub fn run(bytes: &[u8], side: Side) {
     let link = LinkConfig {
         one_way: if choices & 1 == 0 { OneWay::Refuse } else { OneWay::Widen },
         wiring: if choices & 2 == 0 { WiringPolicy::Direct } else { WiringPolicy::Relay },
-        queue_pairs: if choices & 4 == 0 { 1 } else { 3 },
-        offloads: choices & 8 != 0,
+        device: match choices >> 2 & 3 {
+            0 => kind::net::device(1, false),
+            1 => kind::net::device(3, false),
+            2 => kind::net::device(1, true),
+            _ => kind::block::device(1 << 20, 2, false),
+        },
         ..config()
     };
     let running = Running::start(link);

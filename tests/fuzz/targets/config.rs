@@ -5,7 +5,8 @@
 use std::collections::BTreeSet;
 
 use libfuzzer_sys::fuzz_target;
-use vhost_pci_switch::config::{self, MAX_QUEUE_PAIRS, MAX_SOCKET_PATH, MAX_WINDOW};
+use vhost_pci_device::abi::{MAX_OWNER_CONFIG, MAX_VRINGS};
+use vhost_pci_switch::config::{self, MAX_SOCKET_PATH, MAX_WINDOW};
 use vhost_pci_switch::link::Link;
 
 fuzz_target!(|text: &str| {
@@ -33,7 +34,8 @@ fuzz_target!(|text: &str| {
             assert!(sockets.insert(path.clone()), "{} twice", path.display());
         }
         assert!(link.window_len.is_power_of_two() && link.window_len <= MAX_WINDOW);
-        assert!((1..=MAX_QUEUE_PAIRS).contains(&link.queue_pairs));
+        assert!((1..=MAX_VRINGS).contains(&link.device.vrings));
+        assert!(link.device.config.len() <= MAX_OWNER_CONFIG as usize);
         Link::new(link.clone(), config.confirm_timeout, 2).expect("a configuration can be run");
     }
 });

@@ -18,6 +18,7 @@ use vhost_pci_fuzz::front::{
 };
 use vhost_pci_fuzz::input::Input;
 use vhost_pci_switch::config::{LinkConfig, OneWay};
+use vhost_pci_switch::kind;
 use vhost_pci_switch::link::message::{
     CommandId, Content, MissId, OpId, PushEntry, RegionRequest, Request, WindowOp,
 };
@@ -35,7 +36,11 @@ fuzz_target!(|bytes: &[u8]| {
     let mut input = Input::new(bytes);
     let choice = input.byte();
     let mut bench = Bench::new(LinkConfig {
-        queue_pairs: if choice & 1 == 0 { 1 } else { 4 },
+        device: match choice >> 4 & 2 | choice & 1 {
+            0 => kind::net::device(1, false),
+            1 => kind::net::device(4, false),
+            _ => kind::block::device(1 << 20, 2, false),
+        },
         one_way: if choice & 6 == 6 { OneWay::Widen } else { OneWay::Refuse },
         max_mappings: [1, 3, 16, 256][usize::from(choice >> 3 & 3)],
         ..config()

@@ -176,6 +176,16 @@ pub(in crate::link) enum Refusal {
     End(Fault),
 }
 
+impl Refusal {
+    /// What becomes of a message that was at fault in this way.
+    pub(in crate::link) fn of(fault: Fault) -> Self {
+        match fault {
+            Fault::Config(_) => Self::Decline(fault),
+            fault => Self::End(fault),
+        }
+    }
+}
+
 /// A range as a front-end tells it.
 fn mapped_range(
     owner: &OwnerSession,
