@@ -8,10 +8,11 @@
 //! | [`confine`] | what a running broker gives up |
 //! | [`guardian`] | takes owners' memory back when the broker was killed |
 //! | [`kind`] | what an owner's device can be: a network card, a disk |
+//! | [`opener`] | makes sockets, which a confined broker cannot |
 //! | [`link`] | one owner joined to one peer: a state machine without I/O |
 //! | [`session`] | a front-end's connection: messages to requests |
 //! | [`runtime`] | threads, sockets and descriptors around the links |
-//! | [`control`] | `status` and `watch` |
+//! | [`control`] | `status`, `watch`, `plug`, `unplug`, `reload` |
 //! | [`demo`] | `demo`: a broker and two guest models on one machine |
 //!
 //! Data goes one way: `session` decodes, `link` decides, `runtime` carries out.
@@ -25,5 +26,6 @@ pub mod demo;
 pub mod guardian;
 pub mod kind;
 pub mod link;
+pub mod opener;
 pub mod runtime;
 pub mod session;

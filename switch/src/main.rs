@@ -2,9 +2,9 @@
 #![forbid(unsafe_code)]
 
 use std::ffi::OsString;
-use std::fs;
 use std::io::stdin;
 use std::os::fd::AsFd;
+use std::os::unix::net::UnixStream;
 use std::path::{Path, PathBuf};
 use std::process::ExitCode;
 use std::thread;
@@ -13,15 +13,16 @@ use std::time::Duration;
 use anyhow::{Context, bail};
 use clap::{Parser, Subcommand};
 use nix::sys::resource::{Resource, getrlimit, setrlimit};
-use signal_hook::consts::{SIGINT, SIGTERM};
+use signal_hook::consts::{SIGHUP, SIGINT, SIGTERM};
 use signal_hook::iterator::Signals;
-use tracing::warn;
+use tracing::{error, warn};
 use tracing_subscriber::EnvFilter;
-use vhost_pci_switch::config::{self, Config, Confine};
-use vhost_pci_switch::confine;
+use vhost_pci_switch::config::{self, Config, Confine, LoadError, MAX_LINKS};
+use vhost_pci_switch::confine::{self, Role};
 use vhost_pci_switch::control::{client, render};
 use vhost_pci_switch::demo;
 use vhost_pci_switch::guardian::{self, Guardian};
+use vhost_pci_switch::opener::{self, Opener};
 use vhost_pci_switch::runtime::broker::Broker;
 use vhost_pci_switch::runtime::one_heap;
 
@@ -39,7 +40,7 @@ struct Cli {
 
 #[derive(Debug, Subcommand)]
 enum Command {
-    /// Run the broker in the foreground until SIGTERM or SIGINT.
+    /// Run the broker in the foreground until SIGTERM or SIGINT; SIGHUP: as `reload`.
     Run {
         /// The configuration file (docs/configuration.md).
         #[arg(long, value_name = "FILE.toml")]
@@ -69,6 +70,30 @@ enum Command {
         #[arg(long, value_name = "SOCKET", default_value = CONTROL_SOCKET)]
         control_socket: PathBuf,
     },
+    /// Begin a link of a running broker: one that its configuration file, read again, names.
+    Plug {
+        /// The link's name.
+        link: String,
+        /// The broker's control socket.
+        #[arg(long, value_name = "SOCKET", default_value = CONTROL_SOCKET)]
+        control_socket: PathBuf,
+    },
+    /// End a link of a running broker: its peer loses the owner's memory, then both VMMs their
+    /// connections.
+    Unplug {
+        /// The link's name.
+        link: String,
+        /// The broker's control socket.
+        #[arg(long, value_name = "SOCKET", default_value = CONTROL_SOCKET)]
+        control_socket: PathBuf,
+    },
+    /// Have a running broker read its configuration file again: new links begin, others end, and those
+    /// that are as before are not touched.
+    Reload {
+        /// The broker's control socket.
+        #[arg(long, value_name = "SOCKET", default_value = CONTROL_SOCKET)]
+        control_socket: PathBuf,
+    },
     /// Run a broker and two guest models on this machine and show what they reach.
     Demo(demo::Args),
     /// Guard a broker's links: started by `run`.
@@ -80,6 +105,13 @@ enum Command {
         /// The configuration's `confine`.
         #[arg(long)]
         confine: String,
+    },
+    /// Make a broker's sockets: started by `run`.
+    #[command(hide = true)]
+    Opener {
+        /// The configuration file.
+        #[arg(long, value_name = "FILE.toml")]
+        config: PathBuf,
     },
     /// Run a guest program of the demo: the same as vhost-pci-guest.
     #[command(hide = true)]
@@ -117,6 +149,20 @@ fn execute(command: Command) -> anyhow::Result<()> {
             }
         }
         Command::Watch { interval, control_socket } => watch(&control_socket, interval)?,
+        Command::Plug { link, control_socket } => {
+            let link = client::plug(&control_socket, &link)?;
+            println!(
+                "{} is plugged: its owner's VMM connects to {}, its peer's to {}",
+                link.name,
+                link.owner_socket.display(),
+                link.peer_socket.display()
+            );
+        }
+        Command::Unplug { link, control_socket } => {
+            client::unplug(&control_socket, &link)?;
+            println!("{link} is unplugged");
+        }
+        Command::Reload { control_socket } => reload(&control_socket)?,
         Command::Demo(args) => demo::run(&args)?,
         Command::Guardian { timeout_ms, confine } => {
             let policy = Confine::named(&confine).context("no policy of that name")?;
@@ -124,50 +170,80 @@ fn execute(command: Command) -> anyhow::Result<()> {
             let socket = stdin().as_fd().try_clone_to_owned()?;
             guardian::process::run(&socket, Duration::from_millis(timeout_ms), policy)?;
         }
+        Command::Opener { config } => {
+            // Likewise.
+            let socket = UnixStream::from(stdin().as_fd().try_clone_to_owned()?);
+            opener::process::run(&socket, &config)?;
+        }
         Command::Guest { args } => guest_driver_model::programs::main(args)?,
     }
     Ok(())
 }
 
 fn load(path: &Path) -> anyhow::Result<Config> {
-    let text = fs::read_to_string(path).with_context(|| format!("cannot read {}", path.display()))?;
-    match config::parse(&text) {
-        Ok(config) => Ok(config),
-        Err(mistakes) => {
-            for mistake in &mistakes {
-                eprintln!("{}:{}: {}", path.display(), mistake.line, mistake.message);
-            }
-            bail!(
-                "{} has {} mistake{}",
-                path.display(),
-                mistakes.len(),
-                if mistakes.len() == 1 { "" } else { "s" }
-            )
-        }
-    }
+    config::load(path).map_err(|LoadError { mistakes, summary }| refuse(&mistakes, summary))
+}
+
+/// Prints each mistake, and gives what they come to.
+fn refuse(mistakes: &[String], summary: String) -> anyhow::Error {
+    mistakes.iter().for_each(|mistake| eprintln!("{mistake}"));
+    anyhow::Error::msg(summary)
 }
 
 fn run(path: &Path) -> anyhow::Result<()> {
     one_heap();
-    let config = load(path)?;
     raise_descriptor_limit();
     // Registered before the first socket exists: none is left behind.
-    let mut signals = Signals::new([SIGTERM, SIGINT])?;
-    // It is a program, and starting one is what a confined process cannot.
-    let guardian = Guardian::start(config.links.len(), config.confirm_timeout, config.confine)
+    let mut signals = Signals::new([SIGTERM, SIGINT, SIGHUP])?;
+    // Both are programs, and starting one is what a confined process cannot.
+    let (opener, config) =
+        Opener::start(path).map_err(|error| refuse(error.mistakes(), error.to_string()))?;
+    let guardian = Guardian::start(MAX_LINKS, config.confirm_timeout, config.confine)
         .context("the guardian does not start")?;
-    // Binding may take privileges, serving takes none: they go in between.
-    let bound = Broker::bind(&config)?;
-    let confinement = confine::enter(config.confine, &confine::folders(&config))?;
+    // What follows takes no privilege.
+    let bound = Broker::bind(&config, opener)?;
+    let confinement = confine::enter(config.confine, &Role::Broker)?;
     if config.confine == Confine::Off {
         warn!("confine = false: the broker keeps its capabilities, and no filter limits its system calls");
     } else if !confinement.missing.is_empty() {
         warn!(missing = %confinement.missing.join("; "), "the broker is confined in part");
     }
     let broker = bound.serve(confinement, Some(guardian))?;
-    signals.forever().next();
+    for signal in signals.forever() {
+        if signal != SIGHUP {
+            break;
+        }
+        reload_by_signal(&broker);
+    }
     broker.leave();
     Ok(())
+}
+
+/// What `reload` would say goes to the log.
+fn reload_by_signal(broker: &Broker) {
+    match broker.reload() {
+        Ok(difference) => difference.problems.iter().for_each(|problem| warn!("{problem}")),
+        Err(refused) => {
+            refused.mistakes().iter().for_each(|mistake| error!("{mistake}"));
+            error!("{refused}; the links are as before");
+        }
+    }
+}
+
+fn reload(socket: &Path) -> anyhow::Result<()> {
+    let difference = client::reload(socket)?;
+    let named = |what: &str, links: &[String]| {
+        if !links.is_empty() {
+            println!("{what}: {}", links.join(", "));
+        }
+    };
+    named("plugged", &difference.plugged);
+    named("unplugged", &difference.unplugged);
+    named("changed", &difference.changed);
+    match difference.problems.len() {
+        0 => Ok(()),
+        _ => bail!("{}", difference.problems.join("; ")),
+    }
 }
 
 /// A link has tens of descriptors, those of its guests' memory and notifications: the soft limit

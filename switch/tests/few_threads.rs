@@ -16,8 +16,8 @@ use std::time::{Duration, Instant};
 use raw::{PEER_PROTOCOL, Raw, SET_BACKEND_REQ_FD, SET_VRING_CALL, SET_VRING_ENABLE, SET_VRING_KICK, words};
 
 const TIMEOUT: Duration = Duration::from_millis(500);
-/// The guardian, the program, its signals, the acceptor, the peer's session and its channel: no more.
-const THREADS: u32 = 6;
+/// The opener, the guardian, the program, its signals, the acceptor, the peer's session and its channel: no more.
+const THREADS: u32 = 7;
 
 struct Broker(Child);
 

@@ -38,6 +38,8 @@ mod release;
 mod requests;
 #[path = "link_states/revocation.rs"]
 mod revocation;
+#[path = "link_states/unplug.rs"]
+mod unplug;
 #[path = "link_states/vmm.rs"]
 mod vmm;
 #[path = "link_states/wirer.rs"]

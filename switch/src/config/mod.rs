@@ -1,8 +1,9 @@
 //! The broker's configuration: what a file may say, and the values that follow.
 //!
-//! [`parse`] reports every mistake of a file at once, each with its line. It never
-//! touches the file system beyond the text that it is given.
+//! [`parse`] reports every mistake of a text at once, each with its line, and touches nothing else;
+//! [`load`] reads the text from its file.
 
+mod file;
 mod read;
 mod size;
 
@@ -10,8 +11,10 @@ use std::fmt;
 use std::path::PathBuf;
 use std::time::Duration;
 
+use serde::{Deserialize, Serialize};
 use vhost_pci_device::abi;
 
+pub use file::{LoadError, load};
 pub use size::{SizeError, parse_size};
 
 use crate::kind::Device;
@@ -33,11 +36,13 @@ pub const DEFAULT_MEMORY_REGIONS: usize = 16;
 pub const MAX_MEMORY_REGIONS: usize = 64;
 /// The longest window, bytes.
 pub const MAX_WINDOW: u64 = 1 << 46;
+/// The most links that a broker has at once: what its guardian's table has room for.
+pub const MAX_LINKS: usize = 4096;
 /// The longest path that a Unix socket can have, bytes (`sun_path` less its end).
 pub const MAX_SOCKET_PATH: usize = 107;
 
 /// A configuration that can be run.
-#[derive(Clone, Debug, PartialEq, Eq)]
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Config {
     /// Where `status` and `watch` ask.
     pub control_socket: PathBuf,
@@ -52,7 +57,7 @@ pub struct Config {
 }
 
 /// Whether the broker gives up what it does not need: capabilities, files, system calls.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub enum Confine {
     /// It keeps all that it was started with.
     Off,
@@ -80,7 +85,7 @@ impl Confine {
 }
 
 /// One owner device joined to one peer device.
-#[derive(Clone, Debug, PartialEq, Eq)]
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct LinkConfig {
     /// The link's name in `status`, logs and errors.
     pub name: String,
@@ -114,7 +119,7 @@ pub struct LinkConfig {
 
 /// Who may join a link on one side, of those whom the socket's mode lets connect. If it names
 /// nobody, all of them.
-#[derive(Clone, Debug, Default, PartialEq, Eq)]
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Admission {
     /// These users may,
     pub users: Vec<Account>,
@@ -123,7 +128,7 @@ pub struct Admission {
 }
 
 /// A user or a group.
-#[derive(Clone, Debug, PartialEq, Eq)]
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub enum Account {
     /// By name, which the host knows.
     Name(String),
@@ -133,7 +138,7 @@ pub enum Account {
 
 /// How often each of a link's VMMs may do what costs the broker something, a second. Who comes more
 /// often waits.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Rates {
     /// Messages of a front-end.
     pub messages: u32,
@@ -153,7 +158,7 @@ impl Default for Rates {
 pub const MAX_RATE: usize = 1_000_000_000;
 
 /// How a link's notifications go.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub enum WiringPolicy {
     /// From kernel to kernel, where the peer's VMM can; else by the broker's relay. The peer's
     /// VMM is handed the owner's eventfds.
@@ -178,7 +183,7 @@ impl WiringPolicy {
 
 /// What becomes of ranges that the owner's IOMMU lets its device only read, or only
 /// write, where the peer's VMM cannot enforce that.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub enum OneWay {
     /// They are not mapped; the peer's driver has them copied, which checks the access.
     #[default]

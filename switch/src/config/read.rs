@@ -12,8 +12,8 @@ use vhost_pci_device::abi;
 
 use super::{
     Account, Admission, Config, Confine, DEFAULT_CONFIRM_TIMEOUT, DEFAULT_MAX_MAPPINGS,
-    DEFAULT_MEMORY_REGIONS, DEFAULT_WINDOW, LinkConfig, MAX_MAX_MAPPINGS, MAX_MEMORY_REGIONS, MAX_RATE,
-    MAX_SOCKET_PATH, MAX_WINDOW, Mistake, OneWay, Rates, WiringPolicy, parse_size,
+    DEFAULT_MEMORY_REGIONS, DEFAULT_WINDOW, LinkConfig, MAX_LINKS, MAX_MAX_MAPPINGS, MAX_MEMORY_REGIONS,
+    MAX_RATE, MAX_SOCKET_PATH, MAX_WINDOW, Mistake, OneWay, Rates, WiringPolicy, parse_size,
 };
 use crate::kind::{Device, KINDS, Keys, Kind};
 use crate::link::message::Flood;
@@ -150,6 +150,9 @@ impl<'t> Reader<'t> {
             self.mistake(line, "links are written as [[link]], one such table for each");
             return Vec::new();
         };
+        if array.len() > MAX_LINKS {
+            self.mistake(line, format!("there are {} links; a broker has at most {MAX_LINKS}", array.len()));
+        }
         let mut names = BTreeMap::new();
         let mut links = Vec::new();
         for element in array {

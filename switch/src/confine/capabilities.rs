@@ -1,4 +1,4 @@
-//! Capabilities (capabilities(7)): none is left, and none can be had again.
+//! Capabilities (capabilities(7)): none is left but what the role needs, and none can be had again.
 
 use std::io;
 
@@ -7,6 +7,8 @@ use rustix::thread::{
     CapabilitySet, CapabilitySets, capabilities, capability_is_in_bounding_set, clear_ambient_capability_set,
     no_new_privs, remove_capability_from_bounding_set, set_capabilities, set_no_new_privs,
 };
+
+use super::Role;
 
 /// What came of dropping them.
 #[derive(Clone, Copy, Debug)]
@@ -28,11 +30,17 @@ pub fn forgo_new() -> io::Result<()> {
     }
 }
 
-/// This thread, and those that it starts later, have no capability from now on.
+/// What an opener keeps of what it has: the sockets that it makes may be for another group, and in folders
+/// of somebody else's.
+const OPENER: CapabilitySet =
+    CapabilitySet::CHOWN.union(CapabilitySet::DAC_OVERRIDE).union(CapabilitySet::FOWNER);
+
+/// This thread, and those that it starts later, have no capability from now on, but what the role
+/// needs and it has.
 ///
 /// # Errors
 /// When the kernel refuses.
-pub fn drop_all() -> io::Result<Dropped> {
+pub fn drop_for(role: &Role<'_>) -> io::Result<Dropped> {
     // First, as it takes a capability. A user without one cannot, and need not.
     let empty_bounding_set = empty_bounding_set();
     // Kernels before 4.3 have no ambient set, and so nothing in it.
@@ -40,10 +48,13 @@ pub fn drop_all() -> io::Result<Dropped> {
         Ok(()) | Err(Errno::INVAL) => {}
         Err(error) => return Err(error.into()),
     }
-    let none = CapabilitySet::empty();
-    let none = CapabilitySets { effective: none, permitted: none, inheritable: none };
-    set_capabilities(None, none)?;
-    match capabilities(None)? == none {
+    let kept = match role {
+        Role::Broker => CapabilitySet::empty(),
+        Role::Opener { .. } => capabilities(None)?.effective & OPENER,
+    };
+    let kept = CapabilitySets { effective: kept, permitted: kept, inheritable: CapabilitySet::empty() };
+    set_capabilities(None, kept)?;
+    match capabilities(None)? == kept {
         true => Ok(Dropped { empty_bounding_set }),
         false => Err(io::Error::other("the kernel did not take them all")),
     }

@@ -1,11 +1,10 @@
 //! The file system, as far as the kernel has Landlock: from now on nothing of it can be opened,
-//! made, changed or removed by name, except that sockets can be removed from their folders, and the
-//! broker's own entry in `/proc` read. No port can be bound or connected to, and no process outside
-//! signalled.
+//! made, changed or removed by name, except that the process's own entry in `/proc` can be read. An
+//! opener reads the configuration's folder and what the host says of its users, and makes and removes
+//! sockets in their folders. No port can be bound or connected to, and no process outside signalled.
 //!
 //! What is open already, and what VMMs send, is not restricted: rights come with a descriptor.
 
-use std::path::{Path, PathBuf};
 use std::sync::OnceLock;
 
 use landlock::{
@@ -14,12 +13,17 @@ use landlock::{
 };
 use thiserror::Error;
 
+use super::Role;
+
 /// The newest that this was tried with: newer kernels restrict no more than this by it, older ones
 /// what they can.
 const NEWEST: ABI = ABI::V7;
 
 /// Where the kernel says what an eventfd is, and what is mapped.
 const PROC: &str = "/proc/self";
+
+/// Where users and groups are looked up, by libraries of the host's choice.
+const USERS: [&str; 5] = ["/etc", "/usr/lib", "/lib", "/usr/lib64", "/lib64"];
 
 /// Held for good: a rule is about a file that the kernel has in memory. The kernel forgets those in
 /// `/proc` when nobody holds them, and makes new ones, for which no rule is.
@@ -46,7 +50,7 @@ pub enum FilesError {
 ///
 /// # Errors
 /// When the kernel has no Landlock, or refuses.
-pub fn restrict(folders: &[PathBuf]) -> Result<i32, FilesError> {
+pub fn restrict(role: &Role<'_>) -> Result<i32, FilesError> {
     let proc_self = match PROC_SELF.get() {
         Some(held) => held,
         None => {
@@ -60,8 +64,18 @@ pub fn restrict(folders: &[PathBuf]) -> Result<i32, FilesError> {
         .scope(Scope::from_all(NEWEST))?
         .create()?
         .add_rule(PathBeneath::new(proc_self, AccessFs::ReadFile))?;
-    for folder in folders {
-        ruleset = ruleset.add_rule(PathBeneath::new(open(folder)?, AccessFs::RemoveFile))?;
+    if let Role::Opener { reads, sockets } = role {
+        let users = USERS.iter().filter_map(|folder| PathFd::new(folder).ok());
+        // In a folder that is not there nothing can be made either, which is said when it is tried.
+        let reads = reads.iter().filter_map(|folder| PathFd::new(folder).ok()).chain(users);
+        let sockets = sockets.iter().filter_map(|folder| PathFd::new(folder).ok());
+        for folder in reads {
+            ruleset = ruleset.add_rule(PathBeneath::new(folder, AccessFs::ReadFile | AccessFs::ReadDir))?;
+        }
+        for folder in sockets {
+            ruleset =
+                ruleset.add_rule(PathBeneath::new(folder, AccessFs::MakeSock | AccessFs::RemoveFile))?;
+        }
     }
     let status = ruleset.restrict_self()?;
     match status.landlock {
@@ -73,8 +87,4 @@ pub fn restrict(folders: &[PathBuf]) -> Result<i32, FilesError> {
         }
         LandlockStatus::Available { effective_abi, .. } => Ok((effective_abi as i32).min(NEWEST as i32)),
     }
-}
-
-fn open(folder: &Path) -> Result<PathFd, PathFdError> {
-    PathFd::new(folder)
 }

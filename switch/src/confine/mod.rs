@@ -1,11 +1,12 @@
 //! What the broker gives up when its sockets are there and nobody is served yet: capabilities,
 //! ever getting privileges again, files, and most system calls. What it does never needs them, so
 //! that who takes the broker over has a process with a few sockets and memory files, and no more.
+//! Its guardian gives up the same; its opener keeps what makes sockets.
 //!
 //! | file | what it takes away |
 //! |---|---|
 //! | [`capabilities`] | all of them |
-//! | [`files`] | the file system, but for removing the sockets and for `/proc/self` (Landlock) |
+//! | [`files`] | the file system, but for `/proc/self` (Landlock) |
 //! | [`system_calls`] | all but a list (seccomp) |
 //!
 //! Nothing of it can be taken back. It is the process's, so the program does it, and not
@@ -19,14 +20,26 @@ pub mod hook;
 pub mod system_calls;
 
 use std::fs;
-use std::path::{Path, PathBuf};
+use std::path::PathBuf;
 
-use nix::unistd::{AccessFlags, access};
 use serde::{Deserialize, Serialize};
 use thiserror::Error;
-use tracing::warn;
 
-use crate::config::{Config, Confine};
+use crate::config::Confine;
+
+/// Which process it is, and so what it keeps.
+#[derive(Clone, Copy, Debug)]
+pub enum Role<'a> {
+    /// The broker or its guardian: nothing but what it has.
+    Broker,
+    /// The opener: what makes sockets.
+    Opener {
+        /// Folders that it reads, besides those in which the host says who its users are.
+        reads: &'a [PathBuf],
+        /// Folders in which it makes sockets and removes them.
+        sockets: &'a [PathBuf],
+    },
+}
 
 /// What is in force, at the time of a report.
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
@@ -64,12 +77,12 @@ impl Confinement {
 )]
 pub struct ConfineError(Vec<String>);
 
-/// Gives up what the configuration wants given up, but for removing files from `folders`. To be
+/// Gives up what the configuration wants given up, but for what the role needs. To be
 /// called by a process that has one thread; by the broker when its sockets are bound.
 ///
 /// # Errors
 /// When something is missing that is required.
-pub fn enter(policy: Confine, folders: &[PathBuf]) -> Result<Confinement, ConfineError> {
+pub fn enter(policy: Confine, role: &Role<'_>) -> Result<Confinement, ConfineError> {
     if policy == Confine::Off {
         return Ok(Confinement::unconfined());
     }
@@ -80,13 +93,12 @@ pub fn enter(policy: Confine, folders: &[PathBuf]) -> Result<Confinement, Confin
     }
     let mut take = |missing: Option<String>| now.missing.extend(missing);
     now.no_new_privs = note(&mut take, "no_new_privs", capabilities::forgo_new()).is_some();
-    if let Some(dropped) = note(&mut take, "no capabilities", capabilities::drop_all()) {
+    if let Some(dropped) = note(&mut take, "no capabilities", capabilities::drop_for(role)) {
         now.no_capabilities = true;
         now.empty_bounding_set = dropped.empty_bounding_set;
     }
-    warn_of_what_stays(folders);
-    now.landlock_abi = note(&mut take, "landlock", files::restrict(folders));
-    now.system_calls = note(&mut take, "seccomp", system_calls::restrict());
+    now.landlock_abi = note(&mut take, "landlock", files::restrict(role));
+    now.system_calls = note(&mut take, "seccomp", system_calls::restrict(role));
     match policy {
         Confine::Require if !now.missing.is_empty() => Err(ConfineError(now.missing)),
         _ => Ok(now),
@@ -113,33 +125,6 @@ fn threads() -> Option<usize> {
     fs::read_dir("/proc/self/task").ok().map(Iterator::count)
 }
 
-/// The folders of the broker's sockets, each once.
-pub fn folders(config: &Config) -> Vec<PathBuf> {
-    let links = config
-        .links
-        .iter()
-        .flat_map(|link| [Some(&link.owner_socket), Some(&link.peer_socket), link.doorbell_socket.as_ref()]);
-    let sockets = links.flatten().chain([&config.control_socket]);
-    let mut folders: Vec<_> = sockets.filter_map(|socket| socket.parent()).map(Path::to_owned).collect();
-    folders.sort();
-    folders.dedup();
-    folders
-}
-
-/// A root without capabilities is a user like others: it cannot remove what it has made in a
-/// folder of somebody else's.
-fn warn_of_what_stays(folders: &[PathBuf]) {
-    for folder in folders {
-        if access(folder, AccessFlags::W_OK).is_err() {
-            warn!(
-                folder = %folder.display(),
-                "sockets in this folder will stay when the broker ends, as its user may not write there: run the \
-                 broker as the folder's owner"
-            );
-        }
-    }
-}
-
 #[cfg(test)]
 mod tests {
     #![allow(clippy::unwrap_used)]
@@ -147,21 +132,11 @@ mod tests {
     use crate::config;
 
     #[test]
-    fn the_folders_of_all_sockets_are_each_named_once() {
-        let config = config::parse(
-            "control_socket = \"/run/c/s\"\n[[link]]\nname = \"l\"\nowner_socket = \"/run/o/1\"\n\
-             peer_socket = \"/run/c/p\"\ndoorbell_socket = \"/run/d/d\"\n",
-        )
-        .unwrap();
-        assert_eq!(folders(&config), ["/run/c", "/run/d", "/run/o"].map(PathBuf::from));
-    }
-
-    #[test]
     fn who_does_not_want_it_gets_nothing() {
         let config = config::parse(
             "control_socket = \"/s\"\nconfine = false\n[[link]]\nname = \"l\"\nowner_socket = \"/1\"\npeer_socket = \"/2\"\n",
         )
         .unwrap();
-        assert_eq!(enter(config.confine, &folders(&config)).unwrap(), Confinement::unconfined());
+        assert_eq!(enter(config.confine, &Role::Broker).unwrap(), Confinement::unconfined());
     }
 }

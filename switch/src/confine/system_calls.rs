@@ -1,7 +1,8 @@
 //! The list of system calls that a running broker may make (seccomp(2)). With any other the kernel
-//! ends the process (SIGSYS), and says so in its log.
+//! ends the process (SIGSYS), and says so in its log. An opener may make some more; any other is an
+//! error to it (EPERM), since the host's libraries, by which it looks up users, try what they like.
 //!
-//! `docs/security.md` has the list with its reasons; a test compares.
+//! `docs/security.md` has the lists with their reasons; a test compares.
 
 use std::collections::BTreeMap;
 
@@ -11,6 +12,8 @@ use seccompiler::{
     SeccompRule, TargetArch, apply_filter_all_threads,
 };
 use thiserror::Error;
+
+use super::Role;
 
 /// Why system calls are not filtered.
 #[derive(Debug, Error)]
@@ -236,12 +239,38 @@ const GROUPS: &[Group] = &[
         reason: "its limit of descriptors, looked at for each connection",
         calls: &[("prlimit64", libc::SYS_prlimit64, When::Null(2), "changes nothing")],
     },
+];
+
+/// What an opener may call besides.
+const OPENER_GROUPS: &[Group] = &[
     Group {
-        reason: "sockets, removed when the broker ends",
+        reason: "sockets: made, listened on, given to their group, removed. Connected: does somebody listen on one \
+                 that is there, and the host's directory of users",
         calls: &[
+            ("socket", libc::SYS_socket, When::Only(0, &[libc::AF_UNIX as c_long]), "AF_UNIX"),
+            any("bind", libc::SYS_bind),
+            any("listen", libc::SYS_listen),
+            any("connect", libc::SYS_connect),
+            any("umask", libc::SYS_umask),
+            #[cfg(target_arch = "x86_64")]
+            any("chmod", libc::SYS_chmod),
+            any("fchmodat", libc::SYS_fchmodat),
+            #[cfg(target_arch = "x86_64")]
+            any("chown", libc::SYS_chown),
+            any("fchownat", libc::SYS_fchownat),
             #[cfg(target_arch = "x86_64")]
             any("unlink", libc::SYS_unlink),
             any("unlinkat", libc::SYS_unlinkat),
+        ],
+    },
+    Group {
+        reason: "users and groups, looked up as the host does that",
+        calls: &[
+            any("geteuid", libc::SYS_geteuid),
+            any("getuid", libc::SYS_getuid),
+            any("getdents64", libc::SYS_getdents64),
+            any("faccessat", libc::SYS_faccessat),
+            any("uname", libc::SYS_uname),
         ],
     },
 ];
@@ -255,7 +284,7 @@ const UNSEEN: c_long = libc::SYS_clone3;
 ///
 /// # Errors
 /// When there is no filter for this processor, or the kernel does not take it.
-pub fn restrict() -> Result<usize, FilterError> {
+pub fn restrict(role: &Role<'_>) -> Result<usize, FilterError> {
     let arch: TargetArch = std::env::consts::ARCH.try_into()?;
     // Of several filters' verdicts the strictest counts: an error before "allowed", so the second
     // has to let that call pass.
@@ -263,18 +292,23 @@ pub fn restrict() -> Result<usize, FilterError> {
     let enosys = SeccompAction::Errno(libc::ENOSYS.unsigned_abs());
     let first: BpfProgram = SeccompFilter::new(absent, SeccompAction::Allow, enosys, arch)?.try_into()?;
     let mut rules = BTreeMap::from([(UNSEEN, Vec::new())]);
-    for (_, number, when, _) in calls() {
+    let (more, otherwise) = match role {
+        Role::Broker => (&[][..], SeccompAction::KillProcess),
+        Role::Opener { .. } => (OPENER_GROUPS, SeccompAction::Errno(libc::EPERM.unsigned_abs())),
+    };
+    for (_, number, when, _) in calls(GROUPS).chain(calls(more)) {
         rules.insert(*number, rule(*when)?);
     }
-    let second = SeccompFilter::new(rules, SeccompAction::KillProcess, SeccompAction::Allow, arch)?;
+    let count = rules.len() - 1;
+    let second = SeccompFilter::new(rules, otherwise, SeccompAction::Allow, arch)?;
     let second: BpfProgram = second.try_into()?;
     apply_filter_all_threads(&first)?;
     apply_filter_all_threads(&second)?;
-    Ok(calls().count())
+    Ok(count)
 }
 
-fn calls() -> impl Iterator<Item = &'static Call> {
-    GROUPS.iter().flat_map(|group| group.calls)
+fn calls(groups: &'static [Group]) -> impl Iterator<Item = &'static Call> {
+    groups.iter().flat_map(|group| group.calls)
 }
 
 /// The conditions, of which one must hold; none: always.
@@ -308,8 +342,8 @@ mod tests {
     use super::*;
 
     /// The rows of the table in the documentation.
-    fn table() -> Vec<String> {
-        GROUPS
+    fn table(groups: &[Group]) -> Vec<String> {
+        groups
             .iter()
             .map(|group| {
                 let calls = group.calls.iter().map(|(name, _, _, words)| match words.is_empty() {
@@ -325,20 +359,24 @@ mod tests {
     #[cfg(target_arch = "x86_64")]
     fn the_documentation_has_the_list_as_it_is() {
         let text = include_str!("../../../docs/security.md");
-        let start = text.find("<!-- system calls -->\n").unwrap();
-        let end = text.find("<!-- end of system calls -->").unwrap();
-        let written: Vec<_> = text[start..end].lines().skip(3).collect();
-        assert!(written == table(), "docs/security.md should have\n{}\n", table().join("\n"));
+        for (mark, groups) in [("system calls", GROUPS), ("system calls of the opener", OPENER_GROUPS)] {
+            let start = text.find(&format!("<!-- {mark} -->\n")).unwrap();
+            let end = text.find(&format!("<!-- end of {mark} -->")).unwrap();
+            let written: Vec<_> = text[start..end].lines().skip(3).collect();
+            let table = table(groups);
+            assert!(written == table, "docs/security.md should have\n{}\n", table.join("\n"));
+        }
     }
 
     #[test]
     fn no_call_is_there_twice_and_the_filter_is_short_enough() {
-        let mut numbers: Vec<_> = calls().map(|(_, number, ..)| *number).collect();
+        let all = || calls(GROUPS).chain(calls(OPENER_GROUPS));
+        let mut numbers: Vec<_> = all().map(|(_, number, ..)| *number).collect();
         numbers.push(UNSEEN);
         numbers.sort_unstable();
         numbers.dedup();
-        assert_eq!(numbers.len(), calls().count() + 1);
-        for (_, _, when, _) in calls() {
+        assert_eq!(numbers.len(), all().count() + 1);
+        for (_, _, when, _) in all() {
             rule(*when).unwrap();
         }
     }

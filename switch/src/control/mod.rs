@@ -1,4 +1,5 @@
-//! The control socket: how `status` and `watch` ask a running broker.
+//! The control socket: how `status` and `watch` ask a running broker, and `plug`, `unplug` and `reload`
+//! change its links.
 //!
 //! The protocol is one JSON object a line each way (`docs/control-protocol.md`).
 
@@ -6,19 +7,34 @@ pub mod client;
 pub mod render;
 pub mod server;
 
+use std::path::PathBuf;
+
 use serde::{Deserialize, Serialize};
 
 use crate::confine::Confinement;
 #[cfg(debug_assertions)]
 use crate::confine::hook::Forbidden;
 use crate::link::report::LinkReport;
+use crate::runtime::links::Difference;
 
-/// What a client can ask.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+/// What a client can ask. What changes links is for the broker's own user and root.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case", tag = "command", deny_unknown_fields)]
 pub enum Query {
     /// The state of every link.
     Status,
+    /// To begin a link that the configuration names.
+    Plug {
+        /// Its name.
+        link: String,
+    },
+    /// To end a link.
+    Unplug {
+        /// Its name.
+        link: String,
+    },
+    /// To read the configuration again and make up the difference.
+    Reload,
     /// A test's: to do what the broker must not be able to do.
     #[cfg(debug_assertions)]
     Forbidden {
@@ -33,11 +49,32 @@ pub enum Query {
 pub enum Answer {
     /// The state of the broker and every link.
     Status(BrokerReport),
+    /// The link is there now.
+    Plugged(PluggedLink),
+    /// The link of this name is gone.
+    Unplugged(String),
+    /// The configuration is in force.
+    Reloaded(Difference),
     /// What came of doing what the broker must not be able to do.
     #[cfg(debug_assertions)]
     Forbidden(String),
-    /// The question was not understood.
+    /// The question was not understood, or what it wants cannot be done.
     Error(String),
+}
+
+/// What a VMM has to know to join a link that was plugged.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct PluggedLink {
+    /// Its name.
+    pub name: String,
+    /// Where the owner's VMM connects.
+    pub owner_socket: PathBuf,
+    /// Where the peer's VMM connects.
+    pub peer_socket: PathBuf,
+    /// The owner's kind of device, by its name in the configuration.
+    pub profile: String,
+    /// Queues of the owner's device at most; the peer's has one more.
+    pub vrings: u16,
 }
 
 /// The broker, at one moment.
@@ -58,6 +95,9 @@ pub struct BrokerReport {
     pub confinement: Confinement,
     /// The process that takes owners' memory back when this one is killed; `None`: nobody does.
     pub guardian: Option<u32>,
-    /// Its links, in the configuration's order.
+    /// The process that makes sockets and reads the configuration; `None`: links cannot be plugged.
+    #[serde(default)]
+    pub opener: Option<u32>,
+    /// Its links, in the configuration's order; those that were plugged later after them.
     pub links: Vec<LinkReport>,
 }

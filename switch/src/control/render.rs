@@ -23,7 +23,8 @@ pub fn broker(report: &BrokerReport) -> String {
     );
     let _ = writeln!(text, "confinement: {}", confinement(&report.confinement));
     let guardian = report.guardian.map_or_else(|| "none".to_owned(), |pid| format!("pid {pid}"));
-    let _ = writeln!(text, "guardian: {guardian}");
+    let opener = report.opener.map_or_else(|| "none".to_owned(), |pid| format!("pid {pid}"));
+    let _ = writeln!(text, "guardian: {guardian}\nopener: {opener}");
     for link in &report.links {
         write_link(&mut text, link);
     }

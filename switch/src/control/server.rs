@@ -12,14 +12,15 @@ use std::time::Duration;
 use crossbeam_channel::bounded;
 use tracing::warn;
 
-use super::{Answer, BrokerReport, Query};
+use super::{Answer, BrokerReport, PluggedLink, Query};
 use crate::confine::Confinement;
 #[cfg(debug_assertions)]
 use crate::confine::hook;
-use crate::guardian::Guardian;
 use crate::link::report::LinkReport;
+use crate::runtime::Input;
+use crate::runtime::admission::Caller;
 use crate::runtime::closing::turn_away;
-use crate::runtime::{Input, LinkPort};
+use crate::runtime::links::{ChangeError, Links};
 
 /// How long a client may take for its question and for taking the answer.
 const CLIENT_TIMEOUT: Duration = Duration::from_secs(2);
@@ -32,11 +33,9 @@ const MAX_QUERY: u64 = 4096;
 #[derive(Debug)]
 pub struct About {
     /// The links.
-    pub ports: Vec<LinkPort>,
+    pub links: Arc<Links>,
     /// What the process has given up.
     pub confinement: Confinement,
-    /// Who takes owners' memory back when the process is killed.
-    pub guardian: Option<Guardian>,
 }
 
 /// Clients that are served at once. More are turned away: each has a thread.
@@ -88,6 +87,9 @@ fn answer(mut stream: UnixStream, about: &About) -> io::Result<()> {
     BufReader::new(stream.try_clone()?.take(MAX_QUERY)).read_line(&mut line)?;
     let answer = match serde_json::from_str(&line) {
         Ok(Query::Status) => Answer::Status(status(about)),
+        Ok(query @ (Query::Plug { .. } | Query::Unplug { .. } | Query::Reload)) => {
+            change(&stream, &about.links, query)
+        }
         #[cfg(debug_assertions)]
         Ok(Query::Forbidden { call }) => Answer::Forbidden(hook::commit(call)),
         Err(error) => Answer::Error(format!("not a question that this broker knows: {error}")),
@@ -97,10 +99,46 @@ fn answer(mut stream: UnixStream, about: &About) -> io::Result<()> {
     stream.write_all(&text)
 }
 
+/// Changes links, if who asks may.
+fn change(stream: &UnixStream, links: &Links, query: Query) -> Answer {
+    match Caller::of(stream) {
+        Ok(caller) if links.may_change(caller.uid) => {}
+        Ok(caller) => {
+            return Answer::Error(format!(
+                "user {} may not change links: the broker's own user, {}, and root may",
+                caller.uid,
+                links.uid()
+            ));
+        }
+        Err(error) => return Answer::Error(format!("the kernel does not say who asks: {error}")),
+    }
+    let changed = match query {
+        Query::Plug { link } => links.plug(&link).map(|config| {
+            Answer::Plugged(PluggedLink {
+                vrings: config.max_vrings(),
+                profile: config.device.kind.name.into(),
+                name: config.name,
+                owner_socket: config.owner_socket,
+                peer_socket: config.peer_socket,
+            })
+        }),
+        Query::Unplug { link } => links.unplug(&link).map(|()| Answer::Unplugged(link)),
+        _ => links.reload().map(Answer::Reloaded),
+    };
+    changed.unwrap_or_else(|error| Answer::Error(in_lines(&error)))
+}
+
+/// The error, after a line for each mistake of the configuration.
+fn in_lines(error: &ChangeError) -> String {
+    let mut lines = error.mistakes().to_vec();
+    lines.push(error.to_string());
+    lines.join("\n")
+}
+
 fn status(about: &About) -> BrokerReport {
     // All are asked before the first is waited for.
-    let waiting: Vec<_> = about
-        .ports
+    let ports = about.links.ports();
+    let waiting: Vec<_> = ports
         .iter()
         .map(|port| {
             let (sender, receiver) = bounded(1);
@@ -119,7 +157,8 @@ fn status(about: &About) -> BrokerReport {
         // What is copied at a driver's wish is a packet or a part of one.
         packets: mapped.filter(|bytes| *bytes == 0).map(|_| copies),
         confinement: about.confinement.clone(),
-        guardian: about.guardian.as_ref().and_then(Guardian::pid),
+        guardian: about.links.guardian(),
+        opener: about.links.opener(),
         links,
     }
 }

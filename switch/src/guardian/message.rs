@@ -25,8 +25,10 @@ const MAX_DESCRIPTORS: usize = 2;
 pub enum Kind {
     /// How many links there are. With the file of the table.
     Table,
-    /// A link begins.
+    /// A link begins, under a number that no other has now.
     Link,
+    /// It has ended, and its number may become another's.
+    LinkGone,
     /// With the connection of its owner's VMM.
     Owner,
     /// That is closed.
@@ -42,9 +44,10 @@ pub enum Kind {
 }
 
 impl Kind {
-    const ALL: [Self; 8] = [
+    const ALL: [Self; 9] = [
         Self::Table,
         Self::Link,
+        Self::LinkGone,
         Self::Owner,
         Self::OwnerGone,
         Self::Peer,

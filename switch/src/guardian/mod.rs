@@ -64,7 +64,7 @@ struct Inner {
 pub struct Guardian(Arc<Inner>);
 
 impl Guardian {
-    /// Starts a guardian for so many links, each of whose peers has `timeout` to let go of memory.
+    /// Starts a guardian for so many links at most, each of whose peers has `timeout` to let go of memory.
     /// To be called before the process is confined, by the broker's program: it is started again for this.
     ///
     /// # Errors
@@ -165,6 +165,12 @@ impl Guard {
         if let Some(guardian) = &self.guardian {
             guardian.tell(Message::new(kind, self.index), descriptors);
         }
+    }
+
+    /// The link has ended: another may have its number from now on.
+    pub fn end(&self) {
+        self.with_spans(Spans::clear);
+        self.tell(Kind::LinkGone, &[]);
     }
 
     /// The owner's VMM connected.

@@ -1,6 +1,7 @@
 //! The guardian's process: takes messages until the broker is gone, which the end of their socket
 //! says, then takes back what the peers have, of all links at once, and ends.
 
+use std::collections::BTreeMap;
 use std::fs::File;
 use std::os::fd::{AsFd, OwnedFd};
 use std::sync::Arc;
@@ -18,7 +19,7 @@ use super::message::{self, Kind, Message, Received};
 use super::table::Table;
 use super::takedown::{Held, Takedown};
 use crate::config::Confine;
-use crate::confine;
+use crate::confine::{self, Role};
 use crate::runtime::{closing, limits};
 
 /// How long the peers' drivers have from when their link is said to be down until the window is taken
@@ -52,12 +53,13 @@ pub fn run(socket: &OwnedFd, timeout: Duration, policy: Confine) -> anyhow::Resu
         bail!("what came first is not the table: this is for the broker to start, not for people")
     };
     let table = Table::open(descriptors.into_iter().next().context("a table without its file")?)?;
-    let mut links: Vec<Held> = (0..links).map(|_| Held::default()).collect();
+    let most = links;
+    let mut links = BTreeMap::new();
     // What is missing the broker has told of, which has the same.
-    confine::enter(policy, &[])?;
-    message::send(socket.as_fd(), &Message::new(Kind::Table, links.len() as u32), &[])?;
+    confine::enter(policy, &Role::Broker)?;
+    message::send(socket.as_fd(), &Message::new(Kind::Table, most), &[])?;
     while let Some(received) = message::receive(socket.as_fd())? {
-        take(&mut links, received);
+        take(&mut links, received, most);
     }
     if !table.is_forsaken() {
         take_back(links, &table, timeout);
@@ -66,9 +68,14 @@ pub fn run(socket: &OwnedFd, timeout: Duration, policy: Confine) -> anyhow::Resu
 }
 
 /// Takes a message. What it replaces is closed.
-fn take(links: &mut [Held], received: Received) {
+fn take(links: &mut BTreeMap<u32, Held>, received: Received, most: u32) {
     let Received { message, descriptors, is_whole } = received;
-    let Some(held) = links.get_mut(message.link as usize) else { return };
+    let number = message.link;
+    if message.kind == Kind::Link && number < most {
+        links
+            .insert(number, Held { name: message.name.clone(), link_id: message.link_id, ..Held::default() });
+    }
+    let Some(held) = links.get_mut(&number) else { return };
     if !is_whole {
         error!(link = %held.name, kind = ?message.kind, "the guardian has no room for a descriptor; {}", limits::REMEDY);
         held.is_in_part = true;
@@ -76,10 +83,11 @@ fn take(links: &mut [Held], received: Received) {
     let mut descriptors = descriptors.into_iter();
     let mut next = || descriptors.next();
     let old = match message.kind {
-        Kind::Table => [None, None],
-        Kind::Link => {
-            *held = Held { name: message.name, link_id: message.link_id, ..Held::default() };
-            [None, None]
+        Kind::Table | Kind::Link => [None, None],
+        Kind::LinkGone => {
+            let old = [held.owner.take(), held.peer.take(), held.channel.take()];
+            links.remove(&number);
+            return close(old);
         }
         Kind::Owner => [mem::replace(&mut held.owner, next()), None],
         Kind::OwnerGone => [held.owner.take(), None],
@@ -98,19 +106,23 @@ fn take(links: &mut [Held], received: Received) {
             [None, None]
         }
     };
-    // It may hold what takes long to close. The broker has ended it already.
-    old.into_iter().flatten().for_each(|connection| closing::turn_away(connection.into()));
+    close(old);
+}
+
+/// One may hold what takes long to close. The broker has ended it already.
+fn close(connections: impl IntoIterator<Item = Option<OwnedFd>>) {
+    connections.into_iter().flatten().for_each(|connection| closing::turn_away(connection.into()));
 }
 
 /// Takes back what the peers have, and lets each owner go when its peer has nothing of it any more,
 /// or `timeout` has passed. A thread for each link: what one VMM does keeps no other waiting.
-fn take_back(links: Vec<Held>, table: &Table, timeout: Duration) {
+fn take_back(links: BTreeMap<u32, Held>, table: &Table, timeout: Duration) {
     let began = Instant::now();
-    let owners = links.iter().filter(|held| held.owner.is_some()).count();
+    let owners = links.values().filter(|held| held.owner.is_some()).count();
     let (done, ends) = bounded(links.len());
     let mut begun = 0;
-    for (index, mut held) in links.into_iter().enumerate() {
-        let mapped = table.entries(index).unwrap_or_else(|error| {
+    for (number, mut held) in links {
+        let mapped = table.entries(number as usize).unwrap_or_else(|error| {
             error!(link = %held.name, %error, "what its peer has mapped cannot be read");
             held.is_in_part = true;
             Vec::new()

@@ -11,6 +11,8 @@
 pub mod block;
 pub mod net;
 
+use serde::{Deserialize, Serialize};
+
 /// A kind of device.
 #[derive(Debug)]
 pub struct Kind {
@@ -40,9 +42,10 @@ impl PartialEq for Kind {
 impl Eq for Kind {}
 
 /// An owner's device, as its link's configuration has it.
-#[derive(Clone, Debug, PartialEq, Eq)]
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Device {
     /// What kind it is of.
+    #[serde(with = "by_name")]
     pub kind: &'static Kind,
     /// The features of the kind that the owner is offered, besides those of every device.
     pub features: u64,
@@ -59,6 +62,26 @@ impl Device {
     /// The configuration's key that says how many vrings there are.
     pub fn vrings_key(&self) -> &'static str {
         self.kind.keys.first().copied().unwrap_or("profile")
+    }
+}
+
+/// A kind in a message between processes of one program.
+mod by_name {
+    use serde::de::Error;
+    use serde::{Deserialize, Deserializer, Serialize, Serializer};
+
+    use super::{KINDS, Kind};
+
+    pub fn serialize<S: Serializer>(kind: &&'static Kind, serializer: S) -> Result<S::Ok, S::Error> {
+        kind.name.serialize(serializer)
+    }
+
+    pub fn deserialize<'de, D: Deserializer<'de>>(deserializer: D) -> Result<&'static Kind, D::Error> {
+        let name = String::deserialize(deserializer)?;
+        KINDS
+            .into_iter()
+            .find(|kind| kind.name == name)
+            .ok_or_else(|| D::Error::custom("no kind of that name"))
     }
 }
 

@@ -406,6 +406,8 @@ pub enum Event {
     ControlRingBroken(String),
     /// A side did something more often than it may, and was made to wait.
     TooOften(Side, Flood),
+    /// The link is to end: the peer is to lose what it has of the owner.
+    Unplug,
     /// A deadline may have passed.
     Tick,
 }
@@ -490,6 +492,9 @@ pub enum Effect {
     ControlDoorbell(Option<Eventfd>),
     /// Signal an eventfd once: a vring's error.
     Signal(Eventfd),
+    /// The link may end. Whether the peer has nothing of the owner's any more, as far as the kernel and its
+    /// VMM tell; else the time is over.
+    Unplugged(bool),
     /// One line for the operator.
     Log(Log),
 }

@@ -40,6 +40,8 @@ pub struct OwnerSession {
     takes_unsealed: bool,
     /// After a vring was stopped nothing is shown until one is started again.
     halted: bool,
+    /// The link ends: nothing is shown any more.
+    unplugged: bool,
 }
 
 impl OwnerSession {
@@ -58,6 +60,7 @@ impl OwnerSession {
             has_channel: false,
             takes_unsealed: config.unsealed_memory,
             halted: true,
+            unplugged: false,
         }
     }
 
@@ -84,7 +87,12 @@ impl OwnerSession {
 
     /// Whether the peer may see anything: a vring runs.
     pub fn is_running(&self) -> bool {
-        !self.halted && self.vrings.iter().any(Vring::is_live)
+        !self.unplugged && !self.halted && self.vrings.iter().any(Vring::is_live)
+    }
+
+    /// Shows nothing from now on, whatever the front-end says.
+    pub fn unplug(&mut self) {
+        self.unplugged = true;
     }
 
     /// The virtio features that the owner's driver accepted.

@@ -20,6 +20,9 @@ use crate::config::{LinkConfig, OneWay};
 pub struct LinkReport {
     /// The link's name.
     pub name: String,
+    /// Queues that the owner's device may have.
+    #[serde(default)]
+    pub max_vrings: u16,
     /// What kind of device the owner has: the configuration's `profile`.
     #[serde(default)]
     pub device: String,
@@ -201,6 +204,7 @@ pub struct CountersReport {
 pub fn of(link: &Link) -> LinkReport {
     LinkReport {
         name: link.config.name.clone(),
+        max_vrings: link.config.max_vrings(),
         state: match (&link.failure, link.is_up()) {
             (Some(_), _) => "failed",
             (None, true) => "up",

@@ -60,6 +60,14 @@ enum Concern {
     Eventfds,
 }
 
+/// Until when a link that ends waits for its peer.
+#[derive(Clone, Copy, Debug)]
+pub(super) struct Unplug {
+    /// As [`Pending::peer_deadline`].
+    peer_deadline: Instant,
+    deadline: Instant,
+}
+
 /// Counts that the link itself keeps.
 #[derive(Debug, Default)]
 pub(super) struct Counters {
@@ -90,6 +98,8 @@ pub struct Link {
     pub(super) demand_counters: DemandCounters,
     pub(super) shown: Shown,
     pub(super) pending: Option<Pending>,
+    /// The link ends.
+    unplug: Option<Unplug>,
     pub(super) failure: Option<String>,
     pub(super) published: LinkContents,
     /// The room that commands may have before the link settles.
@@ -135,6 +145,7 @@ impl Link {
             demand_counters: DemandCounters::default(),
             shown,
             pending: None,
+            unplug: None,
             failure: None,
             published: LinkContents::default(),
             room: Room::Taken,
@@ -224,6 +235,7 @@ impl Link {
                 self.command(command, &request, (readable, writable), now, &mut effects);
             }
             Event::ControlRingBroken(reason) => self.count(&Fault::ControlRing(reason), "peer", &mut effects),
+            Event::Unplug => self.unplug(now, &mut effects),
             Event::Tick => self.tick(now, &mut effects),
         }
         self.settle(now, &mut effects);
@@ -233,13 +245,15 @@ impl Link {
     /// When an [`Event::Tick`] has something to do.
     pub fn deadline(&self) -> Option<Instant> {
         let silent_peer = self.silent_peer();
-        let pending = self.pending.as_ref().map(|pending| match silent_peer {
-            true => pending.peer_deadline.min(pending.deadline),
-            false => pending.deadline,
-        });
+        let wait = |peer_deadline: Instant, deadline| match silent_peer {
+            true => peer_deadline.min(deadline),
+            false => deadline,
+        };
+        let pending = self.pending.as_ref().map(|pending| wait(pending.peer_deadline, pending.deadline));
+        let unplug = self.unplug.map(|unplug| wait(unplug.peer_deadline, unplug.deadline));
         let doorbell = self.doorbell_function.as_ref().and_then(Doorbell::deadline);
-        let others =
-            [pending, self.demand.deadline(), self.wiring.deadline(), doorbell, self.release.deadline()];
+        let (demand, wiring) = (self.demand.deadline(), self.wiring.deadline());
+        let others = [pending, unplug, demand, wiring, doorbell, self.release.deadline()];
         self.window.deadline().into_iter().chain(others.into_iter().flatten()).min()
     }
 
@@ -514,7 +528,9 @@ impl Link {
         if let Some(Err(fault)) = self.doorbell_function.as_ref().map(|doorbell| doorbell.tick(now)) {
             self.refuse_doorbell(&fault, effects);
         }
-        let overdue = self.pending.as_ref().is_some_and(|pending| now >= pending.peer_deadline);
+        let deadlines = self.pending.iter().map(|pending| pending.peer_deadline);
+        let mut deadlines = deadlines.chain(self.unplug.map(|unplug| unplug.peer_deadline));
+        let overdue = deadlines.any(|deadline| now >= deadline);
         if overdue && self.silent_peer() {
             self.peer_failed(&Fault::Unconfirmed(self.timeout.as_millis()), effects);
         }
@@ -527,6 +543,22 @@ impl Link {
             effects.push(Effect::Disconnect(Side::Owner));
             self.leave(Side::Owner, effects);
         }
+        if self.unplug.take_if(|unplug| now >= unplug.deadline).is_some() {
+            effects.push(Effect::Unplugged(false));
+        }
+    }
+
+    /// The link is to end: nothing of the owner's is shown from now on.
+    fn unplug(&mut self, now: Instant, effects: &mut Vec<Effect>) {
+        let has_iommu = self.owner.as_ref().is_some_and(OwnerSession::has_iommu);
+        if let Some(owner) = &mut self.owner {
+            owner.unplug();
+        }
+        if has_iommu {
+            self.stop_demand(effects);
+        }
+        self.layout = WindowLayout::new();
+        self.unplug = Some(Unplug { peer_deadline: now + self.timeout, deadline: now + 2 * self.timeout });
     }
 
     /// The peer's VMM cannot be relied on: it loses its link.
@@ -621,6 +653,10 @@ impl Link {
             effects.push(Effect::Reply(Side::Owner, pending.reply));
             // Commands may have waited for that.
             self.settle(now, effects);
+        }
+        if self.unplug.is_some() && self.is_confined(&Concern::Everything) {
+            self.unplug = None;
+            effects.push(Effect::Unplugged(true));
         }
     }
 

@@ -1,7 +1,8 @@
 //! The acceptor: a thread that accepts the connections to all sockets, no more often than each link
-//! allows, and hands them to their links. It waits for no VMM. Where the host gives a link no
-//! thread for its clock, it stands in.
+//! allows, and hands them to their links. It waits for no VMM. Doors come and go with their links.
+//! Where the host gives a link no thread for its clock, it stands in.
 
+use std::collections::BTreeMap;
 use std::io;
 use std::os::fd::{AsFd, AsRawFd};
 use std::os::unix::net::UnixStream;
@@ -9,8 +10,9 @@ use std::sync::Arc;
 use std::thread;
 use std::time::{Duration, Instant};
 
+use crossbeam_channel::{Receiver, Sender, bounded, unbounded};
 use nix::sys::epoll::{Epoll, EpollCreateFlags, EpollEvent, EpollFlags, EpollTimeout};
-use nix::sys::eventfd::EventFd;
+use nix::sys::eventfd::{EfdFlags, EventFd};
 use tracing::warn;
 
 use super::admission::{Caller, Rule};
@@ -24,8 +26,8 @@ use crate::control::server::{self, About};
 use crate::link::Side;
 use crate::link::message::Flood;
 
-/// The token of the eventfd that ends the acceptor.
-const STOP: u64 = u64::MAX;
+/// The token of the eventfd that tells of a word.
+const WORD: u64 = u64::MAX;
 /// The token of what asks it to stand in for clocks.
 const STAND_IN: u64 = u64::MAX - 1;
 /// How often it does.
@@ -57,12 +59,77 @@ impl Door {
     pub fn new(listener: Listener, purpose: Purpose, per_second: u32, now: Instant) -> Self {
         Self { listener, purpose, rate: Rate::new(per_second, now), shut: None }
     }
+
+    fn is_of(&self, link: &LinkPort) -> bool {
+        match &self.purpose {
+            Purpose::Link(port, ..) | Purpose::Doorbell(port, _) => port.is(link),
+            Purpose::Control => false,
+        }
+    }
+}
+
+enum Word {
+    Open(Box<Door>),
+    Close(LinkPort, Sender<()>),
+    Stop,
+}
+
+/// How the acceptor is told of doors.
+#[derive(Clone, Debug)]
+pub struct Doorkeeper {
+    words: Sender<Word>,
+    wakes: Arc<EventFd>,
+}
+
+/// What it is told.
+pub struct Words {
+    words: Receiver<Word>,
+    wakes: Arc<EventFd>,
+}
+
+impl Doorkeeper {
+    /// A doorkeeper, and what [`Acceptor::new`] takes.
+    ///
+    /// # Errors
+    /// When the host gives no descriptor.
+    pub fn new() -> io::Result<(Self, Words)> {
+        let wakes = Arc::new(EventFd::from_flags(EfdFlags::EFD_NONBLOCK | EfdFlags::EFD_CLOEXEC)?);
+        let (sender, receiver) = unbounded();
+        Ok((Self { words: sender, wakes: Arc::clone(&wakes) }, Words { words: receiver, wakes }))
+    }
+
+    /// Lets connections through this door from now on.
+    pub fn open(&self, door: Door) {
+        self.say(Word::Open(Box::new(door)));
+    }
+
+    /// Closes the doors of a link. None comes through one any more when this returns.
+    pub fn close(&self, port: &LinkPort) {
+        let (done, is_done) = bounded(1);
+        self.say(Word::Close(port.clone(), done));
+        // An acceptor that has ended lets nobody in either.
+        let _ = is_done.recv();
+    }
+
+    /// Ends the acceptor.
+    pub fn stop(&self) {
+        self.say(Word::Stop);
+    }
+
+    fn say(&self, word: Word) {
+        // Fail only when the acceptor is gone, or the count at its end, which wakes it as well.
+        let _ = self.words.send(word);
+        let _ = self.wakes.write(1);
+    }
 }
 
 /// The thread that accepts connections to all of a broker's sockets.
 pub struct Acceptor {
     epoll: Epoll,
-    doors: Vec<Door>,
+    /// By a number that is never used again: what the kernel says late is of no other door.
+    doors: BTreeMap<u64, Door>,
+    next_door: u64,
+    words: Words,
     about: Arc<About>,
     substitute: Substitute,
     /// How often descriptors ran short.
@@ -70,23 +137,45 @@ pub struct Acceptor {
 }
 
 impl Acceptor {
-    /// One that ends when `stop` is signalled.
+    /// One without doors.
     ///
     /// # Errors
     /// When the host gives no descriptor.
-    pub fn new(
-        doors: Vec<Door>,
-        about: Arc<About>,
-        stop: Arc<EventFd>,
-        substitute: Substitute,
-    ) -> io::Result<Self> {
+    pub fn new(about: Arc<About>, words: Words, substitute: Substitute) -> io::Result<Self> {
         let epoll = Epoll::new(EpollCreateFlags::EPOLL_CLOEXEC)?;
-        epoll.add(stop.as_fd(), EpollEvent::new(EpollFlags::EPOLLIN, STOP))?;
+        epoll.add(words.wakes.as_fd(), EpollEvent::new(EpollFlags::EPOLLIN, WORD))?;
         epoll.add(substitute.eventfd(), EpollEvent::new(EpollFlags::EPOLLIN, STAND_IN))?;
-        for (token, door) in (0..).zip(&doors) {
-            epoll.add(&door.listener, EpollEvent::new(EpollFlags::EPOLLIN, token))?;
+        Ok(Self { epoll, doors: BTreeMap::new(), next_door: 0, words, about, substitute, short: 0 })
+    }
+
+    /// Does what it was told. Says whether it is to go on.
+    fn hear(&mut self) -> bool {
+        let _ = self.words.wakes.read();
+        while let Ok(word) = self.words.words.try_recv() {
+            match word {
+                Word::Open(door) => {
+                    let event = EpollEvent::new(EpollFlags::EPOLLIN, self.next_door);
+                    if let Err(error) = self.epoll.add(&door.listener, event) {
+                        warn!(%error, "a socket cannot be waited for: nobody can connect to it");
+                    }
+                    self.doors.insert(self.next_door, *door);
+                    self.next_door += 1;
+                }
+                Word::Close(port, done) => {
+                    let epoll = &self.epoll;
+                    self.doors.retain(|_, door| {
+                        let stays = !door.is_of(&port);
+                        if !stays {
+                            let _ = epoll.delete(&door.listener);
+                        }
+                        stays
+                    });
+                    let _ = done.send(());
+                }
+                Word::Stop => return false,
+            }
         }
-        Ok(Self { epoll, doors, about, substitute, short: 0 })
+        true
     }
 
     /// Accepts until it is stopped.
@@ -109,27 +198,32 @@ impl Acceptor {
             };
             for event in &events[..count] {
                 match event.data() {
-                    STOP => return,
+                    WORD => {
+                        if !self.hear() {
+                            return;
+                        }
+                    }
                     STAND_IN => {
                         let _ = self.substitute.eventfd().read();
                         stands_in = true;
                     }
-                    token => self.accept(token as usize),
+                    token => self.accept(token),
                 }
             }
             // All of them: each tries to get its thread.
-            stands_in = stands_in && self.about.ports.iter().filter(|port| port.stand_in()).count() > 0;
+            stands_in =
+                stands_in && self.about.links.ports().iter().filter(|port| port.stand_in()).count() > 0;
         }
     }
 
     /// Opens the doors whose time has come; says when the next has to be.
     fn open_again(&mut self, now: Instant) -> Option<Duration> {
         let mut next: Option<Instant> = None;
-        for (token, door) in (0..).zip(&mut self.doors) {
+        for (token, door) in &mut self.doors {
             match door.shut {
                 Some(until) if until <= now => {
                     door.shut = None;
-                    let event = &mut EpollEvent::new(EpollFlags::EPOLLIN, token);
+                    let event = &mut EpollEvent::new(EpollFlags::EPOLLIN, *token);
                     // Fails only for a descriptor that is not waited for.
                     let _ = self.epoll.modify(&door.listener, event);
                 }
@@ -142,12 +236,12 @@ impl Acceptor {
 
     /// Whether another may come in. If not, those that come wait at the door, and the broker does
     /// not hear of them for a while.
-    fn admits(&mut self, token: usize) -> bool {
-        let Some(door) = self.doors.get_mut(token) else { return false };
+    fn admits(&mut self, token: u64) -> bool {
+        let Some(door) = self.doors.get_mut(&token) else { return false };
         let now = Instant::now();
         let Some(wait) = door.rate.take(now) else { return true };
         door.shut = Some(now + wait);
-        let event = &mut EpollEvent::new(EpollFlags::empty(), token as u64);
+        let event = &mut EpollEvent::new(EpollFlags::empty(), token);
         let _ = self.epoll.modify(&door.listener, event);
         let (port, side) = match &door.purpose {
             Purpose::Link(port, side, _) => (port, *side),
@@ -158,11 +252,11 @@ impl Acceptor {
         false
     }
 
-    fn accept(&mut self, token: usize) {
+    fn accept(&mut self, token: u64) {
         if !self.admits(token) {
             return;
         }
-        let Some(Door { listener, purpose, .. }) = self.doors.get(token) else { return };
+        let Some(Door { listener, purpose, .. }) = self.doors.get(&token) else { return };
         match (listener.accept(), purpose) {
             (Ok(None), _) => {}
             // Those are short, and how to see what is wrong.

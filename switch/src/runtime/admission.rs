@@ -6,6 +6,7 @@ use std::os::unix::net::UnixStream;
 
 use nix::sys::socket::{getsockopt, sockopt};
 use nix::unistd::{Group, User};
+use serde::{Deserialize, Serialize};
 use thiserror::Error;
 
 use super::sys;
@@ -22,8 +23,8 @@ pub struct UnknownAccount {
     kind: &'static str,
 }
 
-/// Who may join on one side. Names are looked up once, at the start.
-#[derive(Clone, Debug, Default, PartialEq, Eq)]
+/// Who may join on one side. Names are looked up once, when the link is opened.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Rule {
     users: Vec<u32>,
     groups: Vec<u32>,

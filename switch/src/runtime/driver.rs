@@ -11,6 +11,7 @@ use std::sync::atomic::Ordering;
 use std::thread;
 use std::time::{Duration, Instant};
 
+use crossbeam_channel::Sender;
 use rustix::net::Shutdown;
 use tracing::{info, warn};
 use vhost_pci_device::abi;
@@ -92,6 +93,8 @@ pub struct LinkDriver {
     wires: Vec<Wire>,
     doorbell: Option<Eventfd>,
     guard: Guard,
+    /// Who is told when the link may end.
+    unplug: Option<Sender<bool>>,
     /// VMMs that were found gone: applied when the effects that led to it are run.
     failed: VecDeque<Event>,
 }
@@ -127,6 +130,7 @@ impl LinkDriver {
             wires: Vec::new(),
             doorbell: None,
             guard: Guard::none(),
+            unplug: None,
             failed: VecDeque::new(),
         };
         let first = driver.link.publication();
@@ -189,6 +193,10 @@ impl LinkDriver {
             }
             Input::ControlDoorbell => self.serve_control_ring(),
             Input::TooOften(side, flood) => self.apply(Event::TooOften(side, flood)),
+            Input::Unplug(answer) => {
+                self.unplug = Some(answer);
+                self.apply(Event::Unplug);
+            }
             Input::Report(answer) => drop(answer.send(self.report())),
         }
     }
@@ -419,6 +427,11 @@ impl LinkDriver {
             Effect::ControlDoorbell(doorbell) => {
                 self.doorbell = doorbell;
                 self.relay.wire(&self.wires, self.doorbell.as_ref());
+            }
+            Effect::Unplugged(confirmed) => {
+                if let Some(answer) = self.unplug.take() {
+                    let _ = answer.send(confirmed);
+                }
             }
             Effect::Log(Log::Info(line)) => info!(link = %self.name, "{line}"),
             Effect::Log(Log::Fault(line)) => warn!(link = %self.name, "{line}"),

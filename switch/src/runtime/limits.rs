@@ -30,8 +30,8 @@ pub const REMEDY: &str = "raise it: LimitNOFILE= of a systemd unit, ulimit -Hn o
 
 /// Descriptors that links take to be listened for, and those that they may take when all are up: no
 /// VMM can make its link take more.
-pub fn needed(links: &[LinkConfig]) -> (u64, u64) {
-    links.iter().fold((OWN, OWN), |(listening, up), link| {
+pub fn needed<'c>(links: impl IntoIterator<Item = &'c LinkConfig>) -> (u64, u64) {
+    links.into_iter().fold((OWN, OWN), |(listening, up), link| {
         let (vrings, regions) = (u64::from(link.max_vrings()), link.memory_regions as u64);
         let (listens, doorbell) = match link.doorbell_socket {
             Some(_) => (LISTENING + 1, DOORBELL + DOORBELL_VRING * vrings),

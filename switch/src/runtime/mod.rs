@@ -14,9 +14,10 @@
 //! | [`limits`] | how many descriptors links take |
 //! | `closing` | ends of connections that are turned away |
 //! | [`rate`] | how often a VMM may do something |
-//! | [`sockets`] | listening sockets and who may connect |
+//! | [`sockets`] | listening sockets |
 //! | [`admission`] | who of those may join |
 //! | `sys` | questions to the kernel, in `unsafe` code |
+//! | [`links`] | the links that there are: plugged, unplugged, reloaded |
 //! | [`acceptor`] | the thread that accepts connections |
 //! | [`broker`] | puts it all together and takes it down again |
 
@@ -32,6 +33,7 @@ pub mod copy;
 pub mod doorbell;
 pub mod driver;
 pub mod limits;
+pub mod links;
 pub mod port;
 pub mod rate;
 pub mod relay;
@@ -130,6 +132,9 @@ pub enum Input {
     ControlDoorbell,
     /// A side does something more often than it may, and is made to wait.
     TooOften(Side, Flood),
+    /// The link is to end. The answer comes when nobody has anything of the owner's any more (`true`), or
+    /// the time for that is over.
+    Unplug(Sender<bool>),
     /// Somebody wants the link's report.
     Report(Sender<LinkReport>),
 }

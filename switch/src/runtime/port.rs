@@ -99,6 +99,16 @@ impl LinkPort {
         Self(Arc::new(Shared { name: name.into(), substitute: Some(substitute), ..Shared::default() }))
     }
 
+    /// Whether both are the way to the same link: another one of its name is not.
+    pub fn is(&self, other: &Self) -> bool {
+        Arc::ptr_eq(&self.0, &other.0)
+    }
+
+    /// The link's name.
+    pub fn name(&self) -> &str {
+        &self.0.name
+    }
+
     /// Lets the link begin.
     pub fn start(&self, driver: LinkDriver) {
         self.lock().driver = Some(driver);
