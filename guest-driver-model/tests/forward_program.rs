@@ -4,13 +4,12 @@
 
 mod net_support;
 
-use std::os::fd::{AsFd, BorrowedFd};
-use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::atomic::Ordering;
 use std::thread;
 use std::time::{Duration, Instant};
 
 use guest_driver_model::net::{
-    NetHeader, OwnerConfig, OwnerLayout, OwnerPort, Packet, PacketBurst, receive_vring, transmit_vring,
+    NetHeader, OwnerConfig, OwnerPort, Packet, PacketBurst, receive_vring, transmit_vring,
 };
 use guest_driver_model::programs::ProgramError;
 use guest_driver_model::programs::forward::{ForwardArgs, run_on, run_until};
@@ -18,95 +17,9 @@ use guest_driver_model::programs::run::RunArgs;
 use guest_driver_model::programs::stop::Stop;
 use guest_driver_model::programs::traffic::Traffic;
 use guest_driver_model::programs::waiting::{Wait, WaitArgs};
-use guest_driver_model::shm::SharedMemory;
-use guest_driver_model::transport::{Transport, TransportError};
-use net_support::{IOVA, LinkWriter, TwoViews, device_config, frame};
-use nix::sys::eventfd::{EfdFlags, EventFd};
-use vhost_pci_device::abi::DeviceConfig;
-
-/// A device that answers nothing.
-struct Device {
-    config: DeviceConfig,
-    window: SharedMemory,
-    interrupt: EventFd,
-    /// Times that the program saw to its doorbell: before each sleep, and every few rounds.
-    looks: AtomicU64,
-}
-
-impl Transport for Device {
-    fn name(&self) -> &str {
-        "memory"
-    }
-    fn config(&self) -> &DeviceConfig {
-        &self.config
-    }
-    fn window(&self) -> &SharedMemory {
-        &self.window
-    }
-    fn doorbell(&self, _: u16) {}
-    fn interrupt_fd(&self, _: u16) -> Option<BorrowedFd<'_>> {
-        Some(self.interrupt.as_fd())
-    }
-    fn follow_doorbell(&self) {
-        self.looks.fetch_add(1, Ordering::Relaxed);
-    }
-    fn check(&self) -> Result<(), TransportError> {
-        Ok(())
-    }
-}
-
-/// An owner with its link and the peer's device for it.
-struct Side {
-    views: TwoViews,
-    layout: OwnerLayout,
-    link: LinkWriter,
-    device: Device,
-}
-
-impl Side {
-    fn new(config: OwnerConfig) -> Self {
-        let len = OwnerLayout::new(config, 0, u64::MAX >> 8).unwrap().end();
-        let views = TwoViews::new(len);
-        let layout = OwnerLayout::new(config, 0, len).unwrap();
-        let link = LinkWriter::new(config.features(), vec![views.mapping()], layout.infos(IOVA));
-        let interrupt = EventFd::from_flags(EfdFlags::EFD_NONBLOCK | EfdFlags::EFD_CLOEXEC).unwrap();
-        let (config, window) = (device_config(&views.window), views.window.clone());
-        let device = Device { config, window, interrupt, looks: AtomicU64::new(0) };
-        Self { views, layout, link, device }
-    }
-
-    /// The owner's device is started, anew if it was before.
-    fn start(&self, generation: u64) -> OwnerPort {
-        let owner = OwnerPort::new(&self.views.owner, &self.layout, IOVA).unwrap();
-        self.show(generation, self.link.status);
-        owner
-    }
-
-    /// The same with other queues, for which the memory has room, of which the driver uses so many.
-    fn start_as(&self, config: OwnerConfig, generation: u64, enabled: usize) -> OwnerPort {
-        let layout = OwnerLayout::new(config, 0, self.views.owner.len()).unwrap();
-        let owner = OwnerPort::new(&self.views.owner, &layout, IOVA).unwrap();
-        let mut vrings = layout.infos(IOVA);
-        vrings.iter_mut().skip(enabled).for_each(|vring| vring.enabled = false);
-        self.write(LinkWriter { vrings, ..self.link.clone() }, generation);
-        owner
-    }
-
-    fn show(&self, generation: u64, status: u32) {
-        self.write(LinkWriter { status, ..self.link.clone() }, generation);
-    }
-
-    fn write(&self, link: LinkWriter, generation: u64) {
-        LinkWriter { generation, table_generation: generation, ..link }.write(&self.views.window);
-        self.device.interrupt.write(1).unwrap();
-    }
-
-    fn kick(&self, owner: &mut OwnerPort, vring: u16) {
-        if owner.needs_kick(vring) {
-            self.device.interrupt.write(1).unwrap();
-        }
-    }
-}
+use guest_driver_model::transport::Transport;
+use net_support::frame;
+use net_support::side::Side;
 
 /// Sends frames by a pair of one owner, and takes them from a pair of the other.
 fn cross(

@@ -16,6 +16,10 @@
 
 use vhost_pci_device::abi::FaultKind;
 
+mod copies;
+
+pub use copies::{Copied, Pick, copy_lent, send_copies};
+
 use super::Counters;
 use super::burst::PacketBurst;
 use super::header::{HEADER_LEN, NetHeader};

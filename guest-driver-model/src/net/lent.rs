@@ -138,6 +138,13 @@ impl LentBurst {
         Some(LentPacket { window, segments, len: (len as usize).saturating_sub(HEADER_LEN) })
     }
 
+    /// The packet's chain, and the window in which it is.
+    #[inline]
+    pub(super) fn chain(&self, at: usize) -> Option<(&SharedMemory, Chain<'_>)> {
+        let (_, window) = self.window.as_ref()?;
+        Some((window, self.chains.chain(at)?))
+    }
+
     /// All packets, in the order of arrival.
     #[inline]
     pub fn iter(&self) -> impl Iterator<Item = LentPacket<'_>> {

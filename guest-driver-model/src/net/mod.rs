@@ -7,7 +7,7 @@
 //! | [`offload`] | what it may leave to the receiver: checksums and segments |
 //! | [`burst`] | private storage of a burst of received packets |
 //! | [`lent`] | a burst of packets that stay in the owner's buffers |
-//! | [`forward`] | packets from one owner to another with one copy |
+//! | [`forward`] | packets from one owner to another with one copy, or to several with one each |
 //! | [`peer`] | the peer's port: the device half of the owner's queues, each by itself |
 //! | [`owner`] | the owner's port: the driver half, with buffers in its own memory, each by itself |
 //! | [`spread`] | which of several pairs a flow goes by |
@@ -53,7 +53,9 @@ mod store;
 mod transmit;
 
 pub use burst::{Packet, PacketBurst};
-pub use forward::{ForwardFault, Forwarded, Lane, forward_burst, forward_burst_by};
+pub use forward::{
+    Copied, ForwardFault, Forwarded, Lane, Pick, copy_lent, forward_burst, forward_burst_by, send_copies,
+};
 pub use header::{HEADER_LEN, MAX_FRAME, NetHeader};
 pub use layout::{LayoutError, OwnerConfig, OwnerLayout};
 pub use lent::{LentBurst, LentPacket};

@@ -45,9 +45,19 @@ pub enum ProgramError {
         /// How many were.
         given: usize,
     },
+    /// Not so many devices were chosen as can be bridged.
+    #[error(
+        "2 to {most} devices are needed, and {given} given: give --device ADDRESS for each in a guest (or --device all once, for all that there are), or --socket PATH for each of several sockets of a broker"
+    )]
+    NotSeveral {
+        /// How many were.
+        given: usize,
+        /// How many can be.
+        most: usize,
+    },
     /// One was chosen twice.
     #[error(
-        "the same device is given twice: the two owners have a device each, and each is named by its address"
+        "the same device is given twice: each owner has a device of its own, which is named by its address"
     )]
     Twice,
     /// The device cannot be had, or is gone.

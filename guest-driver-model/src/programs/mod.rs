@@ -4,7 +4,7 @@
 //! | module | what it does |
 //! |---|---|
 //! | [`tap`], [`echo`], [`sink`], [`generate`] | a peer's work on packets |
-//! | [`forward`] | a peer's work between two owners |
+//! | [`forward`], [`bridge`] | a peer's work between two owners, and between many |
 //! | [`show`] | prints what the device and the link look like |
 //! | [`owner`], [`ping`] | an owner without a VM; how long its packets take to the peer and back |
 //! | [`owner_forward`] | one with two cards, between two peers |
@@ -23,6 +23,7 @@
 //! means that the program did what it was asked until it was asked to end; packets
 //! lost or corrupted are in the counters, not in the status.
 
+pub mod bridge;
 pub mod confine;
 pub mod datagrams;
 pub mod device;
@@ -88,6 +89,8 @@ pub enum Program {
     Gen(generate::GenArgs),
     /// Pass the packets of two owners on to each other
     Forward(forward::ForwardArgs),
+    /// Be a learning switch between owners, each of which has a device
+    Bridge(bridge::BridgeArgs),
     /// Print what the device and the link look like, as JSON
     Show(show::ShowArgs),
     /// Be an owner without a VM
@@ -126,6 +129,7 @@ impl Program {
             Self::Sink(args) => sink::run(args),
             Self::Gen(args) => generate::run(args),
             Self::Forward(args) => forward::run(args),
+            Self::Bridge(args) => bridge::run(args),
             Self::Show(args) => show::run(args),
             Self::Owner(args) => owner::run(args),
             Self::OwnerForward(args) => owner_forward::run(args),
@@ -190,6 +194,10 @@ mod tests {
         assert!(parse("owner --socket /x --seconds 1.5 --rate 0.5 --memory-mib 1 --size 1514").is_ok());
         assert!(parse("forward --socket /x --socket /y --wait adaptive --json").is_ok());
         assert!(parse("forward --device 0000:00:03.0 --device 0000:00:04.0 --vfio").is_ok());
+        assert!(
+            parse("bridge --socket /x --socket /y --socket /z --ageing 10 --flood-limit 100 --json").is_ok()
+        );
+        assert!(parse("bridge --device all --vfio --wait interrupt --stations 16 --reconnect").is_ok());
         assert!(parse("owner-forward --socket /x --socket /y").is_ok());
         assert!(parse("owner-forward").is_err());
     }
@@ -211,6 +219,9 @@ mod tests {
             ("echo --socket /x --seconds=-1", "0 or more"),
             ("forward --socket /x --socket /y --seconds inf", "0 or more"),
             ("show --socket /x --wait nan", "0 or more"),
+            ("bridge --socket /x --socket /y --ageing 0", "more than 0"),
+            ("bridge --socket /x --socket /y --stations 0", "1..=65536"),
+            ("bridge --socket /x --socket /y --flood-limit 0", "1..=4294967295"),
         ] {
             let error = Args::try_parse_from(line.split(' ')).unwrap_err().to_string();
             assert!(error.contains(what), "{line}: {error}");

@@ -7,7 +7,7 @@ use std::time::Duration;
 
 use super::pattern;
 
-/// The longest time between two packets.
+/// The longest time between two packets, or for which anything is kept.
 const LONGEST: Duration = Duration::from_secs(1_000_000);
 
 /// Packets a second: more than none.
@@ -55,6 +55,13 @@ impl FromStr for Rate {
 pub(super) fn seconds(text: &str) -> Result<f64, String> {
     let time = text.parse().ok().filter(|time: &f64| *time >= 0.0 && time.is_finite());
     time.ok_or_else(|| "no time: give seconds, 0 or more, such as 10 or 0.5".to_owned())
+}
+
+/// A time, seconds: more than 0, and no longer than anybody waits.
+pub(super) fn positive(text: &str) -> Result<f64, String> {
+    let most = LONGEST.as_secs_f64();
+    let time = text.parse().ok().filter(|time: &f64| *time > 0.0 && *time <= most);
+    time.ok_or_else(|| format!("no time: give seconds, more than 0 and at most {most}, such as 300 or 0.5"))
 }
 
 /// A length of memory that is given in MiB. Returns bytes.
@@ -116,6 +123,8 @@ mod tests {
         }
         assert_eq!((seconds("0"), seconds("1.5")), (Ok(0.0), Ok(1.5)));
         assert!(["nan", "inf", "-1", "x"].into_iter().all(|text| seconds(text).is_err()));
+        assert_eq!((positive("0.5"), positive("1000000")), (Ok(0.5), Ok(1e6)));
+        assert!(["0", "nan", "inf", "-1", "1e7", "x"].into_iter().all(|text| positive(text).is_err()));
         assert_eq!((address("0x10"), address("16")), (Ok(16), Ok(16)));
         assert!(address("x").unwrap_err().contains("0x100000000"));
     }

@@ -110,6 +110,11 @@ impl<'a> Session<'a> {
         self.live.is_some()
     }
 
+    /// Queue pairs: 0 while there is no link.
+    pub fn pairs(&self) -> u16 {
+        self.live.as_ref().map_or(0, |live| live.port.pairs())
+    }
+
     /// Pairs by which the owner receives: 0 while there is no link.
     pub fn receiving_pairs(&self) -> u16 {
         self.live.as_ref().map_or(0, |live| receiving_pairs(&live.port))

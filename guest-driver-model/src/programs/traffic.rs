@@ -5,6 +5,7 @@ use std::time::{Duration, Instant};
 
 use serde::Serialize;
 
+use super::bridge::counters::PortReport;
 use super::pattern::Checker;
 use super::ping::{Pinged, RoundTrips};
 use super::waiting::Sleeps;
@@ -190,8 +191,19 @@ struct Line<'a> {
     copied_per_packet: Option<f64>,
     /// The last line of the program.
     end: bool,
+    #[serde(flatten)]
+    more: More<'a>,
+}
+
+/// What only some programs have to say.
+#[derive(Clone, Copy, Default, Serialize)]
+struct More<'a> {
+    /// How long packets took to come back.
     #[serde(skip_serializing_if = "Option::is_none")]
     round_trips: Option<&'a RoundTrips>,
+    /// The ports of a bridge.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    ports: Option<&'a [PortReport]>,
 }
 
 impl Reporter {
@@ -202,18 +214,33 @@ impl Reporter {
 
     /// To be called often. Returns how long ago the first packet passed or was dropped.
     pub fn tick(&mut self, traffic: &Traffic) -> Duration {
+        self.tick_with(traffic, None)
+    }
+
+    /// The same of a bridge, of whose ports `ports` tells if that is wanted.
+    pub fn tick_ports(&mut self, traffic: &Traffic, ports: impl FnOnce() -> Vec<PortReport>) -> Duration {
+        let is_due = self.args.json_lines && self.is_due(Instant::now());
+        let ports = is_due.then(ports);
+        self.tick_with(traffic, ports.as_deref())
+    }
+
+    /// Whether it is time for the next line.
+    fn is_due(&self, now: Instant) -> bool {
+        now.duration_since(self.last) >= Duration::from_millis(self.args.report_every_ms)
+    }
+
+    fn tick_with(&mut self, traffic: &Traffic, ports: Option<&[PortReport]>) -> Duration {
         let now = Instant::now();
         let passed_or_dropped = traffic.tx_packets + traffic.rx_packets + traffic.dropped;
         if self.start.is_none() && passed_or_dropped > 0 {
             self.start = Some(now);
         }
-        let passed = now.duration_since(self.last);
-        if passed >= Duration::from_millis(self.args.report_every_ms) {
+        if self.is_due(now) {
             if self.args.report {
-                self.print(&self.rates(traffic, passed));
+                self.print(&self.rates(traffic, now.duration_since(self.last)));
             }
             if self.args.json_lines {
-                self.print_json(traffic, false, None);
+                self.print_json(traffic, false, More { ports, ..More::default() });
             }
             self.last = now;
             self.before = *traffic;
@@ -223,17 +250,22 @@ impl Reporter {
 
     /// The program ends.
     pub fn end(&self, traffic: &Traffic) {
-        self.end_with(traffic, None);
+        self.end_with(traffic, More::default());
+    }
+
+    /// The bridge ends, and this is what passed its ports.
+    pub fn end_with_ports(&self, traffic: &Traffic, ports: &[PortReport]) {
+        self.end_with(traffic, More { ports: Some(ports), ..More::default() });
     }
 
     /// The program ends, and this is how long its packets took to come back.
     pub fn end_with_round_trips(&self, traffic: &Traffic, round_trips: &RoundTrips) {
-        self.end_with(traffic, Some(round_trips));
+        self.end_with(traffic, More { round_trips: Some(round_trips), ..More::default() });
     }
 
-    fn end_with(&self, traffic: &Traffic, round_trips: Option<&RoundTrips>) {
+    fn end_with(&self, traffic: &Traffic, more: More<'_>) {
         if self.args.json || self.args.json_lines {
-            self.print_json(traffic, true, round_trips);
+            self.print_json(traffic, true, more);
         } else {
             self.print(&format!(
                 "{}: sent {} packets, received {}; lost {}, reordered {}, corrupted {}, dropped {}, faults {}{}{}",
@@ -248,8 +280,11 @@ impl Reporter {
                 traffic.copied(),
                 traffic.demand()
             ));
-            if let Some(round_trips) = round_trips {
+            if let Some(round_trips) = more.round_trips {
                 self.print(&format!("{}: {}", self.name, round_trips.text()));
+            }
+            for port in more.ports.unwrap_or_default() {
+                self.print(&format!("{}: {}", self.name, port.text()));
             }
         }
     }
@@ -271,11 +306,11 @@ impl Reporter {
         )
     }
 
-    fn print_json(&self, traffic: &Traffic, end: bool, round_trips: Option<&RoundTrips>) {
+    fn print_json(&self, traffic: &Traffic, end: bool, more: More<'_>) {
         let seconds = self.start.map_or(0.0, |start| start.elapsed().as_secs_f64());
         let copied_per_packet = traffic.copied_per_packet();
         let traffic = *traffic;
-        let line = Line { program: self.name, seconds, traffic, copied_per_packet, end, round_trips };
+        let line = Line { program: self.name, seconds, traffic, copied_per_packet, end, more };
         if let Ok(text) = serde_json::to_string(&line) {
             self.print(&text);
         }
@@ -302,7 +337,7 @@ mod tests {
             traffic,
             copied_per_packet: None,
             end: true,
-            round_trips: None,
+            more: More::default(),
         };
         let value = serde_json::to_value(&line).unwrap();
         assert_eq!(value["tx_packets"], 3);

@@ -6,8 +6,8 @@ use vhost_pci_device::abi::queue_of_vring;
 use crate::control::ControlExchange;
 use crate::net::forward::{End, ForwardFault, forward_burst_by};
 use crate::net::{
-    Counters, Forwarded, Lane, LentBurst, Offloads, Packet, PacketBurst, PeerPort, receive_vring,
-    transmit_vring,
+    Copied, Counters, Forwarded, Lane, LentBurst, Offloads, Packet, PacketBurst, PeerPort, PeerQueue, Pick,
+    copy_lent, receive_vring, send_copies, transmit_vring,
 };
 use crate::transport::Transport;
 
@@ -92,8 +92,13 @@ impl<'a> Wire<'a> {
     /// Receives up to [`BURST`] packets of a pair into `burst`, which is cleared first.
     /// Returns how many; none from a broken vring.
     pub fn receive(&mut self, pair: u16, burst: &mut PacketBurst) -> usize {
+        self.receive_up_to(pair, burst, BURST)
+    }
+
+    /// The same, of so many packets.
+    pub fn receive_up_to(&mut self, pair: u16, burst: &mut PacketBurst, count: usize) -> usize {
         burst.clear();
-        match self.port.rx_burst_by(&mut self.exchange, pair, burst, BURST) {
+        match self.port.rx_burst_by(&mut self.exchange, pair, burst, count) {
             Ok(0) => 0,
             Ok(received) => {
                 self.has_completed(transmit_vring(pair));
@@ -123,6 +128,59 @@ impl<'a> Wire<'a> {
             self.has_completed(transmit_vring(pair));
         }
         returned.unwrap_or(0)
+    }
+
+    /// Whether the headers of what is received by a pair have something to say.
+    pub fn has_headers(&mut self, pair: u16) -> bool {
+        self.port.queue(pair).is_some_and(PeerQueue::has_headers)
+    }
+
+    /// Whether what was read of a burst that is lent is what its owner transmitted: see
+    /// [`PeerPort::is_in_place`].
+    pub fn is_in_place(&mut self, burst: &LentBurst) -> bool {
+        self.port.is_in_place(burst)
+    }
+
+    /// Copies packets that a pair has lent to a pair of another owner, as far as they can be copied in place:
+    /// the others are to be [sent](Self::send_copies).
+    pub fn copy(
+        &mut self,
+        (pair, burst): (u16, &LentBurst),
+        picks: &[Pick],
+        other: &mut Wire<'_>,
+        other_pair: u16,
+    ) -> Copied {
+        let gone = Copied { done: picks.len(), gone: picks.len(), ..Copied::default() };
+        let (Some(from), Some(to)) = (self.port.queue(pair), other.port.queue(other_pair)) else {
+            return gone;
+        };
+        let copied = copy_lent(burst, picks, from, End { queue: to, exchange: &mut other.exchange });
+        other.has_copied(other_pair, copied.ok(), gone)
+    }
+
+    /// Sends packets from private memory to a pair. All of what is picked is done with then. `pieces` is
+    /// for those that are to be cut.
+    pub fn send_copies(
+        &mut self,
+        pair: u16,
+        burst: &PacketBurst,
+        picks: &[Pick],
+        pieces: &mut PacketBurst,
+    ) -> Copied {
+        let gone = Copied { done: picks.len(), gone: picks.len(), ..Copied::default() };
+        let Some(to) = self.port.queue(pair) else { return gone };
+        let copied = send_copies(burst, picks, End { queue: to, exchange: &mut self.exchange }, pieces);
+        self.has_copied(pair, copied.ok(), gone)
+    }
+
+    /// Notes what was copied; nothing was if the vring is broken.
+    fn has_copied(&mut self, pair: u16, copied: Option<Copied>, gone: Copied) -> Copied {
+        self.faulted |= copied.is_none_or(|copied| copied.broken);
+        let copied = copied.unwrap_or(gone);
+        if copied.packets > 0 {
+            self.has_completed(receive_vring(pair));
+        }
+        copied
     }
 
     /// What the owner's driver accepts in the headers of what it receives.

@@ -4,6 +4,7 @@
 #![allow(dead_code, clippy::unwrap_used, missing_docs)]
 
 pub mod device;
+pub mod side;
 
 use std::collections::VecDeque;
 use std::os::fd::{AsFd, OwnedFd};

@@ -280,6 +280,17 @@ impl PeerQueue {
         Ok(packets)
     }
 
+    /// Whether the headers of what the owner transmits have something to say: it accepted an offload.
+    pub fn has_headers(&mut self) -> bool {
+        self.source.live().ok().flatten().is_some_and(|live| live.headers)
+    }
+
+    /// What is done about what the owner transmits and the window does not show.
+    pub(in crate::net) fn miss_policy(&mut self) -> OnMiss {
+        let live = self.source.live().ok().flatten();
+        live.map_or(OnMiss::Fault, |live| live.ring.miss_policy())
+    }
+
     /// As [`Self::tx_burst_by`], where no device can be asked: enough for an owner without
     /// an IOMMU.
     #[inline]

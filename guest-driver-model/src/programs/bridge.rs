@@ -1,0 +1,165 @@
+//! `bridge`: a peer of many owners, and a learning switch between them: out of the buffers of one straight into
+//! those of another, with one copy for each owner that is to have a packet.
+//!
+//! Owns: the devices. One that is gone takes its port with it, and the others go on. Where frames go is
+//! [`switch`]'s, and what moves them `serve`'s.
+//!
+//! | module | what it holds |
+//! |---|---|
+//! | [`frame`] | what is looked at of a frame |
+//! | [`table`] | behind which port a station is |
+//! | [`storm`] | how much a port may have flooded |
+//! | [`switch`] | where each frame goes |
+//! | [`counters`] | what is counted by port |
+//! | `serve` | moves the packets, and waits for them |
+//! | `burst` | a burst, from its loan to the copies |
+
+mod burst;
+pub mod counters;
+pub mod frame;
+mod serve;
+pub mod storm;
+pub mod switch;
+pub mod table;
+
+use std::time::Duration;
+
+use self::counters::PortReport;
+use self::serve::{Bridge, Ended};
+use self::switch::MAX_PORTS;
+use self::table::Limits;
+use super::ProgramError;
+use super::device::{DeviceArgs, ManyDevicesArgs};
+use super::quantity::positive;
+use super::run::{RunArgs, stop_on_signals};
+use super::stop::Stop;
+use super::traffic::Traffic;
+use crate::transport::Transport;
+
+/// What `bridge` can be told.
+#[derive(Clone, Debug, clap::Args)]
+pub struct BridgeArgs {
+    /// The devices.
+    #[command(flatten)]
+    pub devices: ManyDevicesArgs,
+    /// How to run.
+    #[command(flatten)]
+    pub run: RunArgs,
+    /// Forget a station that has sent nothing for so many seconds
+    #[arg(long, default_value_t = 300.0, value_name = "SECONDS", value_parser = positive)]
+    pub ageing: f64,
+    /// The most stations to know behind each port; frames to others go to all ports
+    #[arg(long, default_value_t = 1024, value_parser = clap::value_parser!(u32).range(1..=65_536))]
+    pub stations: u32,
+    /// The most frames of each port in a second that are copied to all others: broadcasts, multicasts, and
+    /// frames to stations that nobody has heard of. More are dropped, and counted
+    #[arg(long, default_value_t = 10_000, value_name = "PACKETS", value_parser = clap::value_parser!(u32).range(1..))]
+    pub flood_limit: u32,
+    /// End after this many packets, all ports together
+    #[arg(long)]
+    pub packets: Option<u64>,
+}
+
+impl Default for BridgeArgs {
+    fn default() -> Self {
+        Self {
+            devices: ManyDevicesArgs::default(),
+            run: RunArgs::default(),
+            ageing: 300.0,
+            stations: 1024,
+            flood_limit: 10_000,
+            packets: None,
+        }
+    }
+}
+
+impl BridgeArgs {
+    fn limits(&self) -> Limits {
+        Limits { ageing: Duration::from_secs_f64(self.ageing), stations: self.stations as usize }
+    }
+}
+
+/// Runs `bridge`.
+///
+/// # Errors
+/// If a device cannot be had, or all are gone.
+pub fn run(args: &BridgeArgs) -> Result<(), ProgramError> {
+    let stop = stop_on_signals()?;
+    run_until(args, &stop)
+}
+
+/// As [`run`], until `stop` is requested.
+///
+/// # Errors
+/// As [`run`].
+pub fn run_until(args: &BridgeArgs, stop: &Stop) -> Result<(), ProgramError> {
+    let devices = args.devices.all(MAX_PORTS)?;
+    // All have to be there at first: one that is not is a mistake in its address.
+    let mut transports = Vec::new();
+    for device in &devices {
+        let transport = device.open()?;
+        tracing::info!(device = transport.name(), port = transports.len(), "the device is started");
+        transports.push(Some(transport));
+    }
+    let names = transports.iter().flatten().map(|transport| transport.name().to_owned()).collect();
+    let mut bridge = Bridge::new(args, stop, names);
+    let result = loop {
+        let borrowed: Vec<_> = transports.iter().map(Option::as_deref).collect();
+        let reopen = |port: usize| reopen(devices.get(port)?);
+        let ended = bridge.drive(&borrowed, args.run.reconnect.then_some(&reopen));
+        match ended {
+            Ended::Asked => break Ok(()),
+            // Let go of at once: the kernel may be waiting for that.
+            Ended::Gone(port, error) => {
+                transports.iter_mut().skip(port).take(1).for_each(|transport| *transport = None);
+                let is_last = transports.iter().all(Option::is_none) && !args.run.reconnect;
+                if is_last || matches!(error, ProgramError::NoInterrupts { .. }) {
+                    break Err(error);
+                }
+                tracing::warn!("{error}; the other ports go on");
+            }
+            Ended::Back(port, back) => {
+                tracing::info!(device = back.name(), port, "the device is started again");
+                transports.iter_mut().skip(port).take(1).zip([back]).for_each(|(at, back)| *at = Some(back));
+            }
+        }
+    };
+    bridge.end();
+    result
+}
+
+fn reopen(device: &DeviceArgs) -> Option<Box<dyn Transport>> {
+    // It is tried again: why it is not there says nothing new.
+    device.open().ok()
+}
+
+/// Bridges devices that are started already, until `stop` is requested. Returns what it has moved, and each port's
+/// part of that.
+///
+/// # Errors
+/// If all devices are gone, or are not what their config spaces say.
+pub fn run_on(
+    transports: &[&dyn Transport],
+    args: &BridgeArgs,
+    stop: &Stop,
+) -> (Result<(), ProgramError>, Traffic, Vec<PortReport>) {
+    let names = transports.iter().map(|transport| transport.name().to_owned()).collect();
+    let mut bridge = Bridge::new(args, stop, names);
+    let mut there: Vec<_> = transports.iter().copied().map(Some).collect();
+    let result = loop {
+        match bridge.drive(&there, None) {
+            Ended::Asked => break Ok(()),
+            Ended::Gone(port, error) => {
+                there.iter_mut().skip(port).take(1).for_each(|transport| *transport = None);
+                if there.iter().all(Option::is_none) {
+                    break Err(error);
+                }
+                tracing::warn!("{error}; the other ports go on");
+            }
+            // Nobody looks for it.
+            Ended::Back(..) => {}
+        }
+    };
+    let (traffic, ports) = bridge.report();
+    (result, traffic, ports)
+}
