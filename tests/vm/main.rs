@@ -4,6 +4,8 @@
 
 mod beside;
 mod boot;
+mod bridge;
+mod chain;
 mod confine;
 mod doorbell;
 mod driver;
@@ -11,6 +13,7 @@ mod figures;
 mod hostile;
 mod iommu;
 mod iommu_static;
+mod links;
 mod offload;
 mod packed;
 mod ping;
@@ -43,6 +46,8 @@ const SCENARIOS: &[Scenario] = &[
     ping::SCENARIO,
     doorbell::SCENARIO,
     tcp::SCENARIO,
+    chain::SCENARIO,
+    bridge::SCENARIO,
     restart::SCENARIO,
     driver::SCENARIO,
     packed::SCENARIO,

@@ -220,7 +220,7 @@ impl<'s> Testbed<'s> {
 }
 
 /// A broker by the sandbox's configuration. What it writes goes to `NAME.log`.
-fn start_broker(sandbox: &Sandbox, name: &str) -> Result<Process> {
+pub fn start_broker(sandbox: &Sandbox, name: &str) -> Result<Process> {
     let mut command = sandbox.command_of_nobody("vhost-pci-switch")?;
     command.arg("run").arg("--config").arg(sandbox.dir().join("broker.toml"));
     let mut broker = sandbox.process(name, command)?;
