@@ -7,10 +7,12 @@
 
 use std::mem::{offset_of, size_of};
 use std::ops::Range;
+use std::sync::Arc;
 use std::sync::atomic::{Ordering, fence};
 
 use vhost_pci_device::abi;
 
+use crate::shm::log::{LoggedRange, WriteLog, has_bits};
 use crate::shm::{SharedMemory, ShmError};
 pub use crate::translate::{Access, Mapping};
 
@@ -85,6 +87,24 @@ pub enum LinkError {
         /// The IOVA read.
         iova: u64,
     },
+    /// The dirty log is not inside the window.
+    #[error("a dirty log of {len:#x} bytes at {offset:#x} is not inside the window")]
+    Log {
+        /// Its window offset.
+        offset: u64,
+        /// Its length, bytes.
+        len: u64,
+    },
+    /// The dirty log has no bit for a page that can be written.
+    #[error("mapping {index} starts with page {page:#x} and runs beyond a dirty log of {len:#x} bytes")]
+    LogPage {
+        /// Its place in the table.
+        index: usize,
+        /// The number of its first page.
+        page: u64,
+        /// Length of the log, bytes.
+        len: u64,
+    },
     /// The link area is not inside the window, or not aligned.
     #[error("link area: {0}")]
     Area(#[from] ShmError),
@@ -134,9 +154,57 @@ pub struct LinkSnapshot {
     pub vrings: Vec<VringInfo>,
     /// The configuration space of the owner's device; empty if the link knows of none.
     pub config: Vec<u8>,
+    /// The owner is being migrated, and each page that is written is to be marked (8.7): so whoever has a
+    /// device write there which cannot do that has to leave it.
+    pub log: Option<DirtyLog>,
+}
+
+/// Where written pages are to be marked.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct DirtyLog {
+    /// Window offset of the log.
+    pub offset: u64,
+    /// Its length, bytes.
+    pub len: u64,
+    /// By mapping: the number of its first page. Each page has a bit.
+    pub pages: Vec<u64>,
+}
+
+impl DirtyLog {
+    /// The log of this window, whose mappings are these.
+    ///
+    /// # Errors
+    /// When it is not in this window.
+    pub fn open(&self, window: &SharedMemory, mappings: &[Mapping]) -> Result<Arc<WriteLog>, ShmError> {
+        let bits = window.part(self.offset, self.len)?;
+        Ok(Arc::new(WriteLog::new(window, bits, self.ranges(mappings))))
+    }
+
+    /// What of the window is to be marked, and where.
+    pub fn ranges(&self, mappings: &[Mapping]) -> Vec<LoggedRange> {
+        let written =
+            mappings.iter().zip(&self.pages).filter(|(mapping, _)| mapping.access.allows(Access::WRITE));
+        let range = |(mapping, page): (&Mapping, &u64)| LoggedRange {
+            window_offset: mapping.window_offset,
+            len: mapping.len,
+            page: *page,
+        };
+        written.map(range).collect()
+    }
 }
 
 impl LinkSnapshot {
+    /// The window as whoever serves the owner's vrings has to write to it: what is stored to it is marked, if
+    /// the owner's VMM wants that (8.7). With the log, of which the ranges follow the mapping table.
+    ///
+    /// # Errors
+    /// When the log is not in this window.
+    pub fn serving(&self, window: &SharedMemory) -> Result<(SharedMemory, Option<Arc<WriteLog>>), ShmError> {
+        let Some(log) = &self.log else { return Ok((window.clone(), None)) };
+        let log = log.open(window, &self.mappings)?;
+        Ok((window.logged(&log), Some(log)))
+    }
+
     /// Whether the owner's driver accepted the feature with this bit number.
     pub fn has_feature(&self, bit: u32) -> bool {
         self.features.checked_shr(bit).is_some_and(|rest| rest & 1 == 1)
@@ -152,6 +220,8 @@ pub struct TableSnapshot {
     pub table_generation: u64,
     /// Sorted by IOVA; they do not overlap and each lies inside the window.
     pub mappings: Vec<Mapping>,
+    /// As in the snapshot.
+    pub log: Option<DirtyLog>,
 }
 
 /// The link area of a window.
@@ -221,8 +291,9 @@ impl LinkPage {
     /// A consistent copy of the mapping table alone, validated as in a snapshot.
     pub fn table(&self) -> Result<TableSnapshot, LinkError> {
         self.consistent(|generation, table_generation| {
-            let mappings = self.mappings()?;
-            Ok(TableSnapshot { generation, table_generation, mappings })
+            let (mappings, pages) = self.mappings()?;
+            let log = self.log(&mappings, pages)?;
+            Ok(TableSnapshot { generation, table_generation, mappings, log })
         })
     }
 
@@ -260,6 +331,7 @@ impl LinkPage {
             return Err(LinkError::Version { version, header_len });
         }
         let status = word(offset_of!(abi::LinkHeader, status))?;
+        let (mappings, pages) = self.mappings()?;
         Ok(LinkSnapshot {
             generation,
             owner: status & abi::LINK_S_OWNER != 0,
@@ -269,7 +341,8 @@ impl LinkPage {
             table_generation,
             owner_device: word(offset_of!(abi::LinkHeader, owner_device))?,
             features: area.load_u64(offset_of!(abi::LinkHeader, features) as u64)?,
-            mappings: self.mappings()?,
+            log: self.log(&mappings, pages)?,
+            mappings,
             vrings: self.vrings(
                 word(offset_of!(abi::LinkHeader, vring_table))?,
                 word(offset_of!(abi::LinkHeader, vring_count))?,
@@ -300,7 +373,27 @@ impl LinkPage {
         table.ok().filter(|_| aligned).ok_or(LinkError::Table { offset, count })
     }
 
-    fn mappings(&self) -> Result<Vec<Mapping>, LinkError> {
+    /// The dirty log, if there is one: inside the window, with a bit for each page of the mappings, of
+    /// which these are the first.
+    fn log(&self, mappings: &[Mapping], pages: Vec<u64>) -> Result<Option<DirtyLog>, LinkError> {
+        if self.area.load_u32(offset_of!(abi::LinkHeader, status) as u64)? & abi::LINK_S_LOG == 0 {
+            return Ok(None);
+        }
+        let offset = self.area.load_u64(offset_of!(abi::LinkHeader, log) as u64)?;
+        let len = self.area.load_u64(offset_of!(abi::LinkHeader, log_len) as u64)?;
+        let inside = offset.checked_add(len).is_some_and(|end| end <= self.data.end);
+        if !inside || len == 0 || !offset.is_multiple_of(abi::PAGE_SIZE) {
+            return Err(LinkError::Log { offset, len });
+        }
+        for (index, (mapping, page)) in mappings.iter().zip(&pages).enumerate() {
+            if mapping.access.allows(Access::WRITE) && !has_bits(len, *page, mapping.len) {
+                return Err(LinkError::LogPage { index, page: *page, len });
+            }
+        }
+        Ok(Some(DirtyLog { offset, len, pages }))
+    }
+
+    fn mappings(&self) -> Result<(Vec<Mapping>, Vec<u64>), LinkError> {
         let word = |field: usize| self.area.load_u32(field as u64);
         let offset = word(offset_of!(abi::LinkHeader, mapping_table))?;
         let count = word(offset_of!(abi::LinkHeader, mapping_count))?;
@@ -310,6 +403,7 @@ impl LinkPage {
         table.read(0, &mut bytes)?;
         let (entries, _) = bytes.as_chunks::<{ size_of::<abi::Mapping>() }>();
         let mut mappings = Vec::with_capacity(entries.len());
+        let mut pages = Vec::with_capacity(entries.len());
         // The first IOVA that the next mapping may have; `None` past the last address.
         let mut free_from = Some(0_u64);
         for (index, entry) in entries.iter().enumerate() {
@@ -329,8 +423,9 @@ impl LinkPage {
             }
             free_from = iova.checked_add(len);
             mappings.push(mapping);
+            pages.push(entry.log_page.value().into());
         }
-        Ok(mappings)
+        Ok((mappings, pages))
     }
 
     fn can_be(&self, mapping: &Mapping) -> bool {

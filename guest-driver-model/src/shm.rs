@@ -31,6 +31,7 @@
 #![allow(unsafe_code)]
 
 mod copy;
+pub mod log;
 pub(crate) mod mapping;
 
 use std::any::Any;
@@ -40,9 +41,10 @@ use std::mem::offset_of;
 use std::os::fd::BorrowedFd;
 use std::ptr::{self, NonNull};
 use std::sync::Arc;
-use std::sync::atomic::{AtomicU16, AtomicU32, AtomicU64, Ordering};
+use std::sync::atomic::{AtomicU8, AtomicU16, AtomicU32, AtomicU64, Ordering};
 
 use self::copy::Engine;
+use self::log::{WriteLog, Wrote};
 use self::mapping::MappedRange;
 use nix::sys::stat::{SFlag, fstat};
 
@@ -77,6 +79,8 @@ pub struct SharedMemory {
     len: usize,
     copies: Engine,
     keep: Arc<dyn Any + Send + Sync>,
+    /// Where what is stored is marked, if it is.
+    log: Option<Arc<WriteLog>>,
 }
 
 // SAFETY: the memory has no owning thread: every access is by atomics or by the raw
@@ -129,16 +133,20 @@ macro_rules! words {
         #[doc = concat!("One relaxed store of a little-endian `", stringify!($native), "`.")]
         #[inline]
         pub fn $store(&self, offset: u64, value: $native) -> Result<(), ShmError> {
+            let word = self.$at(offset)?;
             // Relaxed: pairs with nothing; the caller orders it, if need be.
-            self.$at(offset)?.store(value.to_le(), Ordering::Relaxed);
+            word.store(value.to_le(), Ordering::Relaxed);
+            self.wrote(NonNull::from(word).cast(), size_of::<$native>(), Wrote::Ring);
             Ok(())
         }
 
         #[doc = concat!("One release store of a little-endian `", stringify!($native), "`.")]
         #[inline]
         pub fn $store_release(&self, offset: u64, value: $native) -> Result<(), ShmError> {
+            let word = self.$at(offset)?;
             // Release: pairs with the other side's acquire load of the same word.
-            self.$at(offset)?.store(value.to_le(), Ordering::Release);
+            word.store(value.to_le(), Ordering::Release);
+            self.wrote(NonNull::from(word).cast(), size_of::<$native>(), Wrote::Ring);
             Ok(())
         }
     )*};
@@ -179,7 +187,7 @@ impl SharedMemory {
     /// for reading and writing, and this program touches them only through
     /// `SharedMemory`, or by atomics and raw copies as described at the module's top.
     pub unsafe fn from_raw_parts(base: NonNull<u8>, len: usize, keep: Arc<dyn Any + Send + Sync>) -> Self {
-        Self { base, len, copies: Engine::fastest(), keep }
+        Self { base, len, copies: Engine::fastest(), keep, log: None }
     }
 
     /// Length, bytes.
@@ -195,7 +203,35 @@ impl SharedMemory {
     /// A part of the memory as a memory of its own, with offsets from its start.
     pub fn part(&self, offset: u64, len: u64) -> Result<Self, ShmError> {
         let base = self.range(offset, len)?;
-        Ok(Self { base, len: len as usize, copies: self.copies, keep: Arc::clone(&self.keep) })
+        let (keep, log) = (Arc::clone(&self.keep), self.log.clone());
+        Ok(Self { base, len: len as usize, copies: self.copies, keep, log })
+    }
+
+    /// The same memory; what is stored to it from now on by this and by what is made of it is marked in
+    /// the log, which is of this memory as a window.
+    pub fn logged(&self, log: &Arc<WriteLog>) -> Self {
+        Self { log: Some(Arc::clone(log)), ..self.clone() }
+    }
+
+    /// After each store: marks what was written. Without a log it is a load and a jump that is never
+    /// taken.
+    #[inline(always)]
+    fn wrote(&self, at: NonNull<u8>, len: usize, what: Wrote) {
+        if let Some(log) = &self.log {
+            log.mark(at, len, what);
+        }
+    }
+
+    /// Sets a bit of a byte, which others may do at the same time.
+    pub(crate) fn set_bit(&self, offset: u64, bit: u32) -> Result<(), ShmError> {
+        let at = self.range(offset, 1)?;
+        // SAFETY: `range` checked the place, and `keep` keeps it mapped. An atomic may change under its
+        // reference.
+        let byte = unsafe { AtomicU8::from_ptr(at.as_ptr()) };
+        // Release: pairs with the owner's VMM, which takes the bit and then copies the page: what was stored
+        // there before is in the copy.
+        byte.fetch_or(1 << (bit % 8), Ordering::Release);
+        Ok(())
     }
 
     /// The address of a range after checking that it is inside.
@@ -258,6 +294,7 @@ impl SharedMemory {
         // reference of this program names shared memory. Races: see the module's top.
         unsafe { self.copies.copy(from.as_ptr(), to.as_ptr(), from.len()) };
         other_vm_may_have_written();
+        self.wrote(to, from.len(), Wrote::Payload);
         Ok(())
     }
 
@@ -272,6 +309,7 @@ impl SharedMemory {
         // SAFETY: `range` checked both ends. Races: see the module's top.
         unsafe { self.copies.copy_between(from.as_ptr(), to.as_ptr(), len as usize) };
         other_vm_may_have_written();
+        other.wrote(to, len as usize, Wrote::Payload);
         Ok(())
     }
 
@@ -283,6 +321,7 @@ impl SharedMemory {
         // SAFETY: as in `write`.
         unsafe { ptr::copy_nonoverlapping(from.as_ptr(), to.as_ptr(), N) };
         other_vm_may_have_written();
+        self.wrote(to, N, Wrote::Payload);
         Ok(())
     }
 
@@ -322,6 +361,7 @@ impl SharedMemory {
         // SAFETY: `range` checked the target. Races: see the module's top.
         unsafe { ptr::write_bytes(to.as_ptr(), 0, len as usize) };
         other_vm_may_have_written();
+        self.wrote(to, len as usize, Wrote::Payload);
         Ok(())
     }
 }
@@ -330,7 +370,27 @@ impl SharedMemory {
 #[derive(Clone, Copy, Debug)]
 pub(crate) struct SharedWord<K> {
     at: NonNull<u8>,
-    _keep: K,
+    keep: K,
+}
+
+/// What keeps a word mapped, and knows where stores to it are marked.
+pub(crate) trait Keeps {
+    /// The memory that the word is in.
+    fn memory(&self) -> &SharedMemory;
+}
+
+impl Keeps for SharedMemory {
+    #[inline(always)]
+    fn memory(&self) -> &SharedMemory {
+        self
+    }
+}
+
+impl Keeps for &PackedSlots {
+    #[inline(always)]
+    fn memory(&self) -> &SharedMemory {
+        &self.memory
+    }
 }
 
 /// A ring's index or flags.
@@ -338,7 +398,7 @@ pub(crate) type Word16 = SharedWord<SharedMemory>;
 /// The flags of a slot of a packed virtqueue.
 pub(crate) type SlotFlags<'a> = SharedWord<&'a PackedSlots>;
 
-// SAFETY: an address inside the memory that `_keep` keeps, which is Send.
+// SAFETY: an address inside the memory that `keep` keeps, which is Send.
 unsafe impl<K: Send> Send for SharedWord<K> {}
 // SAFETY: accessed by atomics only.
 unsafe impl<K: Sync> Sync for SharedWord<K> {}
@@ -346,15 +406,15 @@ unsafe impl<K: Sync> Sync for SharedWord<K> {}
 impl Word16 {
     /// Checks bounds and alignment, once.
     pub(crate) fn new(memory: &SharedMemory, offset: u64) -> Result<Self, ShmError> {
-        Ok(Self { at: memory.word(offset, 2)?, _keep: memory.clone() })
+        Ok(Self { at: memory.word(offset, 2)?, keep: memory.clone() })
     }
 }
 
-impl<K> SharedWord<K> {
+impl<K: Keeps> SharedWord<K> {
     #[inline]
     fn atomic(&self) -> &AtomicU16 {
         // SAFETY: `Word16::new` and `PackedSlots::flags`, who alone make one, checked bounds and
-        // alignment, and `_keep` keeps it mapped. An atomic may change under its reference.
+        // alignment, and `keep` keeps it mapped. An atomic may change under its reference.
         unsafe { AtomicU16::from_ptr(self.at.as_ptr().cast()) }
     }
 
@@ -367,6 +427,7 @@ impl<K> SharedWord<K> {
     #[inline]
     pub(crate) fn store(&self, value: u16, order: Ordering) {
         self.atomic().store(value.to_le(), order);
+        self.keep.memory().wrote(self.at, 2, Wrote::Ring);
     }
 }
 
@@ -377,10 +438,10 @@ impl<K> SharedWord<K> {
 pub(crate) struct Slots<const STRIDE: usize> {
     base: NonNull<u8>,
     mask: u16,
-    _memory: SharedMemory,
+    memory: SharedMemory,
 }
 
-// SAFETY: an address inside the memory that `_memory` keeps, which is Send.
+// SAFETY: an address inside the memory that `memory` keeps, which is Send.
 unsafe impl<const STRIDE: usize> Send for Slots<STRIDE> {}
 // SAFETY: accessed by atomics only.
 unsafe impl<const STRIDE: usize> Sync for Slots<STRIDE> {}
@@ -397,7 +458,7 @@ impl<const STRIDE: usize> Slots<STRIDE> {
         if !base.addr().get().is_multiple_of(Self::ALIGN) {
             return Err(ShmError::Misaligned { offset, align: Self::ALIGN });
         }
-        Ok(Self { base, mask: count - 1, _memory: memory.clone() })
+        Ok(Self { base, mask: count - 1, memory: memory.clone() })
     }
 
     #[inline]
@@ -410,7 +471,7 @@ impl<const STRIDE: usize> Slots<STRIDE> {
 impl Slots<2> {
     #[inline]
     fn word(&self, index: u16) -> &AtomicU16 {
-        // SAFETY: `slot` is in bounds, `new` checked the alignment, `_memory` keeps it mapped. An
+        // SAFETY: `slot` is in bounds, `new` checked the alignment, `memory` keeps it mapped. An
         // atomic may change under its reference.
         unsafe { self.slot(index).cast().as_ref() }
     }
@@ -428,6 +489,7 @@ impl Slots<2> {
     pub(crate) fn store(&self, index: u16, value: u16) {
         // Relaxed: ordered by the release store of the ring's index after it.
         self.word(index).store(value.to_le(), Ordering::Relaxed);
+        self.memory.wrote(self.slot(index), 2, Wrote::Ring);
     }
 }
 
@@ -453,6 +515,7 @@ impl Slots<8> {
             // Relaxed: ordered by the release store of the ring's index after it.
             word.store(half.to_le(), Ordering::Relaxed);
         }
+        self.memory.wrote(self.slot(index), 8, Wrote::Ring);
     }
 }
 
@@ -478,6 +541,7 @@ impl Slots<16> {
             // Relaxed: ordered by the release store of the ring's index after it.
             word.store(half.to_le(), Ordering::Relaxed);
         }
+        self.memory.wrote(self.slot(index), 16, Wrote::Ring);
     }
 }
 
@@ -500,10 +564,10 @@ pub(crate) struct PackedSlots {
     count: u16,
     /// An aligned store of 16 bytes is one store.
     at_once: bool,
-    _memory: SharedMemory,
+    memory: SharedMemory,
 }
 
-// SAFETY: an address inside the memory that `_memory` keeps, which is Send.
+// SAFETY: an address inside the memory that `memory` keeps, which is Send.
 unsafe impl Send for PackedSlots {}
 // SAFETY: accessed by atomics only.
 unsafe impl Sync for PackedSlots {}
@@ -522,7 +586,7 @@ impl PackedSlots {
         let at_once = std::arch::is_x86_feature_detected!("avx");
         #[cfg(not(all(target_arch = "x86_64", not(miri))))]
         let at_once = false;
-        Ok(Self { base, count, at_once, _memory: memory.clone() })
+        Ok(Self { base, count, at_once, memory: memory.clone() })
     }
 
     #[inline]
@@ -534,7 +598,7 @@ impl PackedSlots {
 
     #[inline]
     fn fields(&self, index: u16) -> &PackedSlot {
-        // SAFETY: the slot has 16 bytes and is aligned to 16, see `new`; `_memory` keeps it mapped.
+        // SAFETY: the slot has 16 bytes and is aligned to 16, see `new`; `memory` keeps it mapped.
         // Atomics may change under their reference.
         unsafe { self.slot(index).cast().as_ref() }
     }
@@ -542,7 +606,7 @@ impl PackedSlots {
     /// The word that says whose the slot is.
     #[inline]
     pub(crate) fn flags(&self, index: u16) -> SlotFlags<'_> {
-        SharedWord { at: NonNull::from(&self.fields(index).flags).cast(), _keep: self }
+        SharedWord { at: NonNull::from(&self.fields(index).flags).cast(), keep: self }
     }
 
     /// Relaxed loads of all but the flags: address, length, id.
@@ -563,6 +627,7 @@ impl PackedSlots {
     pub(crate) fn store_addr(&self, index: u16, addr: u64) {
         // Relaxed: ordered by the release store of the flags after it.
         self.fields(index).addr.store(addr.to_le(), Ordering::Relaxed);
+        self.memory.wrote(self.slot(index), 8, Wrote::Ring);
     }
 
     /// One store of length, id and flags together: whoever dies before or after it leaves the
@@ -573,6 +638,7 @@ impl PackedSlots {
         // SAFETY: the slot has 16 bytes and is aligned to 16, see `new`.
         let word = unsafe { AtomicU64::from_ptr(self.slot(index).as_ptr().add(8).cast()) };
         word.store(rest.to_le(), order);
+        self.memory.wrote(self.slot(index), Self::STRIDE, Wrote::Ring);
     }
 
     /// The same of the whole slot, address included, where the processor can: elsewhere the address
@@ -596,6 +662,7 @@ impl PackedSlots {
                     options(nostack, preserves_flags),
                 );
             }
+            self.memory.wrote(self.slot(index), Self::STRIDE, Wrote::Ring);
             return;
         }
         self.store_addr(index, addr);

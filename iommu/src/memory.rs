@@ -276,10 +276,17 @@ impl<R: Clone + PartialEq> MemoryTable<R> {
     /// Whether the `len` bytes of the file that start at `backing` are inside one
     /// region.
     pub fn backs(&self, backing: &Backing<R>, len: u64) -> bool {
-        self.regions.iter().any(|region| {
-            let offset = backing.offset.checked_sub(region.backing.offset);
-            let room = offset.and_then(|offset| region.guest.len().checked_sub(offset));
-            region.backing.handle == backing.handle && room.is_some_and(|room| len <= room)
+        self.guest_of(backing, len).is_some()
+    }
+
+    /// Where the guest has the `len` bytes of the file that start at `backing`, if they are inside one
+    /// region: the first such one.
+    pub fn guest_of(&self, backing: &Backing<R>, len: u64) -> Option<Gpa> {
+        self.regions.iter().find_map(|region| {
+            let offset = backing.offset.checked_sub(region.backing.offset)?;
+            let room = region.guest.len().checked_sub(offset)?;
+            let inside = region.backing.handle == backing.handle && len <= room;
+            inside.then(|| Gpa::new(region.guest.start().raw() + offset))
         })
     }
 

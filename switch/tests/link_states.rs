@@ -26,6 +26,8 @@ mod front_end;
 mod iommu_owner;
 #[path = "link_states/lent.rs"]
 mod lent;
+#[path = "link_states/migration.rs"]
+mod migration;
 #[path = "link_states/peer_restart.rs"]
 mod peer_restart;
 #[path = "link_states/peer_trouble.rs"]

@@ -32,6 +32,7 @@ fn config(folder: &Path) -> Config {
         max_mappings: 16,
         memory_regions: 8,
         unsealed_memory: false,
+        migration: true,
         rates: Rates::default(),
         wiring: WiringPolicy::Direct,
         doorbell_socket: None,

@@ -388,7 +388,7 @@ fn a_connection_for_which_few_descriptors_are_left_is_turned_away_and_the_limit_
     let mut broker = Running(limited(&place, 30).spawn().unwrap());
     let mut log = BufReader::new(broker.0.stderr.take().unwrap()).lines().map(Result::unwrap);
     let warning = log.next().unwrap();
-    assert!(warning.contains("102 descriptors") && warning.contains("limit is 30"), "{warning}");
+    assert!(warning.contains("156 descriptors") && warning.contains("limit is 30"), "{warning}");
     assert!(log.next().unwrap().contains("the broker listens"));
     for socket in &place.sockets()[1..] {
         let mut stream = UnixStream::connect(socket).unwrap();

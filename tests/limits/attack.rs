@@ -63,9 +63,9 @@ pub const ATTACKS: [Attack; 10] = [
         hit: descriptors,
     },
     Attack {
-        limit: "one VMM a socket",
+        limit: "VMMs at a socket",
         counter: "occupied",
-        line: &["owner: a second VMM connected"],
+        line: &["owner: one VMM more than may be connected here"],
         hit: second,
     },
     Attack {
@@ -186,6 +186,9 @@ fn descriptors(bench: &Bench) -> Result<()> {
 fn second(bench: &Bench) -> Result<()> {
     let mut first = Raw::connect(&bench.sockets().0);
     first.question(GET_FEATURES, &[]);
+    // To which the owner might be migrated.
+    let mut second = Raw::connect(&bench.sockets().0);
+    second.question(GET_FEATURES, &[]);
     for _ in 0..20 {
         Raw::connect(&bench.sockets().0).closed();
     }

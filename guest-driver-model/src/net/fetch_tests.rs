@@ -35,6 +35,7 @@ fn a_burst_of_packets_is_fetched_once_by_either_side() {
             mappings: vec![whole],
             vrings: layout.infos(0),
             config: Vec::new(),
+            log: None,
         };
         // Its generations may be, and are, looked at more than once.
         let link = fresh(abi::LINK_LEN);

@@ -20,7 +20,7 @@ use super::reach::Demand;
 use crate::control::Exchange;
 use crate::link::{LinkPage, LinkSnapshot};
 use crate::ring::{Fault, RingFeatures};
-use crate::shm::SharedMemory;
+use crate::shm::{SharedMemory, ShmError};
 
 mod queue;
 
@@ -54,6 +54,9 @@ pub enum PortError {
         /// What it accepted.
         features: u64,
     },
+    /// The owner is being migrated, and its dirty log is not in this window.
+    #[error("the owner's dirty log: {0}")]
+    Log(#[from] ShmError),
     /// The owner's driver accepted features that this port does not serve.
     #[error("the owner's driver accepted features that are not known here: {features:#x}")]
     Unknown {
@@ -125,7 +128,7 @@ impl PeerPort {
         Ok(Self {
             generation: snapshot.generation,
             offloads: Offloads::to_owner(snapshot.features),
-            queues: (0..).zip(pairs).map(queue).collect(),
+            queues: (0..).zip(pairs).map(queue).collect::<Result<_, _>>()?,
         })
     }
 

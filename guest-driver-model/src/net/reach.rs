@@ -6,6 +6,7 @@
 //! what was not to be had. Never copies a packet.
 
 use std::ops::AddAssign;
+use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use super::lent::Lender;
@@ -13,6 +14,7 @@ use crate::control::{Exchange, Job, Outcome, Request};
 use crate::link::{LinkPage, LinkSnapshot};
 use crate::ring::{Chain, ChainBurst, DeviceRing, Direction, Fault, Finding, Miss, OnMiss, Place, Want};
 use crate::shm::SharedMemory;
+use crate::shm::log::WriteLog;
 use crate::translate::{Access, Translation};
 
 /// How often a burst asks the device before it ends without what it lacks.
@@ -56,16 +58,19 @@ pub(super) struct Tables {
     table_generation: u64,
     translation: Translation,
     reads: u64,
+    /// Where what is written is marked.
+    log: Option<Arc<WriteLog>>,
 }
 
 impl Tables {
-    pub(super) fn new(page: &LinkPage, snapshot: &LinkSnapshot) -> Self {
+    pub(super) fn new(page: &LinkPage, snapshot: &LinkSnapshot, log: Option<Arc<WriteLog>>) -> Self {
         Self {
             page: page.clone(),
             generation: snapshot.generation,
             table_generation: snapshot.table_generation,
             translation: Translation::from(snapshot),
             reads: 0,
+            log,
         }
     }
 
@@ -128,6 +133,9 @@ impl Tables {
         self.reads += 1;
         self.table_generation = table.table_generation;
         self.translation = Translation::new(&table.mappings);
+        if let Some(log) = &self.log {
+            log.set_ranges(table.log.map(|log| log.ranges(&table.mappings)).unwrap_or_default());
+        }
         true
     }
 

@@ -6,7 +6,7 @@
 
 use std::sync::atomic::{Ordering, fence};
 
-use crate::shm::SharedWord;
+use crate::shm::{Keeps, SharedWord};
 
 /// A 16-bit word that both sides of a ring reach.
 pub trait Word {
@@ -22,7 +22,7 @@ pub trait Word {
     fn full_barrier();
 }
 
-impl<K> Word for SharedWord<K> {
+impl<K: Keeps> Word for SharedWord<K> {
     #[inline]
     fn load(&self) -> u16 {
         // Relaxed: the callers put a full barrier before it, or need no order.

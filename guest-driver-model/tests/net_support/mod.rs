@@ -77,6 +77,8 @@ pub struct LinkWriter {
     pub vrings: Vec<VringInfo>,
     pub mapping_table: u32,
     pub vring_table: u32,
+    /// Window offset and length of the dirty log, and the number of each mapping's first page.
+    pub log: (u64, u64, u32),
     pub mapping_count: Option<u32>,
     pub vring_count: Option<u32>,
     pub config: Vec<u8>,
@@ -99,6 +101,7 @@ impl LinkWriter {
             vrings,
             mapping_table: abi::MAPPING_TABLE,
             vring_table: abi::VRING_TABLE,
+            log: (0, 0, 0),
             mapping_count: None,
             vring_count: None,
             config: Vec::new(),
@@ -113,6 +116,8 @@ impl LinkWriter {
         link.store_u16(6, self.header_len).unwrap();
         link.store_u32(16, self.status).unwrap();
         link.store_u32(20, self.owner_device).unwrap();
+        link.store_u64(72, self.log.0).unwrap();
+        link.store_u64(80, self.log.1).unwrap();
         link.store_u64(24, self.features).unwrap();
         link.store_u32(32, self.mapping_count.unwrap_or(self.mappings.len() as u32)).unwrap();
         link.store_u32(36, self.mapping_table).unwrap();
@@ -127,6 +132,7 @@ impl LinkWriter {
             link.store_u64(at + 8, mapping.len).unwrap();
             link.store_u64(at + 16, mapping.window_offset).unwrap();
             link.store_u32(at + 24, mapping.access.bits()).unwrap();
+            link.store_u32(at + 28, self.log.2).unwrap();
         }
         for (at, vring) in self.vrings.iter().enumerate() {
             let at = u64::from(abi::VRING_TABLE) + 64 * at as u64;

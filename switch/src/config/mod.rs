@@ -105,6 +105,8 @@ pub struct LinkConfig {
     pub memory_regions: usize,
     /// Whether memory is taken that the owner's VMM can shorten.
     pub unsealed_memory: bool,
+    /// Whether the owner can be migrated: its VMM may log, and a second one connect and wait.
+    pub migration: bool,
     /// How often the link's VMMs may do what costs the broker something.
     pub rates: Rates,
     /// How notifications go.
@@ -266,6 +268,8 @@ window = "2G"
         let with = |keys: &str| parse(&format!("{GOOD}{keys}\n")).unwrap().links.remove(0).device;
         assert_eq!(with("offloads = true"), kind::net::device(1, true));
         assert_eq!(with("profile = \"net\"\nqueue_pairs = 3"), kind::net::device(3, false));
+        assert!(link.migration);
+        assert!(!parse(&format!("{GOOD}migration = false\n")).unwrap().links[0].migration);
         assert_eq!(config.confirm_timeout, DEFAULT_CONFIRM_TIMEOUT);
         assert_eq!(config.confine, Confine::BestEffort);
         for (word, confine) in

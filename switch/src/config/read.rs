@@ -24,7 +24,7 @@ const TIMEOUT_MS: std::ops::RangeInclusive<u64> = 10..=60_000;
 const MAX_NAME: usize = 64;
 
 /// The keys of a link that do not depend on the kind of its device.
-const LINK_KEYS: [&str; 18] = [
+const LINK_KEYS: [&str; 19] = [
     "name",
     "owner_socket",
     "peer_socket",
@@ -34,6 +34,7 @@ const LINK_KEYS: [&str; 18] = [
     "max_mappings",
     "memory_regions",
     "unsealed_memory",
+    "migration",
     "messages_per_second",
     "notifications_per_second",
     "connections_per_second",
@@ -181,6 +182,7 @@ impl<'t> Reader<'t> {
         let memory_regions =
             self.count(&mut table, "memory_regions", DEFAULT_MEMORY_REGIONS, MAX_MEMORY_REGIONS);
         let unsealed_memory = self.flag(&mut table, "unsealed_memory");
+        let migration = self.flag_or(&mut table, "migration", true);
         let rates = self.rates(&mut table);
         let wiring = self.wiring(&mut table);
         let doorbell_line = table.entries.get("doorbell_socket").map(|(line, _)| *line);
@@ -209,6 +211,7 @@ impl<'t> Reader<'t> {
             max_mappings: max_mappings?,
             memory_regions: memory_regions?,
             unsealed_memory: unsealed_memory?,
+            migration: migration?,
             rates: rates?,
             wiring: wiring?,
             doorbell_socket: doorbell_socket?,
@@ -410,7 +413,11 @@ impl<'t> Reader<'t> {
 
     /// `false` unless the file says otherwise.
     fn flag(&mut self, table: &mut Table<'t>, key: &str) -> Option<bool> {
-        let Some((line, value)) = table.entries.remove(key) else { return Some(false) };
+        self.flag_or(table, key, false)
+    }
+
+    fn flag_or(&mut self, table: &mut Table<'t>, key: &str, default: bool) -> Option<bool> {
+        let Some((line, value)) = table.entries.remove(key) else { return Some(default) };
         let flag = value.get_ref().as_bool();
         if flag.is_none() {
             self.mistake(line, format!("{key} must be true or false, without quotes"));

@@ -49,6 +49,15 @@ fn write_link(text: &mut String, link: &LinkReport) {
     let reason = link.reason.as_ref().map_or(String::new(), |reason| format!(": {reason}"));
     let _ = writeln!(text, "\nlink {}: {}{reason}", link.name, link.state);
     write_side(text, "owner", &link.owner);
+    if let Some(waiting) = &link.waiting_owner {
+        write_side(text, "waiting", waiting);
+    }
+    if let Some(len) = link.dirty_log {
+        let _ = writeln!(
+            text,
+            "  log      {len} B: the owner is being migrated, and the peer's driver marks what it writes"
+        );
+    }
     write_side(text, "peer", &link.peer);
     let window = &link.window;
     let _ = writeln!(

@@ -33,6 +33,12 @@ pub enum Kind {
     Owner,
     /// That is closed.
     OwnerGone,
+    /// With the connection of the owner's VMM that waits for the link.
+    Waiting,
+    /// That is closed.
+    WaitingGone,
+    /// Those two have changed places.
+    OwnersSwapped,
     /// With the connection of its peer's VMM, and the file of the areas.
     Peer,
     /// That is closed, and its back-end channel with it.
@@ -44,12 +50,15 @@ pub enum Kind {
 }
 
 impl Kind {
-    const ALL: [Self; 9] = [
+    const ALL: [Self; 12] = [
         Self::Table,
         Self::Link,
         Self::LinkGone,
         Self::Owner,
         Self::OwnerGone,
+        Self::Waiting,
+        Self::WaitingGone,
+        Self::OwnersSwapped,
         Self::Peer,
         Self::PeerGone,
         Self::Channel,

@@ -183,6 +183,21 @@ impl Guard {
         self.tell(Kind::OwnerGone, &[]);
     }
 
+    /// Another VMM of the owner's side connected, which waits.
+    pub fn waiting(&self, connection: BorrowedFd<'_>) {
+        self.tell(Kind::Waiting, &[connection]);
+    }
+
+    /// That one left.
+    pub fn waiting_gone(&self) {
+        self.tell(Kind::WaitingGone, &[]);
+    }
+
+    /// The two have changed places.
+    pub fn owners_swapped(&self) {
+        self.tell(Kind::OwnersSwapped, &[]);
+    }
+
     /// The peer's VMM connected; `areas`: the file of the link's own areas, which it will see.
     pub fn peer(&self, connection: BorrowedFd<'_>, areas: BorrowedFd<'_>) {
         self.tell(Kind::Peer, &[connection, areas]);

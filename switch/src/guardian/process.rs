@@ -85,12 +85,18 @@ fn take(links: &mut BTreeMap<u32, Held>, received: Received, most: u32) {
     let old = match message.kind {
         Kind::Table | Kind::Link => [None, None],
         Kind::LinkGone => {
-            let old = [held.owner.take(), held.peer.take(), held.channel.take()];
+            let old = [held.owner.take(), held.waiting.take(), held.peer.take(), held.channel.take()];
             links.remove(&number);
             return close(old);
         }
         Kind::Owner => [mem::replace(&mut held.owner, next()), None],
         Kind::OwnerGone => [held.owner.take(), None],
+        Kind::Waiting => [mem::replace(&mut held.waiting, next()), None],
+        Kind::WaitingGone => [held.waiting.take(), None],
+        Kind::OwnersSwapped => {
+            mem::swap(&mut held.owner, &mut held.waiting);
+            [None, None]
+        }
         Kind::Peer => {
             let old = [mem::replace(&mut held.peer, next()), held.channel.take()];
             held.areas = next().map(File::from);

@@ -38,6 +38,8 @@ pub struct Held {
     pub link_id: u64,
     /// The connection of its owner's VMM.
     pub owner: Option<OwnedFd>,
+    /// That of another VMM of the owner's side, which waits: it sees the broker's end with the others.
+    pub waiting: Option<OwnedFd>,
     /// That of its peer's.
     pub peer: Option<OwnedFd>,
     /// The file of the areas in its window.
@@ -53,7 +55,11 @@ pub struct Held {
 impl Held {
     /// Whether nobody was there.
     pub fn is_unused(&self) -> bool {
-        self.owner.is_none() && self.peer.is_none() && self.witnesses.is_empty() && !self.is_in_part
+        self.owner.is_none()
+            && self.waiting.is_none()
+            && self.peer.is_none()
+            && self.witnesses.is_empty()
+            && !self.is_in_part
     }
 }
 
@@ -78,8 +84,9 @@ impl Takedown {
         {
             warn!(link = %held.name, %error, "the link area cannot be written");
         }
+        // The witness pages go last; what is behind the broker's own is the owner's, its log included.
         let (owners, own): (Vec<_>, Vec<_>) =
-            mapped.into_iter().partition(|(offset, _)| *offset >= abi::DATA_OFFSET);
+            mapped.into_iter().partition(|(offset, _)| *offset >= abi::LOG_OFFSET);
         let witnesses: Vec<_> = held.witnesses.drain(..).map(Witness::from).collect();
         // What a VMM has answered that it unmapped it may have until its witness is gone.
         let is_told = !held.is_in_part && (owners.is_empty() || !witnesses.is_empty());

@@ -24,7 +24,7 @@ pub enum Fault {
     #[error("{0}")]
     OutOfOrder(String),
     /// Two front-ends want the same place.
-    #[error("a second VMM connected and was turned away: the first has to leave before")]
+    #[error("one VMM more than may be connected here was turned away: another has to leave before")]
     Occupied,
     /// Somebody connected who may not join.
     #[error(
@@ -55,6 +55,9 @@ pub enum Fault {
          peer trusts this owner, set unsealed_memory = true in the link's configuration"
     )]
     Unsealed,
+    /// A dirty log that cannot be used.
+    #[error("dirty log refused, so that the owner cannot be migrated: {0}")]
+    Log(String),
     /// Something comes more often than it may.
     #[error("more than {limit} {} a second come; they are taken no faster ({} in the link's configuration)", flood.name(), flood.key())]
     TooOften {
@@ -142,6 +145,7 @@ impl Fault {
             Self::Features(_) => "features",
             Self::Memory(_) | Self::Map(_) => "memory_region",
             Self::Unsealed => "unsealed_memory",
+            Self::Log(_) => "dirty_log",
             Self::TooOften { flood, .. } => flood.key(),
             Self::Descriptor(_) => "descriptor",
             Self::Host(_) => "host",

@@ -10,6 +10,9 @@ use crate::kind::{Device, Kind};
 /// keeps for itself.
 pub const PROTOCOL_FEATURES: u64 = 1 << 30;
 
+/// VHOST_F_LOG_ALL (vhost-user: Migration), a bit of the same kind: what the back-end writes is marked.
+pub const LOG_ALL: u64 = 1 << 26;
+
 /// VIRTIO_F_ACCESS_PLATFORM: the owner's device is behind an IOMMU.
 pub const ACCESS_PLATFORM: u64 = bit(virtio_config::VIRTIO_F_ACCESS_PLATFORM);
 

@@ -63,7 +63,7 @@ pub fn header(contents: &LinkContents, generations: Generations, link_id: u64) -
         link_id: link_id.into(),
         config_len: (contents.config.len() as u32).into(),
         config: abi::OWNER_CONFIG.into(),
-        log: 0.into(),
-        log_len: 0.into(),
+        log: contents.log.0.into(),
+        log_len: contents.log.1.into(),
     }
 }

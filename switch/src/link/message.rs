@@ -14,6 +14,7 @@ use super::doorbell::DoorbellMessage;
 use super::fault::Fault;
 use super::iommu::demand::Task;
 use super::iommu::iotlb::Piece;
+use super::log::{DirtyLog, Pages, PlacedLog};
 use super::vring::Format;
 use super::wiring::{WireId, WireRequest};
 
@@ -84,6 +85,17 @@ pub enum Request {
         /// Front-end virtual address of the region.
         frontend: u64,
         /// Length, bytes.
+        len: u64,
+    },
+    /// VHOST_USER_SET_LOG_BASE.
+    SetLogBase {
+        /// The log's file.
+        file: MemoryFile,
+        /// The file's length when the message came, bytes.
+        file_len: u64,
+        /// Where the log starts in the file.
+        offset: u64,
+        /// Its length, bytes.
         len: u64,
     },
     /// VHOST_USER_SET_VRING_NUM.
@@ -241,6 +253,17 @@ pub struct VringBase {
     pub size: u16,
     /// The answer where that cannot be read, or cannot be.
     pub fallback: u32,
+    /// What of the vring's own memory is to be marked before the answer.
+    pub marks: Option<Marks>,
+}
+
+/// Pages of the owner's that have been written.
+#[derive(Clone, Debug, PartialEq)]
+pub struct Marks {
+    /// Where they are to be marked.
+    pub log: DirtyLog,
+    /// Which.
+    pub pages: Vec<Pages>,
 }
 
 /// Numbers one change of the window that the peer's VMM has to confirm. Changes
@@ -273,6 +296,8 @@ pub enum Content {
     /// A page that is mapped and unmapped in turn, for the answer alone: a VMM that answers
     /// it has carried out what it answered before.
     Fence,
+    /// The owner's dirty log.
+    Log(PlacedLog),
     /// A range of the owner's memory.
     Owner(Placement<MemoryFile>),
 }
@@ -289,6 +314,7 @@ impl Content {
                 (WindowOffset::new(offset), abi::PAGE_SIZE)
             }
             Self::Fence => (WindowOffset::new(abi::FENCE_OFFSET), abi::PAGE_SIZE),
+            Self::Log(placed) => (placed.window.start(), placed.window.len()),
             Self::Owner(placement) => (shown_at(placement, window_len), placement.window().len()),
         }
     }
@@ -344,6 +370,8 @@ pub struct LinkContents {
     pub owner_device: u32,
     /// The virtio features that the owner's driver accepted.
     pub features: u64,
+    /// Window offset and length in bytes of the owner's dirty log; without one, both 0.
+    pub log: (u64, u64),
     /// Entries of the mapping table.
     pub mappings: Vec<abi::Mapping>,
     /// Entries of the vring table.
@@ -355,9 +383,9 @@ pub struct LinkContents {
 impl LinkContents {
     /// Whether the other says the same, but for the mapping table.
     pub fn is_but_for_mappings(&self, other: &Self) -> bool {
-        let Self { status, owner_device, features, mappings: _, vrings, config } = self;
-        (status, owner_device, features, vrings, config)
-            == (&other.status, &other.owner_device, &other.features, &other.vrings, &other.config)
+        let Self { status, owner_device, features, log, mappings: _, vrings, config } = self;
+        (status, owner_device, features, log, vrings, config)
+            == (&other.status, &other.owner_device, &other.features, &other.log, &other.vrings, &other.config)
     }
 }
 
@@ -366,7 +394,7 @@ impl LinkContents {
 pub enum Event {
     /// A front-end connected.
     Connected(Side),
-    /// A second front-end connected beside the one that is served, and was turned away.
+    /// One more front-end connected than a side may have, and was turned away.
     TurnedAway(Side),
     /// Somebody connected who may not join, and was turned away.
     NotPermitted {
@@ -379,6 +407,8 @@ pub enum Event {
     },
     /// A front-end asks.
     Request(Side, Request),
+    /// Something about the second VMM of the owner's side, which waits for the link.
+    Waiting(WaitingEvent),
     /// A front-end's session ended, with the fault if one ended it.
     Disconnected(Side, Option<Fault>),
     /// The peer's VMM confirmed a change of its window, or refused it.
@@ -410,6 +440,17 @@ pub enum Event {
     Unplug,
     /// A deadline may have passed.
     Tick,
+}
+
+/// What reaches a link from an owner's VMM that waits.
+#[derive(Debug)]
+pub enum WaitingEvent {
+    /// It connected beside the one that has the link.
+    Connected,
+    /// It asks.
+    Request(Request),
+    /// Its session ended, with the fault if one ended it.
+    Disconnected(Option<Fault>),
 }
 
 /// What a side may do only so often: its name, and the configuration's for the limit.
@@ -448,6 +489,17 @@ impl Flood {
 pub enum Effect {
     /// Answer the request that is open on this side.
     Reply(Side, Reply),
+    /// The same of the owner's VMM that waits.
+    ReplyWaiting(Reply),
+    /// The owner's VMM that waits has the link from now on, and the one that had it, if there is one,
+    /// waits.
+    SwapOwners,
+    /// End the session of the owner's VMM that waits.
+    DisconnectWaiting,
+    /// Use this stream for requests to the owner's VMM that waits.
+    OpenWaitingChannel(UnixStream),
+    /// Mark pages in the owner's dirty log.
+    Mark(Marks),
     /// End this side's session.
     Disconnect(Side),
     /// Use this stream for requests to this side's VMM.

@@ -8,6 +8,8 @@
 //! | [`owner`], [`vring`] | what the owner's front-end has told |
 //! | [`peer`] | what the peer's front-end has told |
 //! | [`iommu`] | an owner with an IOMMU: what the peer asks for, what it is shown |
+//! | [`log`] | the owner's dirty log: which can be taken |
+//! | [`migration`] | when logging begins, and which of two owners' VMMs has the link |
 //! | [`window`] | what the peer has mapped, and how that changes |
 //! | [`release`] | what a device of the peer's VM has to let go of before it leaves the window |
 //! | [`wiring`] | the owner's eventfds that the peer's VMM has |
@@ -24,7 +26,9 @@ pub mod fault;
 pub mod features;
 pub mod iommu;
 pub mod link_page;
+pub mod log;
 pub mod message;
+pub mod migration;
 pub mod notify;
 pub mod owner;
 pub mod peer;

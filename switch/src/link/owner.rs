@@ -1,25 +1,41 @@
 //! The owner's session: what its front-end has told so far, and what of its
 //! memory the peer is to see.
 
-use iommu::{Access, FrontendVa, Gpa, Iova, IovaMap, MemoryTable, NewRegion, Region, Span};
+use iommu::{
+    Access, Backing, FrontendVa, Gpa, Iova, IovaMap, MappedRange, MemoryTable, NewRegion, Region, Span,
+};
 use vhost::vhost_user::VhostUserProtocolFeatures as Protocol;
 use vhost_pci_device::abi;
 
 use super::descriptor::MemoryFile;
 use super::fault::Fault;
 use super::features;
-use super::iommu::iotlb::Iotlb;
-use super::message::{RegionRequest, Reply, Request, VringBase};
+use super::iommu::iotlb::{Iotlb, Piece};
+use super::log::{DirtyLog, Pages};
+use super::message::{Marks, RegionRequest, Reply, Request, VringBase};
 use super::vring::{AddressSpace, Format, Vring, VringAddr, VringConfig};
 use crate::config::LinkConfig;
 use crate::kind::Device;
 
 /// Protocol features offered to the front-end of an owner with this device.
-pub fn protocol_features(device: &Device) -> u64 {
+pub fn protocol_features(device: &Device, migration: bool) -> u64 {
     let mut standard =
         Protocol::MQ | Protocol::REPLY_ACK | Protocol::CONFIGURE_MEM_SLOTS | Protocol::BACKEND_REQ;
     standard.set(Protocol::CONFIG, !device.config.is_empty());
+    standard.set(Protocol::LOG_SHMFD, migration);
     standard.bits() | features::PROTOCOL_IOMMU_PUSH
+}
+
+/// What the front-end gave to mark written pages in.
+#[derive(Debug, Default)]
+enum Log {
+    /// Nothing yet.
+    #[default]
+    None,
+    /// A log.
+    Given(DirtyLog),
+    /// One that cannot be used.
+    Refused,
 }
 
 /// What the owner's front-end has told so far.
@@ -38,6 +54,7 @@ pub struct OwnerSession {
     pub unbacked: Vec<Span<Iova>>,
     has_channel: bool,
     takes_unsealed: bool,
+    log: Log,
     /// After a vring was stopped nothing is shown until one is started again.
     halted: bool,
     /// The link ends: nothing is shown any more.
@@ -48,8 +65,9 @@ impl OwnerSession {
     /// A session in which nothing was said yet.
     pub fn new(config: &LinkConfig) -> Self {
         Self {
-            offered: features::offered_to_owner(&config.device),
-            offered_protocol: protocol_features(&config.device),
+            offered: features::offered_to_owner(&config.device)
+                | if config.migration { features::LOG_ALL } else { 0 },
+            offered_protocol: protocol_features(&config.device, config.migration),
             features: 0,
             protocol: 0,
             device: config.device.clone(),
@@ -59,6 +77,7 @@ impl OwnerSession {
             unbacked: Vec::new(),
             has_channel: false,
             takes_unsealed: config.unsealed_memory,
+            log: Log::None,
             halted: true,
             unplugged: false,
         }
@@ -87,7 +106,8 @@ impl OwnerSession {
 
     /// Whether the peer may see anything: a vring runs.
     pub fn is_running(&self) -> bool {
-        !self.unplugged && !self.halted && self.vrings.iter().any(Vring::is_live)
+        // A front-end that starts a device in the middle of a migration tells the log last.
+        !self.unplugged && !self.halted && self.has_live_vring() && (!self.logs() || self.log().is_some())
     }
 
     /// Shows nothing from now on, whatever the front-end says.
@@ -95,9 +115,53 @@ impl OwnerSession {
         self.unplugged = true;
     }
 
+    /// Whether a vring was started and is enabled.
+    pub fn has_live_vring(&self) -> bool {
+        self.vrings.iter().any(Vring::is_live)
+    }
+
+    /// Whether the front-end wants to know what is written.
+    pub fn logs(&self) -> bool {
+        self.features & features::LOG_ALL != 0
+    }
+
+    /// Where that is to be marked.
+    pub fn log(&self) -> Option<&DirtyLog> {
+        match &self.log {
+            Log::Given(log) if self.logs() => Some(log),
+            _ => None,
+        }
+    }
+
+    /// Takes a log for what is written from the next SET_FEATURES on that says so, or, if there is one in use,
+    /// from now on.
+    pub fn set_log(&mut self, log: DirtyLog) {
+        self.log = Log::Given(log);
+    }
+
+    /// The log that came cannot be used.
+    pub fn refuse_log(&mut self) {
+        self.log = Log::Refused;
+    }
+
+    /// Whether SET_FEATURES with these bits would begin to log with a log that was refused, and the
+    /// front-end hears of it if it is declined.
+    pub fn must_decline(&self, acked: u64) -> bool {
+        let begins = acked & !self.features & features::LOG_ALL != 0;
+        begins && matches!(self.log, Log::Refused) && self.protocol & Protocol::REPLY_ACK.bits() != 0
+    }
+
+    /// Where the owner's guest has the memory of a range, if it has it in one piece.
+    pub fn guest_of_range(&self, range: &MappedRange<MemoryFile>) -> Option<Gpa> {
+        match self.has_iommu() {
+            true => self.memory.guest_of(range.backing(), range.iova().len()),
+            false => Some(Gpa::new(range.iova().start().raw())),
+        }
+    }
+
     /// The virtio features that the owner's driver accepted.
     pub fn features(&self) -> u64 {
-        self.features & !features::PROTOCOL_FEATURES
+        self.features & !features::PROTOCOL_FEATURES & !features::LOG_ALL
     }
 
     /// The vhost-user protocol features that the front-end accepted.
@@ -143,6 +207,9 @@ impl OwnerSession {
                 }
                 if (acked ^ self.features) & features::RING_PACKED != 0 {
                     self.must_be_stopped("VIRTIO_F_RING_PACKED")?;
+                }
+                if acked & features::LOG_ALL != 0 && matches!(self.log, Log::Refused) {
+                    return Err(Fault::Log("VHOST_F_LOG_ALL without one that can be used".into()));
                 }
                 self.features = acked;
                 if acked & features::PROTOCOL_FEATURES == 0 {
@@ -214,6 +281,7 @@ impl OwnerSession {
             // None is offered that the driver could write.
             Request::SetConfig => return Err(Fault::Config("it is read-only".into())),
             Request::GetShmemConfig => return Err(Fault::Unsupported("SHMEM")),
+            Request::SetLogBase { .. } => return Err(Fault::Unsupported("LOG_SHMFD")),
             // Taken by the link before it comes here.
             Request::SetBackendChannel(_) => return Err(Fault::Unsupported("BACKEND_REQ")),
             Request::Iotlb(_) | Request::IommuPush { .. } => return Err(Fault::Unsupported("IOTLB_MSG")),
@@ -231,6 +299,9 @@ impl OwnerSession {
                 vring.recheck(index, AddressSpace::FrontEnd(&table))?;
             }
         }
+        if let Some(log) = self.log() {
+            log.check_covers(&table)?;
+        }
         // A region that is described otherwise has left, and another has come.
         self.unbacked.extend(self.iotlb.forget_unbacked(&table.common(&self.memory)));
         self.memory = table;
@@ -239,6 +310,8 @@ impl OwnerSession {
 
     fn stop_vring(&mut self, index: u32) -> Result<Reply, Fault> {
         let format = self.format();
+        let started = self.vring(index)?.started().copied();
+        let marks = started.and_then(|config| self.marks(&config));
         let vring = self.vring(index)?;
         let fallback = vring.base(format);
         let stopped = vring.stop();
@@ -250,7 +323,27 @@ impl OwnerSession {
         if self.vrings.iter().all(|vring| vring.started().is_none()) {
             self.iotlb = Iotlb::default();
         }
-        Ok(Reply::VringBase(VringBase { index, place, format, size, fallback }))
+        Ok(Reply::VringBase(VringBase { index, place, format, size, fallback, marks }))
+    }
+
+    /// What of a vring's own memory is to be marked when it has stopped: the peer's driver marks after it
+    /// has written, and may have lost the log in between.
+    fn marks(&self, config: &VringConfig) -> Option<Marks> {
+        let log = self.log()?.clone();
+        let guest = |span: Span<Iova>| match self.has_iommu() {
+            true => {
+                let pieces = self.iotlb.pieces(span, Access::Write).unwrap_or_default();
+                pieces.into_iter().filter_map(|piece| self.pages(piece)).collect()
+            }
+            false => vec![Pages::of(Gpa::new(span.start().raw()), span.len())],
+        };
+        Some(Marks { log, pages: config.written().flat_map(guest).collect() })
+    }
+
+    /// The pages of the guest's that a piece of its memory's files is.
+    pub fn pages(&self, piece: Piece) -> Option<Pages> {
+        let backing = Backing { handle: piece.file, offset: piece.offset };
+        Some(Pages::of(self.memory.guest_of(&backing, piece.len)?, piece.len))
     }
 
     /// Where a vring says how far the peer's driver is.

@@ -242,6 +242,7 @@ impl PeerSession {
                     format: Format::Split,
                     size: 0,
                     fallback: 0,
+                    marks: None,
                 })
             }
             Request::ResetOwner => {
@@ -255,6 +256,7 @@ impl PeerSession {
             }
             Request::SetBackendChannel(_) => return Err(Fault::Unsupported("BACKEND_REQ")),
             Request::IommuPush { .. } => return Err(Fault::Unsupported("IOMMU_PUSH")),
+            Request::SetLogBase { .. } => return Err(Fault::Unsupported("LOG_SHMFD")),
         };
         Ok((reply, change))
     }

@@ -34,6 +34,12 @@ pub struct LinkReport {
     pub generation: u64,
     /// The owner's side.
     pub owner: SideReport,
+    /// The second VMM of the owner's side, if there is one: it waits for the link.
+    #[serde(default)]
+    pub waiting_owner: Option<SideReport>,
+    /// Length of the dirty log in which the peer's driver marks what it writes, bytes, while the owner is migrated.
+    #[serde(default)]
+    pub dirty_log: Option<u64>,
     /// The peer's side.
     pub peer: SideReport,
     /// The peer's window.
@@ -163,6 +169,9 @@ pub struct CountersReport {
     pub notifications_relayed: u64,
     /// Connections of the owner's VMM.
     pub owner_connections: u64,
+    /// Times that an owner's VMM which had waited took the link over from another.
+    #[serde(default)]
+    pub takeovers: u64,
     /// Connections of the peer's VMM.
     pub peer_connections: u64,
     /// vhost-user messages of the owner's VMM.
@@ -215,6 +224,8 @@ pub fn of(link: &Link) -> LinkReport {
         generation: link.generations.link,
         device: link.config.device.kind.name.into(),
         owner: owner(link),
+        waiting_owner: link.waiting.as_ref().map(|owner| of_owner(link, owner)),
+        dirty_log: (link.published.log.1 > 0).then_some(link.published.log.1),
         peer: peer(link),
         window: window(link),
         vrings: vrings(link),
@@ -253,12 +264,16 @@ fn waits_for(link: &Link) -> Option<&'static str> {
 
 fn owner(link: &Link) -> SideReport {
     let socket = link.config.owner_socket.display().to_string();
-    let Some(owner) = &link.owner else {
-        return absent(socket);
-    };
-    let started = owner.vrings().iter().any(Vring::is_live);
+    match &link.owner {
+        Some(owner) => of_owner(link, owner),
+        None => absent(socket),
+    }
+}
+
+fn of_owner(link: &Link, owner: &OwnerSession) -> SideReport {
+    let socket = link.config.owner_socket.display().to_string();
     SideReport {
-        state: if started { "started" } else { "connected" }.into(),
+        state: if owner.has_live_vring() { "started" } else { "connected" }.into(),
         socket,
         features: features::names(owner.features(), Some(link.config.device.kind)),
         protocol_features: features::protocol_names(owner.protocol()),
@@ -392,6 +407,7 @@ fn counters(link: &Link) -> CountersReport {
         releases_asked: link.release.counters().asked,
         releases_given: link.release.counters().given,
         owner_connections: link.counters.owner_connections,
+        takeovers: link.counters.takeovers,
         peer_connections: link.counters.peer_connections,
         owner_messages: link.counters.owner_messages,
         peer_messages: link.counters.peer_messages,

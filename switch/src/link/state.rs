@@ -8,7 +8,7 @@
 use std::collections::BTreeMap;
 use std::time::{Duration, Instant};
 
-use iommu::{Iova, Span, WindowGeometry, WindowLayout, WindowOffset};
+use iommu::{Iova, Span, WindowGeometry, WindowLayout};
 use vhost_pci_device::abi;
 
 use super::descriptor::{Eventfd, MemoryFile};
@@ -21,6 +21,7 @@ use super::iommu::shown::Shown;
 use super::message::{
     CommandId, Effect, Event, Flood, Generations, LinkContents, Log, Reply, Request, Side, Wire,
 };
+use super::migration::{DRIVER_PATIENCE, geometry};
 use super::owner::OwnerSession;
 use super::peer::{AttachedDriver, PeerChange, PeerSession};
 use super::release::{Release, loses};
@@ -45,7 +46,20 @@ pub(super) struct Pending {
 impl Pending {
     /// Whether it waits for some addresses only, and not for all of the window.
     pub(super) fn is_of_some(&self) -> bool {
-        !matches!(self.concerns, Concern::Everything)
+        matches!(self.concerns, Concern::Addresses(_) | Concern::Eventfds)
+    }
+
+    /// Until when the peer's driver may hold it up.
+    pub(super) fn driver_deadline(&self) -> Option<Instant> {
+        match self.concerns {
+            Concern::Marking { until, .. } => Some(until),
+            Concern::Everything | Concern::Addresses(_) | Concern::Eventfds => None,
+        }
+    }
+
+    /// What it is answered with.
+    pub(super) fn into_reply(self) -> Reply {
+        self.reply
     }
 }
 
@@ -58,6 +72,9 @@ enum Concern {
     Addresses(Vec<Span<Iova>>),
     /// Eventfds that were replaced.
     Eventfds,
+    /// All that may be written unmarked: the generation of the link page at which it was, and until when
+    /// a driver is waited for.
+    Marking { before: u64, until: Instant },
 }
 
 /// Until when a link that ends waits for its peer.
@@ -72,6 +89,7 @@ pub(super) struct Unplug {
 #[derive(Debug, Default)]
 pub(super) struct Counters {
     pub(super) owner_connections: u64,
+    pub(super) takeovers: u64,
     pub(super) peer_connections: u64,
     pub(super) owner_messages: u64,
     pub(super) peer_messages: u64,
@@ -86,6 +104,10 @@ pub struct Link {
     pub(super) timeout: Duration,
     pub(super) geometry: WindowGeometry,
     pub(super) owner: Option<OwnerSession>,
+    /// Another VMM of the owner's side, which does not have the link.
+    pub(super) waiting: Option<OwnerSession>,
+    /// All of the owner's has to leave the peer's window before anything is shown again.
+    pub(super) withdraws: bool,
     pub(super) peer: Option<PeerSession>,
     pub(super) window: Window,
     /// What a device of the peer's VM has to let go of before it leaves the window.
@@ -99,7 +121,7 @@ pub struct Link {
     pub(super) shown: Shown,
     pub(super) pending: Option<Pending>,
     /// The link ends.
-    unplug: Option<Unplug>,
+    pub(super) unplug: Option<Unplug>,
     pub(super) failure: Option<String>,
     pub(super) published: LinkContents,
     /// The room that commands may have before the link settles.
@@ -123,20 +145,15 @@ impl Link {
     /// change of its window. `generation` is the first of the link page: larger than
     /// any that an earlier broker can have shown, and even.
     pub fn new(config: LinkConfig, timeout: Duration, generation: u64) -> Result<Self, Fault> {
-        let impossible = |error: String| Fault::OutOfOrder(error);
-        let data = Span::new(
-            WindowOffset::new(abi::DATA_OFFSET),
-            config.window_len.saturating_sub(abi::DATA_OFFSET),
-        )
-        .map_err(|error| impossible(error.to_string()))?;
-        let geometry = WindowGeometry::new(data, abi::MAX_MAPPINGS as usize)
-            .map_err(|error| impossible(error.to_string()))?;
+        let geometry = geometry(config.window_len, 0)?;
         let shown = Shown::new(config.max_mappings);
         Ok(Self {
             config,
             timeout,
             geometry,
             owner: None,
+            waiting: None,
+            withdraws: false,
             peer: None,
             window: Window::new(timeout),
             release: Release::new(timeout),
@@ -178,12 +195,12 @@ impl Link {
         match event {
             Event::Connected(Side::Owner) => {
                 self.counters.owner_connections += 1;
-                self.note_connection(Side::Owner, self.counters.owner_connections, &mut effects);
+                self.note_connection(Side::Owner.name(), self.counters.owner_connections, &mut effects);
                 self.owner = Some(OwnerSession::new(&self.config));
             }
             Event::Connected(Side::Peer) => {
                 self.counters.peer_connections += 1;
-                self.note_connection(Side::Peer, self.counters.peer_connections, &mut effects);
+                self.note_connection(Side::Peer.name(), self.counters.peer_connections, &mut effects);
                 self.peer = Some(PeerSession::new(&self.config));
             }
             Event::TooOften(side, flood) => {
@@ -195,6 +212,7 @@ impl Link {
                 };
                 self.count(&Fault::TooOften { flood, limit }, side.name(), &mut effects);
             }
+            Event::Waiting(event) => self.waiting_event(event, &mut effects),
             Event::TurnedAway(side) => self.count(&Fault::Occupied, side.name(), &mut effects),
             Event::NotPermitted { door, pid, uid } => {
                 self.count(&Fault::NotPermitted { pid, uid }, door, &mut effects);
@@ -238,6 +256,7 @@ impl Link {
             Event::Unplug => self.unplug(now, &mut effects),
             Event::Tick => self.tick(now, &mut effects),
         }
+        self.change_owner(&mut effects);
         self.settle(now, &mut effects);
         effects
     }
@@ -249,7 +268,12 @@ impl Link {
             true => peer_deadline.min(deadline),
             false => deadline,
         };
-        let pending = self.pending.as_ref().map(|pending| wait(pending.peer_deadline, pending.deadline));
+        let of_driver =
+            |pending: &Pending| pending.driver_deadline().filter(|_| !self.withdraws && !silent_peer);
+        let pending = self.pending.as_ref();
+        let pending = pending.map(|pending| {
+            of_driver(pending).unwrap_or_else(|| wait(pending.peer_deadline, pending.deadline))
+        });
         let unplug = self.unplug.map(|unplug| wait(unplug.peer_deadline, unplug.deadline));
         let doorbell = self.doorbell_function.as_ref().and_then(Doorbell::deadline);
         let (demand, wiring) = (self.demand.deadline(), self.wiring.deadline());
@@ -386,7 +410,8 @@ impl Link {
         );
         let changes_memory =
             matches!(request, Request::SetMemTable(_) | Request::AddMemReg(_) | Request::RemMemReg { .. });
-        let concerns = concerned(&request);
+        let concerns = concerned(&request, self.generations.link, now);
+        let logs = matches!(request, Request::SetFeatures(_) | Request::SetLogBase { .. });
         let starts = matches!(request, Request::SetVringKick { .. } | Request::SetVringEnable { .. });
         let taken = match request {
             Request::SetBackendChannel(stream) => owner.take_channel().map_err(Refusal::End).map(|()| {
@@ -397,8 +422,17 @@ impl Link {
             }),
             Request::Iotlb(message) => self.take_iotlb(message).map(|()| Reply::Done),
             Request::IommuPush { reset, entries } => self.take_push(reset, &entries).map(|()| Reply::Done),
+            Request::SetFeatures(acked) => self.begins_or_ends_log(acked).and_then(|()| {
+                let owner = self.owner.as_mut().ok_or(Refusal::End(Fault::Unsupported("SET_FEATURES")))?;
+                owner.apply(request).map_err(Refusal::of)
+            }),
+            request @ Request::SetLogBase { .. } => self.take_log(request, effects),
             request => owner.apply(request).map_err(Refusal::of),
         };
+        if logs {
+            self.take_geometry();
+            self.end_withdrawal();
+        }
         if changes_memory {
             self.hide_unbacked();
         }
@@ -411,6 +445,7 @@ impl Link {
                 self.count(&fault, Side::Owner.name(), effects);
                 effects.push(Effect::Reply(Side::Owner, Reply::Declined));
             }
+            Ok(reply) if logs && self.withdraws => self.reply_when_confined(reply, concerns, now, effects),
             Ok(reply) if takes_away || replaces => {
                 if takes_away
                     && self.owner.as_ref().is_some_and(|owner| owner.has_iommu() && !owner.is_running())
@@ -424,7 +459,7 @@ impl Link {
     }
 
     /// The layout of an owner without an IOMMU follows from its memory table.
-    fn plan_identity(&mut self) -> Result<(), Fault> {
+    pub(super) fn plan_identity(&mut self) -> Result<(), Fault> {
         if let Some(owner) = self.owner.as_ref().filter(|owner| !owner.has_iommu()) {
             self.shown.clear();
             self.layout = WindowLayout::plan(&self.geometry, &owner.identity(), &self.layout)?;
@@ -457,11 +492,14 @@ impl Link {
 
     /// Whether the peer holds no more of the owner's than it should.
     fn is_confined(&self, concerns: &Concern) -> bool {
-        let has_lost = |of| self.window.is_confined_to(&self.layout, of);
+        let (nothing, log) = (WindowLayout::new(), self.wanted_log());
+        let layout = if self.withdraws { &nothing } else { &self.layout };
+        let has_lost = |of| self.window.is_confined_to(layout, log.as_ref(), of);
         match concerns {
             Concern::Everything => has_lost(None) && self.is_wired_as_wanted(),
             Concern::Addresses(addresses) => has_lost(Some(addresses)),
             Concern::Eventfds => self.is_wired_as_wanted(),
+            Concern::Marking { before, .. } => has_lost(None) && self.driver_follows(*before),
         }
     }
 
@@ -528,6 +566,7 @@ impl Link {
         if let Some(Err(fault)) = self.doorbell_function.as_ref().map(|doorbell| doorbell.tick(now)) {
             self.refuse_doorbell(&fault, effects);
         }
+        self.answer_without_driver(now, effects);
         let deadlines = self.pending.iter().map(|pending| pending.peer_deadline);
         let mut deadlines = deadlines.chain(self.unplug.map(|unplug| unplug.peer_deadline));
         let overdue = deadlines.any(|deadline| now >= deadline);
@@ -554,6 +593,9 @@ impl Link {
         if let Some(owner) = &mut self.owner {
             owner.unplug();
         }
+        if let Some(waiting) = &mut self.waiting {
+            waiting.unplug();
+        }
         if has_iommu {
             self.stop_demand(effects);
         }
@@ -569,7 +611,7 @@ impl Link {
         self.leave(Side::Peer, effects);
     }
 
-    fn refuse(&mut self, side: Side, fault: &Fault, effects: &mut Vec<Effect>) {
+    pub(super) fn refuse(&mut self, side: Side, fault: &Fault, effects: &mut Vec<Effect>) {
         self.count(fault, side.name(), effects);
         effects.push(Effect::Reply(side, Reply::Refused(fault.to_string())));
         effects.push(Effect::Disconnect(side));
@@ -584,6 +626,7 @@ impl Link {
                 self.stop_demand(effects);
                 self.demand.asked = None;
                 self.layout = WindowLayout::new();
+                self.take_geometry();
             }
             Side::Peer if self.peer.take().is_some() => {
                 self.demand.forget_peer();
@@ -603,8 +646,10 @@ impl Link {
             self.answer_mapped(effects);
             return;
         }
+        self.end_withdrawal();
+        self.unsettled = false;
         let mappings = self.mappings();
-        let up = self.is_usable(&mappings);
+        let up = !self.withdraws && self.is_usable(&mappings);
         if up && self.failure.take().is_some() {
             effects.push(Effect::Log(Log::Info("the link works again".into())));
         }
@@ -645,7 +690,9 @@ impl Link {
         self.answer_mapped(effects);
         // And a device of the peer's VM lets go of it before.
         if !self.release.is_owed() {
-            self.window.reconcile(&self.layout, now, effects);
+            let (nothing, log) = (WindowLayout::new(), self.wanted_log());
+            let layout = if self.withdraws { &nothing } else { &self.layout };
+            self.window.reconcile(layout, log.as_ref(), now, effects);
         }
 
         let answered = self.pending.as_ref().is_some_and(|pending| self.is_confined(&pending.concerns));
@@ -661,9 +708,9 @@ impl Link {
     }
 
     /// Logs a connection, unless there were so many that somebody connects in a loop.
-    fn note_connection(&self, side: Side, count: u64, effects: &mut Vec<Effect>) {
+    pub(super) fn note_connection(&self, who: &str, count: u64, effects: &mut Vec<Effect>) {
         if count <= LOGGED_CONNECTIONS || count.is_power_of_two() {
-            effects.push(Effect::Log(Log::Info(format!("{} connected (number {count})", side.name()))));
+            effects.push(Effect::Log(Log::Info(format!("{who} connected (number {count})"))));
         }
     }
 
@@ -680,7 +727,7 @@ impl Link {
 }
 
 /// What a request of the owner's front-end concerns that takes something away.
-fn concerned(request: &Request) -> Concern {
+fn concerned(request: &Request, generation: u64, now: Instant) -> Concern {
     let span = |iova, size| Span::new(Iova::new(iova), size).ok();
     match request {
         Request::Iotlb(message) => match span(message.iova, message.size) {
@@ -691,6 +738,9 @@ fn concerned(request: &Request) -> Concern {
             Concern::Addresses(entries.iter().filter_map(|entry| span(entry.iova, entry.size)).collect())
         }
         Request::SetVringKick { .. } | Request::SetVringCall { .. } => Concern::Eventfds,
+        Request::SetFeatures(_) | Request::SetLogBase { .. } => {
+            Concern::Marking { before: generation, until: now + DRIVER_PATIENCE }
+        }
         _ => Concern::Everything,
     }
 }

@@ -33,6 +33,10 @@ impl Link {
                     contents.status |= abi::LINK_S_COPY;
                 }
             }
+            if let Some(placed) = self.wanted_log() {
+                contents.status |= abi::LINK_S_LOG;
+                contents.log = (placed.window.start().raw(), placed.log.len());
+            }
             contents.mappings = mappings;
         }
         contents
@@ -59,9 +63,13 @@ impl Link {
                 let (there, awaited): (Vec<_>, Vec<_>) =
                     live.partition(|(_, vring)| is_reachable(vring, mappings));
                 let awaited = awaited.iter().any(|(index, _)| !refused.contains(index) && !owner.pushes());
-                self.window.is_open() && self.window.is_ready() && !there.is_empty() && !awaited
+                let has_log = self.window.has_log(self.wanted_log().as_ref());
+                has_log && self.window.is_open() && self.window.is_ready() && !there.is_empty() && !awaited
             }
-            _ => !self.layout.is_empty() && self.window.shows_exactly(&self.layout),
+            _ => {
+                let has_log = self.window.has_log(self.wanted_log().as_ref());
+                !self.layout.is_empty() && has_log && self.window.shows_exactly(&self.layout)
+            }
         }
     }
 
@@ -70,12 +78,24 @@ impl Link {
         let range = placement.range();
         // The peer's VMM may be asked for more than the owner allows.
         let allowed = self.shown.allowed(range.iova().start()).unwrap_or(range.access());
+        let owner = self.owner.as_ref();
+        let page = owner.filter(|owner| owner.logs()).map(|owner| {
+            let guest = owner.guest_of_range(range)?;
+            u32::try_from(guest.raw() / abi::PAGE_SIZE).ok()
+        });
+        let (bits, log_page) = match page {
+            None => (allowed.bits(), 0),
+            Some(Some(page)) => (allowed.bits(), page),
+            // It is in one piece of its file, and in several of the guest's: what is written there is stored by
+            // command, and marked by who stores it.
+            Some(None) => (allowed.bits() & abi::ACCESS_READ, 0),
+        };
         abi::Mapping {
             iova: range.iova().start().raw().into(),
             len: range.iova().len().into(),
             window_offset: shown_at(placement, self.config.window_len).raw().into(),
-            access: allowed.bits().into(),
-            log_page: 0.into(),
+            access: bits.into(),
+            log_page: log_page.into(),
         }
     }
 

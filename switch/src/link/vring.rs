@@ -61,6 +61,14 @@ impl Format {
         }
     }
 
+    /// Of the three areas, those that the peer's driver writes.
+    pub fn is_written(self) -> [bool; 3] {
+        match self {
+            Self::Split => [false, false, true],
+            Self::Packed => [true, false, true],
+        }
+    }
+
     /// Where the peer's driver says how far it is: bytes from the start of the third area.
     pub fn place_at(self) -> u64 {
         match self {
@@ -160,6 +168,12 @@ pub struct Vring {
 }
 
 impl VringConfig {
+    /// The areas that the peer's driver writes.
+    pub fn written(&self) -> impl Iterator<Item = Span<Iova>> {
+        let written = self.format.is_written();
+        self.parts().zip(written).filter(|(_, written)| *written).map(|(part, _)| part)
+    }
+
     /// The three areas.
     pub fn parts(&self) -> impl Iterator<Item = Span<Iova>> {
         let areas = self.format.areas(self.size);
@@ -207,7 +221,10 @@ impl Vring {
 
     /// SET_VRING_ADDR.
     pub fn set_addr(&mut self, index: u32, addr: VringAddr) -> Result<(), Fault> {
-        self.must_be_stopped(index, "its addresses")?;
+        // Said again when logging begins and ends, with its flag.
+        if self.addr != Some(addr) {
+            self.must_be_stopped(index, "its addresses")?;
+        }
         self.addr = Some(addr);
         Ok(())
     }

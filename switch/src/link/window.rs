@@ -16,6 +16,7 @@ use iommu::{Change, Iova, Placement, Span, WindowLayout, difference};
 
 use super::descriptor::MemoryFile;
 use super::fault::Fault;
+use super::log::PlacedLog;
 use super::message::{Content, Effect, OpId, WindowOp};
 
 /// How long a restarted device is given to drop what it held before it is told to.
@@ -86,6 +87,8 @@ pub struct Window {
     phase: Phase,
     /// The owner's ranges that the VMM was asked to have.
     asked: WindowLayout<MemoryFile>,
+    /// The log that it was asked to have.
+    asked_log: Option<PlacedLog>,
     held: Vec<Held>,
     next_op: u64,
     unconfirmed: VecDeque<(OpId, Instant)>,
@@ -100,6 +103,7 @@ impl Window {
             strict: false,
             phase: Phase::Closed,
             asked: WindowLayout::new(),
+            asked_log: None,
             held: Vec::new(),
             next_op: 0,
             unconfirmed: VecDeque::new(),
@@ -144,12 +148,23 @@ impl Window {
         self.stop(effects);
     }
 
-    /// Asks for the next changes towards `desired`.
-    pub fn reconcile(&mut self, desired: &WindowLayout<MemoryFile>, now: Instant, effects: &mut Vec<Effect>) {
+    /// Asks for the next changes towards `desired` and `log`. There is a log whenever there is memory for which one is
+    /// wanted: it comes first and goes last.
+    pub fn reconcile(
+        &mut self,
+        desired: &WindowLayout<MemoryFile>,
+        log: Option<&PlacedLog>,
+        now: Instant,
+        effects: &mut Vec<Effect>,
+    ) {
         let Some(slot) = self.witness_slot().filter(|_| self.phase == Phase::Open) else {
             return;
         };
         let mut revoked = false;
+        let (changes_log, has_log) = (self.asked_log.as_ref() != log, self.asked_log.is_some());
+        if changes_log && !has_log {
+            self.change_log(log, now, effects);
+        }
         for change in difference(&self.asked, desired) {
             // All unmaps come before all maps.
             if matches!(change, Change::Map(_)) && revoked && !self.strict {
@@ -164,9 +179,26 @@ impl Window {
                 Change::Map(placement) => self.map(Content::Owner(placement), now, effects),
             }
         }
+        if changes_log && has_log {
+            revoked = true;
+            self.change_log(None, now, effects);
+            if self.strict {
+                self.change_log(log, now, effects);
+            }
+        }
         if revoked && !self.strict {
             self.map(Content::Witness { slot: slot ^ 1 }, now, effects);
             self.phase = Phase::Revoking { deadline: now + self.timeout };
+        }
+    }
+
+    fn change_log(&mut self, log: Option<&PlacedLog>, now: Instant, effects: &mut Vec<Effect>) {
+        if let Some(old) = self.asked_log.take() {
+            self.unmap(Content::Log(old), now, effects);
+        }
+        if let Some(log) = log {
+            self.asked_log = Some(log.clone());
+            self.map(Content::Log(log.clone()), now, effects);
         }
     }
 
@@ -330,6 +362,7 @@ impl Window {
 
     fn all_gone(&mut self, now: Instant, effects: &mut Vec<Effect>) {
         self.asked = WindowLayout::new();
+        self.asked_log = None;
         self.counters.revoked += self.held.iter().filter(|held| held.is_owners()).count() as u64;
         self.held.clear();
         self.unconfirmed.clear();
@@ -380,17 +413,42 @@ impl Window {
         phase.into_iter().chain(operation).min()
     }
 
-    /// Whether the peer holds no memory of the owner's but `desired`; if `of` is given, of
-    /// what has a byte in one of these ranges.
-    pub fn is_confined_to(&self, desired: &WindowLayout<MemoryFile>, of: Option<&[Span<Iova>]>) -> bool {
+    /// Whether the peer holds no memory of the owner's but `desired`, and no log but this; if `of` is given,
+    /// of what has a byte in one of these ranges.
+    pub fn is_confined_to(
+        &self,
+        desired: &WindowLayout<MemoryFile>,
+        log: Option<&PlacedLog>,
+        of: Option<&[Span<Iova>]>,
+    ) -> bool {
         self.held.iter().all(|held| match &held.content {
             Content::Owner(placement) => {
                 let iova = placement.range().iova();
                 let concerned = of.is_none_or(|of| of.iter().any(|span| span.overlaps(iova)));
                 !concerned || (!held.is_leaving() && desired.has(placement))
             }
+            Content::Log(held_log) => of.is_some() || (!held.is_leaving() && Some(held_log) == log),
             _ => true,
         })
+    }
+
+    /// Whether the peer holds nothing of the owner's, and may be asked to.
+    pub fn has_nothing(&self) -> bool {
+        matches!(self.phase, Phase::Open | Phase::Closed) && !self.held.iter().any(Held::is_owners)
+    }
+
+    /// Whether the peer has this log for certain, or none is wanted and it has none.
+    pub fn has_log(&self, log: Option<&PlacedLog>) -> bool {
+        let mut logs = self.held.iter().filter(|held| matches!(held.content, Content::Log(_)));
+        match (logs.next(), log) {
+            (None, None) => true,
+            (Some(held), Some(log)) => {
+                held.content == Content::Log(log.clone())
+                    && held.state == HeldState::Granted
+                    && logs.next().is_none()
+            }
+            _ => false,
+        }
     }
 
     /// Whether the peer has all of `desired`, and nothing of it is in question.
@@ -489,7 +547,7 @@ impl Window {
 
 impl Held {
     fn is_owners(&self) -> bool {
-        matches!(self.content, Content::Owner(_))
+        matches!(self.content, Content::Owner(_) | Content::Log(_))
     }
 
     /// Whether the VMM was asked to unmap it.

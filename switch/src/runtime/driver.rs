@@ -22,6 +22,7 @@ use super::channel::{Asked, Channel, send_later, send_now};
 use super::closing::turn_away;
 use super::control_ring::ControlRing;
 use super::copy::copy;
+use super::dirty_log;
 use super::doorbell::{Doorbell, Word};
 use super::rate::Rate;
 use super::relay::Relay;
@@ -32,7 +33,7 @@ use crate::link::descriptor::Eventfd;
 use crate::link::doorbell::DoorbellMessage;
 use crate::link::iommu::demand::Task;
 use crate::link::iommu::iotlb::Piece;
-use crate::link::message::{CommandId, Content, Log, OpId, Reply, WindowOp, Wire};
+use crate::link::message::{CommandId, Content, Log, OpId, Reply, WaitingEvent, WindowOp, Wire};
 use crate::link::report::{self, LinkReport};
 use crate::link::{Effect, Event, Fault, Link, Side};
 use crate::session::decode::Decoder;
@@ -75,6 +76,8 @@ pub struct LinkDriver {
     port: LinkPort,
     relay: Relay,
     owner: Option<Session>,
+    /// Another of the owner's side.
+    waiting: Option<Session>,
     peer: Option<Session>,
     next_session: u64,
     next_channel: u64,
@@ -90,6 +93,8 @@ pub struct LinkDriver {
     doorbell_watch: Option<Watch>,
     link_id: u64,
     rates: Rates,
+    /// Whether a second VMM of the owner's side may wait.
+    migration: bool,
     wires: Vec<Wire>,
     doorbell: Option<Eventfd>,
     guard: Guard,
@@ -111,10 +116,12 @@ impl LinkDriver {
         let mut driver = Self {
             name: config.name.clone(),
             rates: config.rates,
+            migration: config.migration,
             link,
             port,
             relay,
             owner: None,
+            waiting: None,
             peer: None,
             next_session: 0,
             next_channel: 0,
@@ -158,12 +165,18 @@ impl LinkDriver {
                 if let Some(open) = self.session(side).filter(|open| open.id == session) {
                     open.answer = Some(answer);
                     self.apply(Event::Request(side, request));
+                } else if let Some(open) = self.waiting.as_mut().filter(|open| open.id == session) {
+                    open.answer = Some(answer);
+                    self.apply(Event::Waiting(WaitingEvent::Request(request)));
                 }
             }
             Input::Ended { side, session, fault } => {
                 if self.session(side).is_some_and(|open| open.id == session) {
                     self.close(side);
                     self.apply(Event::Disconnected(side, fault));
+                } else if self.waiting.as_ref().is_some_and(|open| open.id == session) {
+                    self.close_waiting();
+                    self.apply(Event::Waiting(WaitingEvent::Disconnected(fault)));
                 }
             }
             Input::ChannelAnswer { side, session, channel, request, done } => {
@@ -173,6 +186,9 @@ impl LinkDriver {
                 if self.channel(side, (session, channel)).is_some() {
                     self.channel_lost(side);
                     self.run_effects(Vec::new());
+                } else if let Some(open) = self.waiting.as_mut().filter(|open| open.id == session) {
+                    // It may bring another; nothing was asked on this one.
+                    open.channel.take_if(|open| open.id() == channel);
                 }
             }
             Input::NotPermitted { door, caller } => {
@@ -202,7 +218,8 @@ impl LinkDriver {
     }
 
     fn connected(&mut self, side: Side, stream: UnixStream) {
-        if self.session(side).is_some() {
+        let waits = side == Side::Owner && self.owner.is_some() && self.waiting.is_none() && self.migration;
+        if self.session(side).is_some() && !waits {
             turn_away(stream);
             self.apply(Event::TurnedAway(side));
             return;
@@ -219,6 +236,7 @@ impl LinkDriver {
         let decoder = Arc::new(Decoder::new(port.clone(), side, id));
         // Before its first message.
         match side {
+            Side::Owner if waits => self.guard.waiting(stream.as_fd()),
             Side::Owner => self.guard.owner(stream.as_fd()),
             Side::Peer => self.guard.peer(stream.as_fd(), self.areas.as_fd()),
         }
@@ -230,11 +248,19 @@ impl LinkDriver {
             .spawn(move || serve(connection, &decoder, &port, rate, (side, id)));
         if let Err(error) = started {
             warn!(link = %self.name, side = side.name(), %error, "a connection cannot be served");
-            self.close(side);
+            if waits {
+                self.close_waiting()
+            } else {
+                self.close(side)
+            }
             return;
         }
         let session = Some(Session { id, line, answer: None, channel: None });
         match side {
+            Side::Owner if waits => {
+                self.waiting = session;
+                return self.apply(Event::Waiting(WaitingEvent::Connected));
+            }
             Side::Owner => self.owner = session,
             Side::Peer => self.peer = session,
         }
@@ -370,9 +396,35 @@ impl LinkDriver {
 
     fn run_effect(&mut self, effect: Effect) {
         match effect {
-            Effect::Reply(side, reply) => self.reply(side, reply),
+            Effect::Reply(side, reply) => {
+                let session = match side {
+                    Side::Owner => self.owner.as_mut(),
+                    Side::Peer => self.peer.as_mut(),
+                };
+                if reply_to(&self.name, side.name(), session, reply).is_err() {
+                    self.close(side);
+                }
+            }
+            Effect::ReplyWaiting(reply) => {
+                if reply_to(&self.name, "waiting owner", self.waiting.as_mut(), reply).is_err() {
+                    self.close_waiting();
+                }
+            }
             Effect::Disconnect(side) => self.close(side),
-            Effect::OpenChannel(side, stream) => self.open_channel(side, stream),
+            Effect::DisconnectWaiting => self.close_waiting(),
+            Effect::SwapOwners => {
+                std::mem::swap(&mut self.owner, &mut self.waiting);
+                self.guard.owners_swapped();
+            }
+            Effect::OpenChannel(side, stream) => self.open_channel(side, stream, false),
+            Effect::OpenWaitingChannel(stream) => self.open_channel(Side::Owner, stream, true),
+            Effect::Mark(marks) => {
+                let marked = dirty_log::mark(&marks);
+                self.warn_of(
+                    marked,
+                    "what was stored cannot be marked: a migration of the owner under way loses it",
+                );
+            }
             Effect::Miss(id, page, access) => {
                 self.ask(Side::Owner, Asked::Miss(id), backend_message::miss(page, access));
             }
@@ -438,37 +490,14 @@ impl LinkDriver {
         }
     }
 
-    fn reply(&mut self, side: Side, reply: Reply) {
-        let Some(session) = self.session(side) else { return };
-        let Some(answer) = session.answer.take() else { return };
-        let done = match reply {
-            Reply::Done => Some(true),
-            Reply::Declined | Reply::Refused(_) => Some(false),
-            _ => None,
-        };
-        let Answer { sender, acknowledge } = answer;
-        let bytes =
-            acknowledge.zip(done).map(|(request, done)| backend_message::acknowledgement(request, done));
-        match bytes {
-            Some(bytes) if !session.line.with(|line| send_now(line, &bytes)).unwrap_or(false) => {
-                let stopped = session.line.with(|line| send_later(line, bytes, sender, reply));
-                // A connection that is closed already needs no answer.
-                if let Some(Err(error)) = stopped {
-                    warn!(link = %self.name, side = side.name(), %error, "an answer cannot be sent");
-                    self.close(side);
-                }
-            }
-            _ => drop(sender.send(reply)),
-        }
-    }
-
-    fn open_channel(&mut self, side: Side, stream: UnixStream) {
+    fn open_channel(&mut self, side: Side, stream: UnixStream, waits: bool) {
         let (port, name) = (self.port.clone(), self.name.clone());
         let rate = Rate::new(self.rates.messages, Instant::now());
         self.next_channel += 1;
         let id = ChannelId(self.next_channel);
         let guard = self.guard.clone();
-        let Some(session) = self.session(side) else { return };
+        let session = if waits { self.waiting.as_mut() } else { self.session(side) };
+        let Some(session) = session else { return };
         match Channel::open(stream, port, side, (session.id, id), &name, rate) {
             Ok(channel) => {
                 let channel = session.channel.insert(channel);
@@ -582,7 +611,9 @@ impl LinkDriver {
         match &content {
             // The first of a window that has nothing.
             Content::LinkArea => self.guard.cleared(),
-            Content::Witness { .. } | Content::Owner(_) => self.guard.mapping(op.0, offset.raw(), len),
+            Content::Witness { .. } | Content::Owner(_) | Content::Log(_) => {
+                self.guard.mapping(op.0, offset.raw(), len)
+            }
             Content::ControlArea | Content::Fence => {}
         }
         let (source, file_offset, writable) = match &content {
@@ -597,6 +628,7 @@ impl LinkDriver {
                 (source, 0, true)
             }
             Content::Fence => (Witness::new()?.source(), 0, true),
+            Content::Log(placed) => (Source::Owner(placed.log.file().clone()), placed.log.offset(), true),
             Content::Owner(placement) => {
                 let backing = placement.range().backing();
                 let writable = placement.range().access().allows(iommu::Access::Write);
@@ -621,6 +653,11 @@ impl LinkDriver {
         }
     }
 
+    fn close_waiting(&mut self) {
+        self.waiting = None;
+        self.guard.waiting_gone();
+    }
+
     fn close(&mut self, side: Side) {
         match side {
             Side::Owner => {
@@ -633,4 +670,29 @@ impl LinkDriver {
             }
         }
     }
+}
+
+/// Answers a session's open question. An error: it cannot be, and the session is to be closed.
+fn reply_to(link: &str, who: &str, session: Option<&mut Session>, reply: Reply) -> Result<(), ()> {
+    let Some(session) = session else { return Ok(()) };
+    let Some(answer) = session.answer.take() else { return Ok(()) };
+    let done = match reply {
+        Reply::Done => Some(true),
+        Reply::Declined | Reply::Refused(_) => Some(false),
+        _ => None,
+    };
+    let Answer { sender, acknowledge } = answer;
+    let bytes = acknowledge.zip(done).map(|(request, done)| backend_message::acknowledgement(request, done));
+    match bytes {
+        Some(bytes) if !session.line.with(|line| send_now(line, &bytes)).unwrap_or(false) => {
+            let stopped = session.line.with(|line| send_later(line, bytes, sender, reply));
+            // A connection that is closed already needs no answer.
+            if let Some(Err(error)) = stopped {
+                warn!(%link, side = who, %error, "an answer cannot be sent");
+                return Err(());
+            }
+        }
+        _ => drop(sender.send(reply)),
+    }
+    Ok(())
 }

@@ -15,6 +15,11 @@ const LISTENING: u64 = 3;
 const CONNECTED: u64 = 10;
 /// The owner's kick, call and error eventfd of a vring, and the peer's kick and call.
 const VRING: u64 = 5;
+/// Of an owner that can be migrated: the connection and back-end channel of the VMM that waits, both VMMs' logs, and a copy
+/// of one for a moment.
+const MIGRATION: u64 = 5;
+/// The kick, call and error eventfd of a vring of the VMM that waits.
+const WAITING_VRING: u64 = 3;
 /// A doorbell function's connection and page.
 const DOORBELL: u64 = 2;
 /// What a doorbell function is given of a vring at most, as its owner restarts it: numbers and
@@ -37,7 +42,8 @@ pub fn needed<'c>(links: impl IntoIterator<Item = &'c LinkConfig>) -> (u64, u64)
             Some(_) => (LISTENING + 1, DOORBELL + DOORBELL_VRING * vrings),
             None => (LISTENING, 0),
         };
-        (listening + listens, up + listens + CONNECTED + regions + doorbell + VRING * vrings)
+        let migration = if link.migration { MIGRATION + regions + WAITING_VRING * vrings } else { 0 };
+        (listening + listens, up + listens + CONNECTED + regions + doorbell + VRING * vrings + migration)
     })
 }
 
@@ -71,17 +77,20 @@ mod tests {
     use crate::config;
 
     #[test]
-    fn a_link_takes_23_descriptors_at_most_and_one_for_each_region_and_10_for_each_pair() {
+    fn a_link_takes_13_descriptors_at_most_and_one_for_each_region_and_10_for_each_pair() {
         let of = |keys: &str| {
             let text = format!(
                 "control_socket = \"/c\"\n[[link]]\nname = \"l\"\nowner_socket = \"/o\"\npeer_socket = \"/p\"\n{keys}"
             );
             needed(&config::parse(&text).unwrap().links)
         };
-        assert_eq!(of(""), (OWN + 3, OWN + 13 + 10 + 16));
-        assert_eq!(of("queue_pairs = 3\n"), (OWN + 3, OWN + 13 + 30 + 16));
-        assert_eq!(of("memory_regions = 1\n"), (OWN + 3, OWN + 13 + 10 + 1));
-        assert_eq!(of("doorbell_socket = \"/d\"\n"), (OWN + 4, OWN + 14 + 10 + 16 + 82));
+        let still = |keys: &str| of(&format!("migration = false\n{keys}"));
+        assert_eq!(still(""), (OWN + 3, OWN + 13 + 10 + 16));
+        assert_eq!(still("queue_pairs = 3\n"), (OWN + 3, OWN + 13 + 30 + 16));
+        assert_eq!(still("memory_regions = 1\n"), (OWN + 3, OWN + 13 + 10 + 1));
+        assert_eq!(still("doorbell_socket = \"/d\"\n"), (OWN + 4, OWN + 14 + 10 + 16 + 82));
+        // The VMM that waits has regions and vrings, too.
+        assert_eq!(of(""), (OWN + 3, OWN + 13 + 10 + 16 + 5 + 16 + 6));
     }
 
     #[test]

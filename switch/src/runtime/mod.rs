@@ -7,6 +7,7 @@
 //! | [`channel`] | the back-end channel to a VMM |
 //! | [`backend_message`] | its messages as bytes |
 //! | [`copy`] | copies between an owner's files and the control area |
+//! | [`dirty_log`] | marks pages in an owner's dirty log |
 //! | [`doorbell`] | the connection to a peer's doorbell function |
 //! | [`areas`] | the broker's own memory in the window: link area, control area, witness |
 //! | [`control_ring`] | serves the control ring |
@@ -30,6 +31,7 @@ pub mod channel;
 pub(crate) mod closing;
 pub mod control_ring;
 pub mod copy;
+pub mod dirty_log;
 pub mod doorbell;
 pub mod driver;
 pub mod limits;

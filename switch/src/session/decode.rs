@@ -18,8 +18,9 @@ use vhost::vhost_user::message::{
 use vhost::vhost_user::{Error, GpuBackend, Result, VhostUserBackendReqHandler};
 
 use super::inspect;
-use crate::link::message::{RegionRequest, Reply, Request, VringBase};
+use crate::link::message::{Marks, RegionRequest, Reply, Request, VringBase};
 use crate::link::{Fault, Side};
+use crate::runtime::dirty_log;
 use crate::runtime::{Answer, Input, LinkPort, SessionId};
 
 /// The handler of one session.
@@ -115,6 +116,11 @@ impl Decoder {
         })
     }
 
+    /// Never an answer after which the front-end would miss a page.
+    fn mark(&self, marks: &Marks) -> Result<()> {
+        self.faulty(dirty_log::mark(marks).map_err(|error| Fault::Host(error.to_string())))
+    }
+
     fn unsupported<T>(&self, what: &'static str) -> Result<T> {
         self.faulty(Err(Fault::Unsupported(what)))
     }
@@ -190,15 +196,13 @@ impl VhostUserBackendReqHandler for Decoder {
     fn set_vring_addr(
         &self,
         index: u32,
-        flags: VhostUserVringAddrFlags,
+        _flags: VhostUserVringAddrFlags,
         desc: u64,
         used: u64,
         avail: u64,
         _log: u64,
     ) -> Result<()> {
-        if flags.contains(VhostUserVringAddrFlags::VHOST_VRING_F_LOG) {
-            return self.unsupported("dirty logging of a vring");
-        }
+        // A vring is marked as all else that is written, when VHOST_F_LOG_ALL is set, at its guest-physical address.
         self.done(Request::SetVringAddr { index, desc, avail, used })
     }
 
@@ -208,7 +212,12 @@ impl VhostUserBackendReqHandler for Decoder {
 
     fn get_vring_base(&self, index: u32) -> Result<VhostUserVringState> {
         match self.ask(Request::GetVringBase { index })? {
-            Reply::VringBase(base) => Ok(VhostUserVringState::new(base.index, vring_base(&base))),
+            Reply::VringBase(base) => {
+                if let Some(marks) = &base.marks {
+                    self.mark(marks)?;
+                }
+                Ok(VhostUserVringState::new(base.index, vring_base(&base)))
+            }
             _ => Err(Error::BackendInternalError),
         }
     }
@@ -322,7 +331,8 @@ impl VhostUserBackendReqHandler for Decoder {
         self.unsupported("DEVICE_STATE")
     }
 
-    fn set_log_base(&self, _log: &VhostUserLog, _file: File) -> Result<()> {
-        self.unsupported("LOG_SHMFD")
+    fn set_log_base(&self, log: &VhostUserLog, file: File) -> Result<()> {
+        let (file, file_len) = self.faulty(inspect::memory_file_for(file, "a dirty log"))?;
+        self.done(Request::SetLogBase { file, file_len, offset: log.mmap_offset, len: log.mmap_size })
     }
 }

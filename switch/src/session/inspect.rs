@@ -29,7 +29,15 @@ const F_SEAL_FUTURE_WRITE: i32 = 0x10;
 /// # Errors
 /// When it is no regular file of a memory file system.
 pub fn memory_file(file: File) -> Result<(MemoryFile, u64), Fault> {
-    let fault = |reason: String| Fault::Descriptor(format!("the descriptor of a memory region {reason}"));
+    memory_file_for(file, "a memory region")
+}
+
+/// The same, of memory that is for something else.
+///
+/// # Errors
+/// As [`memory_file`].
+pub fn memory_file_for(file: File, what: &str) -> Result<(MemoryFile, u64), Fault> {
+    let fault = |reason: String| Fault::Descriptor(format!("the descriptor of {what} {reason}"));
     let no_memory = || {
         fault(
             "is no memfd, shared-memory or hugetlbfs file: give the VMM memory of that kind, \

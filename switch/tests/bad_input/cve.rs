@@ -10,9 +10,10 @@ use crate::bench::{Bench, settled_descriptors};
 use crate::iommu::{ends, up};
 use crate::iommu_owner::{BEHIND, BUFFERS, PAGE, answer, next_miss, resident, update};
 use crate::raw::{
-    FRONTEND, GET_FEATURES, GET_VRING_BASE, IOTLB_MSG, MEMORY, OWNER_PROTOCOL, PEER_PROTOCOL, Raw,
-    SET_FEATURES, SET_MEM_TABLE, SET_VRING_ADDR, SET_VRING_BASE, SET_VRING_CALL, SET_VRING_ENABLE,
-    SET_VRING_KICK, SET_VRING_NUM, VERSION, VERSION_1, eventfd, longs, memfd, message, region, table, words,
+    FRONTEND, GET_FEATURES, GET_VRING_BASE, IOTLB_MSG, LOG_SHMFD, MEMORY, OWNER_PROTOCOL, PEER_PROTOCOL,
+    PROTOCOL_FEATURES, Raw, SET_FEATURES, SET_MEM_TABLE, SET_VRING_ADDR, SET_VRING_BASE, SET_VRING_CALL,
+    SET_VRING_ENABLE, SET_VRING_KICK, SET_VRING_NUM, VERSION, VERSION_1, eventfd, longs, memfd, message,
+    region, table, unsealed_memfd, words,
 };
 
 const SET_LOG_BASE: u32 = 6;
@@ -155,12 +156,28 @@ fn cve_2020_10722_a_dirty_log_whose_end_wraps_is_not_mapped() {
         refused(&bench, false, None, "SET_LOG_BASE", &bytes, vec![memfd()]);
     }
     refused(&bench, false, None, "SET_LOG_FD", &message(SET_LOG_FD, VERSION, &[]), vec![eventfd()]);
-    let logging = message(SET_FEATURES, VERSION, &longs(&[VERSION_1 | LOG_ALL]));
-    refused(&bench, false, Some("features"), "LOG_ALL", &logging, Vec::new());
-    // A vring that says that it is logged.
-    let mut addr = words(&[0, 1]);
-    addr.extend(longs(&[FRONTEND, FRONTEND + 0x600, FRONTEND + 0x400, u64::MAX - 7]));
-    refused(&bench, false, None, "a log address", &message(SET_VRING_ADDR, VERSION, &addr), Vec::new());
+    let all = longs(&[VERSION_1 | PROTOCOL_FEATURES | LOG_ALL]);
+    // The memory has 1024 pages.
+    for (len, offset, log) in [
+        (127, 0, memfd()),
+        (128, 8, memfd()),
+        (128, MEMORY, memfd()),
+        (4097, MEMORY - 4096, memfd()),
+        (128, 0, unsealed_memfd()),
+    ] {
+        let before = bench.faults().get("dirty_log").copied().unwrap_or(0);
+        let mut raw = Raw::connect(&bench.left().0);
+        raw.negotiate(OWNER_PROTOCOL | LOG_SHMFD);
+        raw.set_up();
+        raw.ask(SET_LOG_BASE, &longs(&[len, offset]), &[log]);
+        raw.answered(SET_LOG_BASE);
+        assert!(!raw.done(SET_FEATURES, &all, &[]), "a log of {len} bytes at {offset:#x} is used");
+        assert_eq!(bench.faults()["dirty_log"], before + 2);
+        // The session goes on, and a log that will do is used.
+        raw.ask(SET_LOG_BASE, &longs(&[128, 4096]), &[memfd()]);
+        raw.answered(SET_LOG_BASE);
+        assert!(raw.done(SET_FEATURES, &all, &[]));
+    }
     bench.descriptors_are(open);
     assert_eq!(bench.guest_bytes_mapped(), 0);
     bench.right_link_works();

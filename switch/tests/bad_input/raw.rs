@@ -47,6 +47,7 @@ pub const PROTOCOL_FEATURES: u64 = 1 << 30;
 pub const VERSION_1: u64 = 1 << 32;
 /// MQ, REPLY_ACK, CONFIGURE_MEM_SLOTS.
 pub const OWNER_PROTOCOL: u64 = 1 | 1 << 3 | 1 << 15;
+pub const LOG_SHMFD: u64 = 1 << 1;
 /// MQ, REPLY_ACK, BACKEND_REQ, CONFIG, CONFIGURE_MEM_SLOTS, SHMEM.
 pub const PEER_PROTOCOL: u64 = 1 | 1 << 3 | 1 << 5 | 1 << 9 | 1 << 15 | 1 << 22;
 
@@ -138,6 +139,11 @@ impl Raw {
     pub fn done(&mut self, request: u32, payload: &[u8], fds: &[OwnedFd]) -> bool {
         self.send(&message(request, VERSION | NEED_REPLY, payload), fds);
         self.answer(request) == longs(&[0])
+    }
+
+    /// Takes the answer that a request has of its own.
+    pub fn answered(&mut self, request: u32) {
+        self.answer(request);
     }
 
     fn answer(&mut self, request: u32) -> Vec<u8> {

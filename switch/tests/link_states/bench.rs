@@ -77,6 +77,7 @@ pub fn config() -> LinkConfig {
         max_mappings: 16,
         memory_regions: 64,
         unsealed_memory: false,
+        migration: true,
         rates: Rates::default(),
         wiring: WiringPolicy::Direct,
         doorbell_socket: None,
@@ -378,6 +379,7 @@ impl Bench {
                 self.shared.check_copy(*task, iova, len, pieces, &self.files);
             }
             Effect::ResetControlRing => self.commands.reset(),
+            Effect::SwapOwners => self.swapped(),
             _ => {}
         }
     }
@@ -443,6 +445,15 @@ impl Bench {
         }
     }
 
+    /// Another VMM has the owner's place; what it has said is not asked here.
+    fn swapped(&mut self) {
+        assert!(self.question.is_none(), "a VMM that waits for an answer has lost the link");
+        self.shared = Shared::default();
+        for ask in Ask::bring_up(&REGIONS) {
+            self.shared.takes(&ask);
+        }
+    }
+
     /// The promise of the whole project: what is answered as revoked is revoked.
     fn check_revoked(&self, ask: &Ask) {
         for range in self.vmm.owner_ranges() {
@@ -465,6 +476,7 @@ fn copy(reply: &Reply) -> Reply {
             format: base.format,
             size: base.size,
             fallback: base.fallback,
+            marks: base.marks.clone(),
         }),
         Reply::Config(bytes) => Reply::Config(bytes.clone()),
         Reply::ShmemLen(len) => Reply::ShmemLen(*len),

@@ -378,5 +378,5 @@ pub fn peer_start(queues: u32) -> Vec<Request> {
 
 /// What an owner's front-end is offered.
 pub fn owner_protocol_features() -> u64 {
-    owner::protocol_features(&crate::bench::config().device)
+    owner::protocol_features(&crate::bench::config().device, true)
 }

@@ -35,10 +35,10 @@ fn owner() -> Bench {
 #[test]
 fn features_that_were_not_offered_are_refused() {
     let mut bench = owner();
-    for bit in [0, 5, 26, 36, 40, 63] {
+    for bit in [0, 5, 36, 40, 63] {
         refused(&mut bench, Request::SetFeatures(FEATURES | 1 << bit), "features", "not offered");
     }
-    for bit in [1, 4, 12, 19, 22, 61, 63] {
+    for bit in [4, 12, 19, 22, 61, 63] {
         refused(&mut bench, Request::SetProtocolFeatures(1 << bit), "features", "not offered");
     }
     let mut bench = Bench::new();

@@ -18,6 +18,7 @@ pub enum Kind {
     ControlArea,
     Witness,
     Fence,
+    Log,
     Owner,
 }
 
@@ -26,6 +27,7 @@ pub fn kind(content: &Content) -> Kind {
         abi::LINK_OFFSET => Kind::LinkArea,
         abi::CONTROL_OFFSET => Kind::ControlArea,
         abi::FENCE_OFFSET => Kind::Fence,
+        abi::LOG_OFFSET => Kind::Log,
         abi::DATA_OFFSET.. => Kind::Owner,
         _ => Kind::Witness,
     }

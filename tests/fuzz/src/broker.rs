@@ -39,6 +39,7 @@ pub fn config() -> LinkConfig {
         doorbell_socket: None,
         memory_regions: DEFAULT_MEMORY_REGIONS,
         unsealed_memory: false,
+        migration: true,
         rates: Rates::default(),
         owner_admission: Admission::default(),
         peer_admission: Admission::default(),

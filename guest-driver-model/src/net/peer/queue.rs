@@ -20,7 +20,7 @@ use crate::net::receive::receive;
 use crate::net::transmit::Transmitter;
 use crate::net::{Counters, receive_vring, transmit_vring};
 use crate::ring::{ChainBurst, DeviceRing, Fault, OnMiss, RingConfig, RingFeatures};
-use crate::shm::SharedMemory;
+use crate::shm::{SharedMemory, ShmError};
 
 /// A vring of the owner.
 #[derive(Debug)]
@@ -98,10 +98,13 @@ impl PeerQueue {
         pair: u16,
         [target, source]: &[VringInfo; 2],
         (window, page, snapshot): (&SharedMemory, &LinkPage, &LinkSnapshot),
-    ) -> Self {
-        let tables = Tables::new(page, snapshot);
+    ) -> Result<Self, ShmError> {
+        // By this the queue writes, whatever it writes.
+        let (window, log) = snapshot.serving(window)?;
+        let tables = Tables::new(page, snapshot, log);
+        let window = &window;
         let vring = |vring, info| PortVring::new(vring, info, window, &tables, snapshot);
-        Self {
+        Ok(Self {
             pair,
             window: window.clone(),
             demand: Demand::default(),
@@ -114,7 +117,7 @@ impl PeerQueue {
             chains: ChainBurst::with_capacity(MAX_BURST),
             counters: Counters::default(),
             tables,
-        }
+        })
     }
 
     /// Its number.

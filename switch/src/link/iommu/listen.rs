@@ -60,32 +60,8 @@ impl Link {
     /// Takes a message of pushed changes; all of it or nothing.
     pub(in crate::link) fn take_push(&mut self, reset: bool, entries: &[PushEntry]) -> Result<(), Refusal> {
         let owner = self.owner.as_mut().ok_or(Refusal::End(Fault::Unsupported("IOMMU_PUSH")))?;
-        if !owner.has_iommu() || !owner.pushes() {
-            return Err(Refusal::End(Fault::Unsupported("IOMMU_PUSH")));
-        }
         self.demand_counters.pushes += 1;
-        let fault = |position: usize, reason: String| {
-            Refusal::Decline(Fault::Iommu(format!("pushed entry {position}: {reason}")))
-        };
-        let mut changes = Vec::with_capacity(entries.len() + 1);
-        if reset {
-            changes.push(PushedChange::Reset);
-        }
-        for (position, entry) in entries.iter().enumerate() {
-            changes.push(match entry.perm {
-                0 => Span::new(Iova::new(entry.iova), entry.size)
-                    .map(PushedChange::Unmap)
-                    .map_err(|error| fault(position, error.to_string()))?,
-                perm => mapped_range(owner, entry.iova, entry.size, entry.frontend, perm)
-                    .map(PushedChange::Map)
-                    .map_err(|reason| fault(position, reason))?,
-            });
-        }
-        let first = usize::from(reset);
-        let gone = owner
-            .iotlb
-            .push(changes)
-            .map_err(|(position, error)| fault(position.saturating_sub(first), error.to_string()))?;
+        let gone = push(owner, reset, entries)?;
         // A vring whose memory was not mapped may have it now.
         self.demand.refused_vrings.clear();
         self.hide(&gone);
@@ -165,6 +141,40 @@ impl Link {
             self.deny(want.command, effects);
         }
     }
+}
+
+/// Takes pushed changes into what is known of an owner's IOMMU. Gives what is not mapped any more.
+///
+/// # Errors
+/// Whether the message is declined, or ends the session.
+pub(in crate::link) fn push(
+    owner: &mut OwnerSession,
+    reset: bool,
+    entries: &[PushEntry],
+) -> Result<Vec<Span<Iova>>, Refusal> {
+    if !owner.has_iommu() || !owner.pushes() {
+        return Err(Refusal::End(Fault::Unsupported("IOMMU_PUSH")));
+    }
+    let fault = |position: usize, reason: String| {
+        Refusal::Decline(Fault::Iommu(format!("pushed entry {position}: {reason}")))
+    };
+    let mut changes = Vec::with_capacity(entries.len() + 1);
+    if reset {
+        changes.push(PushedChange::Reset);
+    }
+    for (position, entry) in entries.iter().enumerate() {
+        changes.push(match entry.perm {
+            0 => Span::new(Iova::new(entry.iova), entry.size)
+                .map(PushedChange::Unmap)
+                .map_err(|error| fault(position, error.to_string()))?,
+            perm => mapped_range(owner, entry.iova, entry.size, entry.frontend, perm)
+                .map(PushedChange::Map)
+                .map_err(|reason| fault(position, reason))?,
+        });
+    }
+    let first = usize::from(reset);
+    let pushed = owner.iotlb.push(changes);
+    pushed.map_err(|(position, error)| fault(position.saturating_sub(first), error.to_string()))
 }
 
 /// Why a message of the owner's front-end is not taken.

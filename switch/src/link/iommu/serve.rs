@@ -9,7 +9,7 @@ use vhost_pci_device::abi;
 use super::demand::{Task, Want, want};
 use super::room::{Room, allowed_as, mapped_as};
 use crate::link::link_page;
-use crate::link::message::{CommandId, Effect};
+use crate::link::message::{CommandId, Effect, Marks};
 use crate::link::owner::OwnerSession;
 use crate::link::state::{Link, Pending};
 
@@ -173,7 +173,13 @@ impl Link {
                 counters.bytes_stored += want.span.len();
             }
         }
+        let log = owner.log().filter(|_| want.task == Task::Store).cloned();
+        let marks = log.map(|log| Marks {
+            log,
+            pages: pieces.iter().filter_map(|piece| owner.pages(piece.clone())).collect(),
+        });
         effects.push(Effect::Copy(want.command, want.task, pieces));
+        effects.extend(marks.map(Effect::Mark));
         let lasting = owner.iotlb.note_copy(want.span, LASTING);
         for (start, access) in lasting {
             match allowed_as(access, self.config.one_way, self.is_strict()) {
