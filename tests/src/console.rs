@@ -53,6 +53,11 @@ impl Console {
         Self { stream, unread: Vec::new(), last_id: 0 }
     }
 
+    /// Goes on with the loop that this console was of, whose guest has moved to another QEMU.
+    pub fn go_on_with(&mut self, before: &Self) {
+        self.last_id = before.last_id;
+    }
+
     /// Waits for the start of the loop, at boot or after a reboot.
     pub fn wait_ready(&mut self, timeout: Duration) -> Result<()> {
         let deadline = Instant::now() + timeout;

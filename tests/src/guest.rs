@@ -32,6 +32,8 @@ pub struct GuestConfig<'a> {
     kernel_args: Vec<String>,
     modules: Vec<String>,
     files: Vec<(String, PathBuf)>,
+    /// Which QEMU of this guest, if it moves from one to another, and where its state comes from.
+    incoming: Option<(u32, String)>,
 }
 
 impl<'a> GuestConfig<'a> {
@@ -44,6 +46,7 @@ impl<'a> GuestConfig<'a> {
             kernel_args: Vec::new(),
             modules: Vec::new(),
             files: Vec::new(),
+            incoming: None,
         }
     }
 
@@ -84,12 +87,21 @@ impl<'a> GuestConfig<'a> {
         self
     }
 
+    /// Another QEMU of a guest that was started like this, which waits at a migration URI for the guest's
+    /// state. Its logs have the number in their names.
+    #[must_use]
+    pub fn incoming(mut self, number: u32, uri: &str) -> Self {
+        self.incoming = Some((number, uri.to_owned()));
+        self.args(["-incoming", uri])
+    }
+
     /// Starts QEMU and waits for nothing: several guests can boot at the same time.
     pub fn spawn(self) -> Result<Guest> {
         let initramfs = self.initramfs().with_context(|| format!("guest {}: its initramfs", self.name))?;
+        let number = self.incoming.as_ref().map_or(String::new(), |(number, _)| format!("-{number}"));
         let logs = Logs {
-            serial: self.sandbox.dir().join(format!("{}.serial.log", self.name)),
-            qemu: self.sandbox.dir().join(format!("{}.qemu.log", self.name)),
+            serial: self.sandbox.dir().join(format!("{}{number}.serial.log", self.name)),
+            qemu: self.sandbox.dir().join(format!("{}{number}.qemu.log", self.name)),
         };
         process::new_log(&logs.qemu)?;
         process::new_log(&logs.serial)?;
@@ -147,6 +159,10 @@ impl<'a> GuestConfig<'a> {
         if self.files.is_empty() {
             return Ok(self.sandbox.initramfs());
         }
+        let path = self.sandbox.dir().join(format!("{}.initramfs", self.name));
+        if self.incoming.is_some() && path.exists() {
+            return Ok(path);
+        }
         let mut bytes = fs::read(self.sandbox.initramfs())?;
         bytes.resize(bytes.len().next_multiple_of(4), 0);
         let mut archive = Archive::new(bytes);
@@ -155,7 +171,6 @@ impl<'a> GuestConfig<'a> {
             let mode = fs::metadata(path_on_host)?.permissions().mode();
             archive.file(path_in_guest, mode, &content)?;
         }
-        let path = self.sandbox.dir().join(format!("{}.initramfs", self.name));
         fs::write(&path, archive.finish()?)?;
         Ok(path)
     }
@@ -215,6 +230,12 @@ impl Guest {
         let again = self.console.send("reboot -f").and_then(|_| self.console.wait_ready(timeout));
         again.map_err(|error| self.explain("rebooting", error))?;
         Ok(from.elapsed())
+    }
+
+    /// The guest has moved to this QEMU; its old one is killed.
+    pub fn moved_to(&mut self, mut next: Self) {
+        next.console.go_on_with(&self.console);
+        *self = next;
     }
 
     /// Asks QEMU itself, in its machine protocol.

@@ -14,6 +14,7 @@ mod hostile;
 mod iommu;
 mod iommu_static;
 mod links;
+mod migrate;
 mod offload;
 mod packed;
 mod ping;
@@ -56,6 +57,7 @@ const SCENARIOS: &[Scenario] = &[
     iommu_static::SCENARIO,
     confine::SCENARIO,
     readonly::SCENARIO,
+    migrate::SCENARIO,
     torture::SCENARIO,
     hostile::SCENARIO,
 ];
@@ -71,7 +73,12 @@ fn main() -> ExitCode {
     let mut chosen = Vec::new();
     let mut arguments = arguments.iter();
     while let Some(argument) = arguments.next() {
-        if torture::OPTIONS.iter().chain(&hostile::OPTIONS).any(|option| option == argument) {
+        if torture::OPTIONS
+            .iter()
+            .chain(&hostile::OPTIONS)
+            .chain(&migrate::OPTIONS)
+            .any(|option| option == argument)
+        {
             // Who has options reads them by itself.
             arguments.next();
             continue;
@@ -85,6 +92,7 @@ fn main() -> ExitCode {
     if chosen.is_empty() {
         eprintln!(
             "usage: vm NAME...      runs these scenarios\n       vm --list       shows their names\n       \
+             vm migrate [--break payload]   with a driver that leaves out marking: is to fail\n       \
              vm torture [--minutes N] [--seed S] [--only KIND]      how long, which strikes\n       \
              vm hostile [--seconds N] [--seed S] [--only ATTACK]    how long, which attacks"
         );

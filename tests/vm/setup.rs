@@ -96,6 +96,8 @@ pub struct Setup {
     pub reconnect: bool,
     /// Whether the broker has a second link, for who carries on beside the first.
     pub beside: bool,
+    /// Whether the peer has a driver, too, that leaves out marking what it writes.
+    pub unlogged: bool,
 }
 
 impl From<Mode> for Setup {
@@ -111,6 +113,7 @@ impl From<Mode> for Setup {
             packed: false,
             reconnect: false,
             beside: false,
+            unlogged: false,
         }
     }
 }
@@ -129,6 +132,7 @@ impl Setup {
             packed: false,
             reconnect: false,
             beside: false,
+            unlogged: false,
         }
     }
 
@@ -156,6 +160,15 @@ impl Setup {
 
     /// Starts the owner's VM.
     pub fn spawn_owner(&self, sandbox: &Sandbox) -> Result<Guest> {
+        self.owner(sandbox)?.spawn()
+    }
+
+    /// Starts another QEMU of the owner's VM, which waits for its state.
+    pub fn spawn_destination(&self, sandbox: &Sandbox, number: u32, uri: &str) -> Result<Guest> {
+        self.owner(sandbox)?.incoming(number, uri).spawn()
+    }
+
+    fn owner<'s>(&self, sandbox: &'s Sandbox) -> Result<GuestConfig<'s>> {
         let reconnect = if self.reconnect { ",reconnect-ms=100" } else { "" };
         let chardev = format!("socket,id=vp,path={}{reconnect}", sandbox.dir().join("owner.sock").display());
         let netdev = format!("vhost-user,id=net,chardev=vp,queues={}", self.mode.pairs());
@@ -174,11 +187,10 @@ impl Setup {
             .memory_mib(self.owner_mib)
             .args(["-chardev", &chardev, "-netdev", &netdev, "-device", &card])
             .file("/bin/vhost-pci-guest", sandbox.guest_program("vhost-pci-guest")?);
-        match self.driver {
+        Ok(match self.driver {
             OwnerDriver::Kernel => guest.modules(["virtio_net"]),
             OwnerDriver::Vfio => guest.modules(["vfio-pci"]),
-        }
-        .spawn()
+        })
     }
 
     /// Starts the peer's VM.
@@ -194,6 +206,11 @@ impl Setup {
             .guest("peer")
             .args(["-chardev", &chardev])
             .file("/bin/vhost-pci-guest", sandbox.guest_program("vhost-pci-guest")?);
+        let guest = match self.unlogged {
+            true => guest
+                .file("/bin/vhost-pci-guest-unlogged", sandbox.guest_program("vhost-pci-guest-unlogged")?),
+            false => guest,
+        };
         match self.mode {
             Mode::Poll => self.with_port(guest).args(["-device", &device]).modules(["tun"]).spawn(),
             Mode::Interrupt => self

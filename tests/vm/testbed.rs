@@ -52,6 +52,11 @@ impl<'s> Testbed<'s> {
         Ok(Self { sandbox, setup, broker, brokers: 1, owner, peer })
     }
 
+    /// Another QEMU for the owner's VM, which waits for its state.
+    pub fn spawn_destination(&self, number: u32, uri: &str) -> Result<Guest> {
+        self.setup.spawn_destination(self.sandbox, number, uri)
+    }
+
     /// The broker's process.
     pub fn broker(&mut self) -> &mut Process {
         &mut self.broker
@@ -77,13 +82,18 @@ impl<'s> Testbed<'s> {
 
     /// Starts the peer's driver and gives its interface an address.
     pub fn start_peer_network(&mut self) -> Result<()> {
+        self.start_peer_program("vhost-pci-guest")
+    }
+
+    /// The same by this program, which may have an environment before it.
+    pub fn start_peer_program(&mut self, program: &str) -> Result<()> {
         let mode = match self.setup.mode {
             Mode::Poll => "--wait poll",
             Mode::Interrupt => "--vfio --wait interrupt",
         };
         let reconnect = if self.setup.reconnect { "--reconnect " } else { "" };
         let up = format!(
-            "vhost-pci-guest tap --device auto {mode} {reconnect}--ifname vp0 --json >/tmp/tap.log 2>&1 &\n\
+            "{program} tap --device auto {mode} {reconnect}--ifname vp0 --json >/tmp/tap.log 2>&1 &\n\
              for i in $(seq 100); do ip link show vp0 >/dev/null 2>&1 && break; sleep 0.1; done\n\
              ip link set vp0 address 02:00:00:00:00:02 && ip addr add {PEER}/24 dev vp0 && ip link set vp0 up || {{ cat /tmp/tap.log; exit 1; }}"
         );
