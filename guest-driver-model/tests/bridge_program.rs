@@ -231,6 +231,8 @@ fn links_and_devices_come_and_go_and_the_others_go_on() {
             }
         });
         assert_eq!((traffic.dropped, traffic.faults, traffic.rescued), (0, 0, 0));
+        // The others' sessions went on: no link came up anew but that of who had gone.
+        assert_eq!(traffic.links, 5);
         assert_eq!(ports.iter().map(|port| port.up).collect::<Vec<_>>(), [true, true, true, false]);
         assert_eq!((ports[3].stations, ports[2].counters.learned), (0, 2));
     }

@@ -79,7 +79,32 @@ pub(super) struct Session<'a> {
     quiet: Quiet,
 }
 
+/// A session without its device for a moment, to go on with the same one: of many sessions one's device
+/// can be let go, while nobody borrows them.
+pub(super) struct Paused {
+    page: LinkPage,
+    waiting: Waiting,
+    control: Option<ControlRing>,
+    live: Option<Live>,
+    doorbell: Option<Pairing>,
+    refused: Option<u64>,
+    tally: Tally,
+    quiet: Quiet,
+}
+
 impl<'a> Session<'a> {
+    /// Goes on where it was, with the same device, which knows of nothing.
+    pub fn resume(transport: &'a dyn Transport, interrupt: bool, paused: Paused) -> Self {
+        let Paused { page, waiting, control, live, doorbell, refused, tally, quiet } = paused;
+        Self { transport, interrupt, page, waiting, control, live, doorbell, refused, tally, quiet }
+    }
+
+    /// Lets the device go, to [go on](Self::resume) with it at once.
+    pub fn pause(self) -> Paused {
+        let Self { page, waiting, control, live, doorbell, refused, tally, quiet, .. } = self;
+        Paused { page, waiting, control, live, doorbell, refused, tally, quiet }
+    }
+
     /// On a started device. `interrupt`: the program sleeps until it is interrupted.
     pub fn new(transport: &'a dyn Transport, interrupt: bool) -> Result<Self, ProgramError> {
         if interrupt && transport.interrupt_fd(abi::QUEUE_CONTROL).is_none() {

@@ -16,7 +16,7 @@ use crate::programs::ProgramError;
 use crate::programs::live::Live;
 use crate::programs::quiet::Quiet;
 use crate::programs::run::{LONGEST_SLEEP, ROUNDS};
-use crate::programs::session::Session;
+use crate::programs::session::{Paused, Session};
 use crate::programs::stop::Stop;
 use crate::programs::tally::Tally;
 use crate::programs::traffic::{Reporter, Traffic};
@@ -47,6 +47,8 @@ pub(super) struct Bridge<'a> {
     /// For lines that owners can cause.
     quiet: Quiet,
     ended: Tally,
+    /// Sessions by port, while another port's device goes or comes.
+    paused: Vec<Option<Paused>>,
     sleeps: Sleeps,
     copied_bytes: u64,
     /// What the sessions that there are came to when this was last asked.
@@ -66,6 +68,7 @@ impl<'a> Bridge<'a> {
             names,
             quiet: Quiet::default(),
             ended: Tally::default(),
+            paused: std::iter::repeat_with(|| None).take(ports).collect(),
             sleeps: Sleeps::default(),
             copied_bytes: 0,
             tally: Tally::default(),
@@ -77,19 +80,36 @@ impl<'a> Bridge<'a> {
     pub fn drive(&mut self, transports: &[Option<&dyn Transport>], reopen: Option<&Reopen<'_>>) -> Ended {
         let interrupt = self.args.run.wait.wait.needs_interrupts();
         let mut ports = Vec::with_capacity(transports.len());
-        for (at, transport) in transports.iter().enumerate() {
-            let session = transport.map(|transport| Session::new(transport, interrupt)).transpose();
-            match session {
-                Ok(session) => ports.push(session.map(|session| Port { session, lost: false, gone: None })),
-                Err(error) => return Ended::Gone(at, error),
-            }
+        for ((at, transport), paused) in transports.iter().enumerate().zip(&mut self.paused) {
+            let session = match (transport, paused.take()) {
+                (None, _) => None,
+                (Some(transport), Some(paused)) => Some(Session::resume(*transport, interrupt, paused)),
+                (Some(transport), None) => match Session::new(*transport, interrupt) {
+                    Ok(session) => Some(session),
+                    Err(error) => return self.pause(ports, Ended::Gone(at, error)),
+                },
+            };
+            ports.push(session.map(|session| Port { session, lost: false, gone: None }));
         }
         let ended = self.serve(&mut ports, reopen);
-        for port in ports.into_iter().flatten() {
-            self.ended += port.session.tally();
-            port.session.end(matches!(ended, Ended::Asked));
+        self.pause(ports, ended)
+    }
+
+    /// The sessions end, or go on as soon as the device that is gone is let go, or the one that is back there.
+    fn pause(&mut self, ports: Vec<Option<Port<'_>>>, ended: Ended) -> Ended {
+        let is_asked = matches!(ended, Ended::Asked);
+        for ((at, port), paused) in ports.into_iter().enumerate().zip(&mut self.paused) {
+            let Some(port) = port else { continue };
+            if is_asked || matches!(ended, Ended::Gone(gone, _) if gone == at) {
+                self.ended += port.session.tally();
+                port.session.end(is_asked);
+            } else {
+                *paused = Some(port.session.pause());
+            }
         }
-        self.tally = self.ended;
+        if is_asked {
+            self.tally = self.ended;
+        }
         ended
     }
 
