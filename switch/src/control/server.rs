@@ -19,7 +19,7 @@ use crate::confine::hook;
 use crate::link::report::LinkReport;
 use crate::runtime::Input;
 use crate::runtime::admission::Caller;
-use crate::runtime::closing::turn_away;
+use crate::runtime::closing::{Pass, turn_away};
 use crate::runtime::links::{ChangeError, Links};
 
 /// How long a client may take for its question and for taking the answer.
@@ -61,13 +61,13 @@ impl Drop for Served {
 }
 
 /// Serves one client.
-pub fn serve(mut stream: UnixStream, about: &Arc<About>) {
+pub fn serve(mut stream: UnixStream, pass: Pass, about: &Arc<About>) {
     let Some(served) = Served::one_more() else {
         let words = format!("{MAX_CLIENTS} others ask at the moment, and one more is not served; try again");
         let text = serde_json::to_vec(&Answer::Error(words)).unwrap_or_default();
         // It fits into the socket, or is lost: nobody is waited for.
         let _ = stream.set_nonblocking(true).and_then(|()| stream.write_all(&[&text[..], b"\n"].concat()));
-        return turn_away(stream);
+        return turn_away(stream, pass);
     };
     let about = Arc::clone(about);
     let client = thread::Builder::new().name("control client".into()).spawn(move || {

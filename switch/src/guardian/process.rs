@@ -20,7 +20,8 @@ use super::table::Table;
 use super::takedown::{Held, Takedown};
 use crate::config::Confine;
 use crate::confine::{self, Role};
-use crate::runtime::{closing, limits};
+use crate::runtime::closing::{Pass, turn_away};
+use crate::runtime::limits;
 
 /// How long the peers' drivers have from when their link is said to be down until the window is taken
 /// away: one that is in the middle of a burst, which it began while the link was up, completes it, so that
@@ -117,7 +118,9 @@ fn take(links: &mut BTreeMap<u32, Held>, received: Received, most: u32) {
 
 /// One may hold what takes long to close. The broker has ended it already.
 fn close(connections: impl IntoIterator<Item = Option<OwnedFd>>) {
-    connections.into_iter().flatten().for_each(|connection| closing::turn_away(connection.into()));
+    for connection in connections.into_iter().flatten() {
+        turn_away(connection.into(), Pass::default());
+    }
 }
 
 /// Takes back what the peers have, and lets each owner go when its peer has nothing of it any more,

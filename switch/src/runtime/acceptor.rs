@@ -16,7 +16,7 @@ use nix::sys::eventfd::{EfdFlags, EventFd};
 use tracing::warn;
 
 use super::admission::{Caller, Rule};
-use super::closing::turn_away;
+use super::closing::{Unclosed, turn_away};
 use super::limits;
 use super::port::Substitute;
 use super::rate::Rate;
@@ -32,6 +32,8 @@ const WORD: u64 = u64::MAX;
 const STAND_IN: u64 = u64::MAX - 1;
 /// How often it does.
 const STAND_IN_EVERY: Duration = Duration::from_millis(100);
+/// How long a door is kept shut because of connections that are not closed.
+const CROWDED: Duration = Duration::from_millis(100);
 /// Clients of the control socket a second.
 pub const CONTROL_RATE: u32 = 2000;
 
@@ -50,6 +52,8 @@ pub struct Door {
     listener: Listener,
     purpose: Purpose,
     rate: Rate,
+    /// Those that came through it and are not closed.
+    unclosed: Unclosed,
     /// Too many came: until when none is let in.
     shut: Option<Instant>,
 }
@@ -57,7 +61,13 @@ pub struct Door {
 impl Door {
     /// One that so many may come through in a second.
     pub fn new(listener: Listener, purpose: Purpose, per_second: u32, now: Instant) -> Self {
-        Self { listener, purpose, rate: Rate::new(per_second, now), shut: None }
+        Self {
+            listener,
+            purpose,
+            rate: Rate::new(per_second, now),
+            unclosed: Unclosed::default(),
+            shut: None,
+        }
     }
 
     fn is_of(&self, link: &LinkPort) -> bool {
@@ -239,7 +249,8 @@ impl Acceptor {
     fn admits(&mut self, token: u64) -> bool {
         let Some(door) = self.doors.get_mut(&token) else { return false };
         let now = Instant::now();
-        let Some(wait) = door.rate.take(now) else { return true };
+        let crowded = door.unclosed.is_crowded().then_some(CROWDED);
+        let Some(wait) = crowded.or_else(|| door.rate.take(now)) else { return true };
         door.shut = Some(now + wait);
         let event = &mut EpollEvent::new(EpollFlags::empty(), token);
         let _ = self.epoll.modify(&door.listener, event);
@@ -256,27 +267,28 @@ impl Acceptor {
         if !self.admits(token) {
             return;
         }
-        let Some(Door { listener, purpose, .. }) = self.doors.get(&token) else { return };
+        let Some(Door { listener, purpose, unclosed, .. }) = self.doors.get(&token) else { return };
         match (listener.accept(), purpose) {
             (Ok(None), _) => {}
             // Those are short, and how to see what is wrong.
-            (Ok(Some(stream)), Purpose::Control) => server::serve(stream, &self.about),
+            (Ok(Some(stream)), Purpose::Control) => server::serve(stream, unclosed.pass(), &self.about),
             (Ok(Some(stream)), _) if limits::is_short(number(&stream), limits::limit()) => {
-                turn_away(stream);
+                turn_away(stream, unclosed.pass());
                 self.say_short("a connection is turned away");
             }
             (Ok(Some(stream)), Purpose::Link(port, side, rule)) => {
                 if permits(port, side.name(), rule, &stream) {
-                    port.send(Input::Connected { side: *side, stream });
+                    let pass = unclosed.pass();
+                    port.send(Input::Connected { side: *side, stream, pass });
                 } else {
-                    turn_away(stream);
+                    turn_away(stream, unclosed.pass());
                 }
             }
             (Ok(Some(stream)), Purpose::Doorbell(port, rule)) => {
                 if permits(port, "doorbell", rule, &stream) {
-                    port.send(Input::DoorbellConnected(stream));
+                    port.send(Input::DoorbellConnected(stream, unclosed.pass()));
                 } else {
-                    turn_away(stream);
+                    turn_away(stream, unclosed.pass());
                 }
             }
             (Err(error), _) if error.raw_os_error() == Some(nix::Error::EMFILE as i32) => {

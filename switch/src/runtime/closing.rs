@@ -7,7 +7,7 @@ use std::collections::VecDeque;
 use std::net::Shutdown;
 use std::os::fd::AsRawFd;
 use std::os::unix::net::UnixStream;
-use std::sync::{Mutex, MutexGuard, PoisonError};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::thread;
 
 use nix::sys::socket::{MsgFlags, recv};
@@ -16,8 +16,33 @@ use nix::sys::socket::{MsgFlags, recv};
 /// limit of descriptors, near which it takes no more connections.
 const MOST: usize = 8;
 
+/// Connections of one door that may be open, or on their way to be closed, before it is kept shut.
+const CROWD: usize = 8;
+
+/// The connections of one door that are not closed.
+#[derive(Debug, Default)]
+pub struct Unclosed(Arc<()>);
+
+/// One of them: whoever has the connection keeps this until it is closed. The default is of no door.
+#[derive(Debug, Default)]
+pub struct Pass {
+    _of: Arc<()>,
+}
+
+impl Unclosed {
+    /// For one connection more.
+    pub fn pass(&self) -> Pass {
+        Pass { _of: Arc::clone(&self.0) }
+    }
+
+    /// Whether there are so many that no more are to come: somebody sends what is slow to close.
+    pub fn is_crowded(&self) -> bool {
+        Arc::strong_count(&self.0) > CROWD
+    }
+}
+
 struct Closing {
-    waiting: VecDeque<UnixStream>,
+    waiting: VecDeque<(UnixStream, Pass)>,
     threads: usize,
 }
 
@@ -28,7 +53,7 @@ fn closing() -> MutexGuard<'static, Closing> {
 }
 
 /// Ends a connection of which nobody has read anything. Never waits.
-pub fn turn_away(stream: UnixStream) {
+pub fn turn_away(stream: UnixStream, pass: Pass) {
     // Nothing more comes after this.
     let _ = stream.shutdown(Shutdown::Both);
     let look = MsgFlags::MSG_PEEK | MsgFlags::MSG_DONTWAIT;
@@ -36,7 +61,7 @@ pub fn turn_away(stream: UnixStream) {
         return;
     }
     let mut closing = closing();
-    closing.waiting.push_back(stream);
+    closing.waiting.push_back((stream, pass));
     if closing.threads < MOST {
         closing.threads += 1;
         drop(closing);
@@ -48,13 +73,15 @@ pub fn turn_away(stream: UnixStream) {
 }
 
 fn close_all() {
-    while let Some(stream) = next() {
+    while let Some((stream, pass)) = next() {
+        // In this order: it takes as long as it takes.
         drop(stream);
+        drop(pass);
     }
 }
 
 /// The next one; without any the thread is no more.
-fn next() -> Option<UnixStream> {
+fn next() -> Option<(UnixStream, Pass)> {
     let mut closing = closing();
     let next = closing.waiting.pop_front();
     if next.is_none() {

@@ -31,6 +31,7 @@ use zerocopy::IntoBytes;
 
 use super::areas::{map, sealed_memfd};
 use super::channel::is_passing;
+use super::closing::Pass;
 use super::sys;
 use crate::link::descriptor::Eventfd;
 
@@ -92,6 +93,7 @@ impl Doorbell {
     /// When the host gives no memory, descriptor or thread, or the VMM has gone already.
     pub fn new(
         stream: UnixStream,
+        pass: Pass,
         link_id: u64,
         name: &str,
         heard: impl Fn(Word) + Send + 'static,
@@ -108,6 +110,8 @@ impl Doorbell {
         doorbell.queue(SHARED_MEMORY, Attached::Page(fd));
         doorbell.send()?;
         thread::Builder::new().name(format!("{name} doorbell")).spawn(move || {
+            // The connection goes first.
+            let (_pass, heard_on) = (pass, heard_on);
             if matches!((&*heard_on).read(&mut [0]), Ok(1..)) {
                 heard(Word::Spoke);
             }
@@ -265,7 +269,7 @@ mod tests {
     fn connected() -> (Doorbell, UnixStream, mpsc::Receiver<Word>) {
         let (ours, vmm) = UnixStream::pair().unwrap();
         let (sender, heard) = mpsc::channel();
-        let doorbell = Doorbell::new(ours, 7, "test", move |word| {
+        let doorbell = Doorbell::new(ours, Pass::default(), 7, "test", move |word| {
             let _ = sender.send(word);
         })
         .unwrap();

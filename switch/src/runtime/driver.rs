@@ -19,7 +19,7 @@ use vhost_pci_device::abi;
 use super::areas::{AreaFile, ControlArea, LinkArea, Source, Witness};
 use super::backend_message::{self, Message};
 use super::channel::{Asked, Channel, send_later, send_now};
-use super::closing::turn_away;
+use super::closing::{Pass, turn_away};
 use super::control_ring::ControlRing;
 use super::copy::copy;
 use super::dirty_log;
@@ -160,7 +160,7 @@ impl LinkDriver {
     /// Takes an input.
     pub fn take(&mut self, input: Input) {
         match input {
-            Input::Connected { side, stream } => self.connected(side, stream),
+            Input::Connected { side, stream, pass } => self.connected(side, stream, pass),
             Input::Request { side, session, request, answer } => {
                 if let Some(open) = self.session(side).filter(|open| open.id == session) {
                     open.answer = Some(answer);
@@ -194,7 +194,7 @@ impl LinkDriver {
             Input::NotPermitted { door, caller } => {
                 self.apply(Event::NotPermitted { door, pid: caller.pid, uid: caller.uid });
             }
-            Input::DoorbellConnected(stream) => self.doorbell_connected(stream),
+            Input::DoorbellConnected(stream, pass) => self.doorbell_connected(stream, pass),
             Input::Doorbell { channel, word } => {
                 let known = self.doorbell_function.as_ref().is_some_and(|(open, _)| *open == channel);
                 match word {
@@ -217,10 +217,10 @@ impl LinkDriver {
         }
     }
 
-    fn connected(&mut self, side: Side, stream: UnixStream) {
+    fn connected(&mut self, side: Side, stream: UnixStream, pass: Pass) {
         let waits = side == Side::Owner && self.owner.is_some() && self.waiting.is_none() && self.migration;
         if self.session(side).is_some() && !waits {
-            turn_away(stream);
+            turn_away(stream, pass);
             self.apply(Event::TurnedAway(side));
             return;
         }
@@ -228,7 +228,7 @@ impl LinkDriver {
             && let Err(error) = self.renew_areas()
         {
             warn!(link = %self.name, %error, "the host gives no memory for a peer's link area; it is turned away");
-            return turn_away(stream);
+            return turn_away(stream, pass);
         }
         self.next_session += 1;
         let id = SessionId(self.next_session);
@@ -243,9 +243,12 @@ impl LinkDriver {
         let connection = Connection::new(stream, Arc::clone(&decoder));
         let line = connection.line();
         let rate = Rate::new(self.rates.messages, Instant::now());
-        let started = thread::Builder::new()
-            .name(format!("{} {}", self.name, side.name()))
-            .spawn(move || serve(connection, &decoder, &port, rate, (side, id)));
+        let started =
+            thread::Builder::new().name(format!("{} {}", self.name, side.name())).spawn(move || {
+                serve(connection, &decoder, &port, rate, (side, id));
+                // Closed, whatever came on it last and was not read.
+                drop(pass);
+            });
         if let Err(error) = started {
             warn!(link = %self.name, side = side.name(), %error, "a connection cannot be served");
             if waits {
@@ -280,9 +283,9 @@ impl LinkDriver {
         Ok(())
     }
 
-    fn doorbell_connected(&mut self, stream: UnixStream) {
+    fn doorbell_connected(&mut self, stream: UnixStream, pass: Pass) {
         if self.doorbell_function.is_some() {
-            turn_away(stream);
+            turn_away(stream, pass);
             self.apply(Event::DoorbellTurnedAway);
             return;
         }
@@ -290,7 +293,7 @@ impl LinkDriver {
         self.next_channel += 1;
         let channel = ChannelId(self.next_channel);
         let heard = move |word| port.send(Input::Doorbell { channel, word });
-        match Doorbell::new(stream, self.link_id, &self.name, heard) {
+        match Doorbell::new(stream, pass, self.link_id, &self.name, heard) {
             Ok(doorbell) => {
                 self.doorbell_function = Some((channel, doorbell));
                 self.apply(Event::DoorbellConnected);

@@ -46,6 +46,7 @@ use std::os::unix::net::UnixStream;
 
 use crossbeam_channel::Sender;
 
+pub use closing::{Pass, Unclosed};
 pub use port::LinkPort;
 pub use sys::one_heap;
 
@@ -71,6 +72,8 @@ pub enum Input {
         side: Side,
         /// Its connection.
         stream: UnixStream,
+        /// Kept until it is closed.
+        pass: Pass,
     },
     /// A session asks.
     Request {
@@ -122,7 +125,7 @@ pub enum Input {
         caller: admission::Caller,
     },
     /// A VMM connected the link's doorbell function.
-    DoorbellConnected(UnixStream),
+    DoorbellConnected(UnixStream, Pass),
     /// Something came of a doorbell function's connection.
     Doorbell {
         /// Which connection.

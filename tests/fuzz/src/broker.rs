@@ -14,7 +14,7 @@ use vhost_pci_switch::link::report::LinkReport;
 use vhost_pci_switch::link::{Link, Side};
 use vhost_pci_switch::runtime::driver::LinkDriver;
 use vhost_pci_switch::runtime::relay::Relay;
-use vhost_pci_switch::runtime::{Input, LinkPort};
+use vhost_pci_switch::runtime::{Pass, Input, LinkPort};
 
 use crate::census::Census;
 use crate::front::Pool;
@@ -85,7 +85,7 @@ impl Running {
     /// A connection to it.
     pub fn connect(&self, side: Side) -> UnixStream {
         let (mine, theirs) = UnixStream::pair().expect("descriptors");
-        self.port.send(Input::Connected { side, stream: theirs });
+        self.port.send(Input::Connected { side, stream: theirs, pass: Pass::default() });
         mine
     }
 

@@ -29,7 +29,7 @@ fuzz_target!(|bytes: &[u8]| {
     });
     let before = Census::take();
     let (mut client, ours) = UnixStream::pair().expect("descriptors");
-    server::serve(ours, about);
+    server::serve(ours, Pass::default(), about);
     client.set_read_timeout(Some(Duration::from_secs(4))).expect("a timeout");
     // The broker may have had enough.
     let _ = client.write_all(bytes);

@@ -20,6 +20,7 @@ use vhost_pci_fuzz::census::Census;
 use vhost_pci_fuzz::front::Pool;
 use vhost_pci_fuzz::input::Input;
 use vhost_pci_switch::link::descriptor::Eventfd;
+use vhost_pci_switch::runtime::Pass;
 use vhost_pci_switch::runtime::doorbell::Doorbell;
 
 fuzz_target!(|bytes: &[u8]| {
@@ -32,7 +33,7 @@ fuzz_target!(|bytes: &[u8]| {
 
 fn play(input: &mut Input<'_>) {
     let (ours, mut vmm) = UnixStream::pair().expect("descriptors");
-    let Ok(mut doorbell) = Doorbell::new(ours, 7, "fuzz", |_| {}) else { return };
+    let Ok(mut doorbell) = Doorbell::new(ours, Pass::default(), 7, "fuzz", |_| {}) else { return };
     let eventfd = |number: u8| {
         let fd = Pool::of_process().eventfds[usize::from(number % 6)].as_fd().try_clone_to_owned();
         Eventfd::new(fd.expect("a descriptor"))
