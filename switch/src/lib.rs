@@ -13,6 +13,7 @@
 //! | [`session`] | a front-end's connection: messages to requests |
 //! | [`runtime`] | threads, sockets and descriptors around the links |
 //! | [`control`] | `status`, `watch`, `plug`, `unplug`, `reload` |
+//! | [`vm`] | plugs a link's devices into running VMs |
 //! | [`demo`] | `demo`: a broker and two guest models on one machine |
 //!
 //! Data goes one way: `session` decodes, `link` decides, `runtime` carries out.
@@ -29,3 +30,4 @@ pub mod link;
 pub mod opener;
 pub mod runtime;
 pub mod session;
+pub mod vm;

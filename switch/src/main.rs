@@ -25,6 +25,7 @@ use vhost_pci_switch::guardian::{self, Guardian};
 use vhost_pci_switch::opener::{self, Opener};
 use vhost_pci_switch::runtime::broker::Broker;
 use vhost_pci_switch::runtime::one_heap;
+use vhost_pci_switch::vm::{self, VmArgs};
 
 /// Where `status` and `watch` ask unless told otherwise.
 const CONTROL_SOCKET: &str = "/run/vhost-pci-switch/control.sock";
@@ -70,19 +71,26 @@ enum Command {
         #[arg(long, value_name = "SOCKET", default_value = CONTROL_SOCKET)]
         control_socket: PathBuf,
     },
-    /// Begin a link of a running broker: one that its configuration file, read again, names.
+    /// Begin a link of a running broker: one that its configuration file, read again, names. With QMP
+    /// sockets also plug its devices into running VMs.
     Plug {
         /// The link's name.
         link: String,
+        /// The VMs.
+        #[command(flatten)]
+        vms: VmArgs,
         /// The broker's control socket.
         #[arg(long, value_name = "SOCKET", default_value = CONTROL_SOCKET)]
         control_socket: PathBuf,
     },
     /// End a link of a running broker: its peer loses the owner's memory, then both VMMs their
-    /// connections.
+    /// connections. With QMP sockets first unplug its devices from running VMs.
     Unplug {
         /// The link's name.
         link: String,
+        /// The VMs.
+        #[command(flatten)]
+        vms: VmArgs,
         /// The broker's control socket.
         #[arg(long, value_name = "SOCKET", default_value = CONTROL_SOCKET)]
         control_socket: PathBuf,
@@ -149,8 +157,8 @@ fn execute(command: Command) -> anyhow::Result<()> {
             }
         }
         Command::Watch { interval, control_socket } => watch(&control_socket, interval)?,
-        Command::Plug { link, control_socket } => {
-            let link = client::plug(&control_socket, &link)?;
+        Command::Plug { link, vms, control_socket } => {
+            let link = vm::plug(&control_socket, &link, &vms)?;
             println!(
                 "{} is plugged: its owner's VMM connects to {}, its peer's to {}",
                 link.name,
@@ -158,8 +166,8 @@ fn execute(command: Command) -> anyhow::Result<()> {
                 link.peer_socket.display()
             );
         }
-        Command::Unplug { link, control_socket } => {
-            client::unplug(&control_socket, &link)?;
+        Command::Unplug { link, vms, control_socket } => {
+            vm::unplug(&control_socket, &link, &vms)?;
             println!("{link} is unplugged");
         }
         Command::Reload { control_socket } => reload(&control_socket)?,

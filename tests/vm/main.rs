@@ -11,6 +11,7 @@ mod doorbell;
 mod driver;
 mod figures;
 mod hostile;
+mod hotplug;
 mod iommu;
 mod iommu_static;
 mod links;
@@ -60,6 +61,7 @@ const SCENARIOS: &[Scenario] = &[
     migrate::SCENARIO,
     torture::SCENARIO,
     hostile::SCENARIO,
+    hotplug::SCENARIO,
 ];
 
 fn main() -> ExitCode {

@@ -106,13 +106,13 @@ pub fn run_until(args: &BridgeArgs, stop: &Stop) -> Result<(), ProgramError> {
     let result = loop {
         let borrowed: Vec<_> = transports.iter().map(Option::as_deref).collect();
         let reopen = |port: usize| reopen(devices.get(port)?);
-        let ended = bridge.drive(&borrowed, args.run.reconnect.then_some(&reopen));
+        let ended = bridge.drive(&borrowed, args.run.reconnects().then_some(&reopen));
         match ended {
             Ended::Asked => break Ok(()),
             // Let go of at once: the kernel may be waiting for that.
             Ended::Gone(port, error) => {
                 transports.iter_mut().skip(port).take(1).for_each(|transport| *transport = None);
-                let is_last = transports.iter().all(Option::is_none) && !args.run.reconnect;
+                let is_last = transports.iter().all(Option::is_none) && !args.run.reconnects();
                 if is_last || matches!(error, ProgramError::NoInterrupts { .. }) {
                     break Err(error);
                 }

@@ -50,7 +50,7 @@ pub fn run(args: &ForwardArgs) -> Result<(), ProgramError> {
 pub fn run_until(args: &ForwardArgs, stop: &Stop) -> Result<(), ProgramError> {
     let devices = args.devices.both()?;
     let mut forwarder = Forwarder::new(args, stop);
-    let result = until_gone(args.run.reconnect, stop, |outage| {
+    let result = until_gone(args.run.patience(), stop, |outage| {
         let both = open(&devices)?;
         outage.is_over();
         forwarder.drive(both.each_ref().map(|transport| &**transport))

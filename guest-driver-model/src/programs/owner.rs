@@ -195,7 +195,7 @@ impl<'a, A: Addressing> Owner<'a, A> {
     /// Until `stop` is requested, or its work is done.
     fn run(mut self, stop: &Stop) -> Result<(), ProgramError> {
         let mut reporter = Reporter::new(&self.args.run.report, "owner");
-        let result = until_gone(self.args.run.reconnect, stop, |outage| {
+        let result = until_gone(self.args.run.patience(), stop, |outage| {
             let result = self.connect().and_then(|()| {
                 outage.is_over();
                 self.serve(&mut reporter, stop)

@@ -75,7 +75,7 @@ pub fn run_until(args: &OwnerForwardArgs, stop: &Stop) -> Result<(), ProgramErro
     };
     let mut owner = Owner::new(args)?;
     let mut reporter = Reporter::new(&args.run.report, "owner-forward");
-    let result = until_gone(args.run.reconnect, stop, |outage| {
+    let result = until_gone(args.run.patience(), stop, |outage| {
         let result = owner.connect().and_then(|()| {
             outage.is_over();
             owner.serve(&mut reporter, stop)

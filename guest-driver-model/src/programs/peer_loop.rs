@@ -91,7 +91,7 @@ pub fn run_until(
     stop: &Stop,
 ) -> Result<(), ProgramError> {
     let mut peer = Peer::new(args, name, stop);
-    let result = until_gone(args.run.reconnect, stop, |outage| {
+    let result = until_gone(args.run.patience(), stop, |outage| {
         let transport = args.device.open()?;
         outage.is_over();
         tracing::info!(device = transport.name(), "the device is started");

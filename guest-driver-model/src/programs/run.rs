@@ -40,6 +40,9 @@ pub struct RunArgs {
     /// When a broker is gone, wait for it to come back instead of ending
     #[arg(long)]
     pub reconnect: bool,
+    /// In a guest: wait for a device that is not there yet, serve it, and when it is gone wait for the next
+    #[arg(long)]
+    pub wait_for_device: bool,
 }
 
 impl RunArgs {
@@ -52,6 +55,27 @@ impl RunArgs {
 /// What SIGTERM and SIGINT ask for from now on.
 pub(super) fn stop_on_signals() -> Result<Stop, ProgramError> {
     Stop::on_signals().map_err(|source| ProgramError::System { what: "signal handlers", source })
+}
+
+/// What a program does when who it works with is not there.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub(super) struct Patience {
+    /// It waits for it to come back.
+    reconnect: bool,
+    /// It waits also for the first one.
+    from_start: bool,
+}
+
+impl RunArgs {
+    /// What the program was told.
+    pub(super) fn patience(&self) -> Patience {
+        Patience { reconnect: self.reconnects(), from_start: self.wait_for_device }
+    }
+
+    /// Whether it waits for who is gone to come back.
+    pub(super) fn reconnects(&self) -> bool {
+        self.reconnect || self.wait_for_device
+    }
 }
 
 /// A time without a broker, or a device.
@@ -69,23 +93,26 @@ impl Outage {
 }
 
 /// Runs `once`, which connects and then works until it is to end. Where it finds that who it works with
-/// is gone, and `reconnect` says so, it is run again, until `stop` is requested.
+/// is gone, or not there yet, and `patience` says so, it is run again, until `stop` is requested.
 pub(super) fn until_gone(
-    reconnect: bool,
+    patience: Patience,
     stop: &Stop,
     mut once: impl FnMut(&mut Outage) -> Result<(), ProgramError>,
 ) -> Result<(), ProgramError> {
-    let mut outage = Outage::default();
+    let mut outage = Outage { was_there: patience.from_start, ..Outage::default() };
     loop {
         let gone = match once(&mut outage) {
-            Err(error) if reconnect && error.is_gone(outage.was_there) => error,
+            Err(error) if patience.reconnect && error.is_gone(outage.was_there) => error,
             result => return result,
         };
         if stop.is_requested() {
             return Ok(());
         }
         if !std::mem::replace(&mut outage.said, true) {
-            tracing::warn!("{gone}; waiting for it to come back");
+            tracing::warn!(
+                "{gone}; waiting for {}",
+                if patience.from_start { "one" } else { "it to come back" }
+            );
         }
         std::thread::sleep(RECONNECT_PAUSE);
     }
@@ -108,9 +135,10 @@ mod tests {
     #[test]
     fn only_what_may_come_back_is_waited_for_and_only_if_asked_for() {
         let stop = Stop::default();
+        let patience = |reconnect| Patience { reconnect, from_start: false };
         let run = |reconnect: bool, ends: &mut dyn FnMut() -> Result<(), ProgramError>| {
             let mut times = 0;
-            let result = until_gone(reconnect, &stop, |outage| {
+            let result = until_gone(patience(reconnect), &stop, |outage| {
                 // It comes back each time, and is gone again.
                 outage.is_over();
                 times += 1;
@@ -122,7 +150,12 @@ mod tests {
         assert!(matches!(run(true, &mut || Err(ProgramError::NoDevice)), (Err(ProgramError::NoDevice), 1)));
         let mut unplugged = [Ok(()), Err(nothing())].into_iter().rev();
         assert!(matches!(run(true, &mut || unplugged.next().unwrap_or(Ok(()))), (Ok(()), 2)));
-        let never = until_gone(true, &stop, |_| Err(nothing()));
+        // Who waits from the start has one that is not there yet, too.
+        let mut plugged = [Err(nothing()), Ok(())].into_iter();
+        let patient = Patience { reconnect: true, from_start: true };
+        assert!(until_gone(patient, &stop, |_| plugged.next().unwrap_or(Ok(()))).is_ok());
+        assert!(plugged.next().is_none(), "it was tried again");
+        let never = until_gone(patience(true), &stop, |_| Err(nothing()));
         assert!(matches!(never, Err(ProgramError::Transport(TransportError::NotFound { .. }))));
         let mut left = [Ok(()), Err(gone()), Err(gone())].into_iter().rev();
         assert!(matches!(run(true, &mut || left.next().unwrap_or(Ok(()))), (Ok(()), 3)));
