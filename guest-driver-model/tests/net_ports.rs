@@ -4,8 +4,8 @@
 mod net_support;
 
 use guest_driver_model::link::VringInfo;
-use guest_driver_model::net::peer::PortError;
 use guest_driver_model::net::{HEADER_LEN, MAX_FRAME, OwnerConfig, OwnerPort, PacketBurst, PeerPort};
+use guest_driver_model::port::PortError;
 use guest_driver_model::ring::{Buffer, DriverRing};
 use net_support::{HandRing, IOVA, Joined, LinkWriter, WRITE, frame, join, link_page, pass};
 use proptest::collection::vec;
@@ -207,7 +207,7 @@ fn links_that_are_no_network_card_in_use_give_no_port() {
     let down = LinkWriter { status: abi::LINK_S_OWNER, ..good.clone() };
     assert_eq!(port(&down).unwrap_err(), PortError::NotUp);
     let block = LinkWriter { owner_device: 2, ..good.clone() };
-    assert_eq!(port(&block).unwrap_err(), PortError::NotNetwork { device: 2 });
+    assert_eq!(port(&block).unwrap_err(), PortError::OtherKind { device: 2, wanted: "a network card" });
     let legacy = LinkWriter { features: 1 << 15, ..good.clone() };
     assert_eq!(port(&legacy).unwrap_err(), PortError::Legacy { features: 1 << 15 });
     // VIRTIO_F_NOTIFICATION_DATA, VIRTIO_F_RING_RESET; VIRTIO_NET_F_GUEST_UFO, HOST_UFO, GUEST_USO4,

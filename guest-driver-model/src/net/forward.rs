@@ -25,11 +25,12 @@ use super::burst::PacketBurst;
 use super::header::{HEADER_LEN, NetHeader};
 use super::offload::Judged;
 use super::peer::{MAX_BURST, PeerQueue};
-use super::reach::{LiveVring, Reach};
 use super::receive::packet_len;
 use super::segment::{cut, is_long};
 use super::transmit::Transmitter;
+use super::vring::LiveVring;
 use crate::control::{Exchange, Nobody};
+use crate::reach::Reach;
 use crate::ring::{Chain, ChainBurst, Direction, Fault, OnMiss, Place, Segment};
 use crate::shm::{SharedMemory, ShmError};
 
@@ -307,7 +308,7 @@ fn in_place(
             break;
         };
         let mut header = NetHeader::default();
-        if from.live.headers {
+        if from.live.kind.headers {
             match from.header(&chain).map(|header| to.judge(header, len)) {
                 Some(Judged::Pass(judged)) => header = judged,
                 Some(Judged::Complete(_) | Judged::Cut) => {

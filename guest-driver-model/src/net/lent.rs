@@ -22,8 +22,9 @@ use std::sync::atomic::{AtomicU64, Ordering};
 use vhost_pci_device::abi::FaultKind;
 
 use super::header::{HEADER_LEN, NetHeader};
-use super::reach::{LiveVring, Reach};
 use super::receive::packet_len;
+use super::vring::LiveVring;
+use crate::reach::Reach;
 use crate::ring::{Chain, ChainBurst, Direction, Fault, OnMiss, Place, Segment};
 use crate::shm::SharedMemory;
 
@@ -289,7 +290,7 @@ pub(super) fn lend(
     if good == 0 {
         return broken.map_or(Ok(0), |len| Err(live.ring.fail(FaultKind::Length, len)));
     }
-    let ticket = live.lender.begin(good);
+    let ticket = live.kind.lender.begin(good);
     burst.loan = Some(Loan { ticket, pair, table_generation: reach.tables.table_generation() });
     if burst.window.as_ref().is_none_or(|(lender, _)| *lender != ticket.lender) {
         burst.window = Some((ticket.lender, reach.window.clone()));
@@ -301,10 +302,10 @@ pub(super) fn lend(
 /// the link is still the same. Returns how many packets and bytes were completed.
 #[inline]
 pub(super) fn take_back(live: &mut LiveVring, is_same_link: bool, burst: &mut LentBurst) -> (usize, u64) {
-    if burst.table_generation(&live.lender).is_none() {
+    if burst.table_generation(&live.kind.lender).is_none() {
         return (0, 0);
     }
-    live.lender.end();
+    live.kind.lender.end();
     let mut bytes = 0;
     if is_same_link {
         for chain in burst.chains.iter() {

@@ -16,24 +16,11 @@
 //! | `ethernet` | the header of a frame, as far as anybody looks at it |
 //! | `segment` | cuts a TCP segment that its receiver does not take in one piece |
 //! | `transmit`, `store` | what it transmits: into the window, and beyond it |
-//! | `reach` | what it needs besides the window: the mapping table of now, and the device |
+//! | `vring` | a vring of a card's, besides what every vring has |
 //! | [`layout`] | where an owner's port keeps its rings and buffers |
 //!
 //! Vring `2 * pair` is the owner's receive queue, `2 * pair + 1` its transmit queue
 //! (5.1.2). What the owner transmits the peer receives.
-
-/// Counts are added field by field.
-macro_rules! counts {
-    ($counts:ident { $($field:ident),* }) => {
-        impl std::ops::Add for $counts {
-            type Output = Self;
-
-            fn add(self, other: Self) -> Self {
-                Self { $($field: self.$field + other.$field),* }
-            }
-        }
-    };
-}
 
 pub mod burst;
 pub mod crossover;
@@ -45,12 +32,12 @@ pub mod lent;
 pub mod offload;
 pub mod owner;
 pub mod peer;
-mod reach;
 mod receive;
 mod segment;
 pub mod spread;
 mod store;
 mod transmit;
+mod vring;
 
 pub use burst::{Packet, PacketBurst};
 pub use forward::{
@@ -61,8 +48,7 @@ pub use layout::{LayoutError, OwnerConfig, OwnerLayout};
 pub use lent::{LentBurst, LentPacket};
 pub use offload::Offloads;
 pub use owner::{OwnerPort, OwnerQueue};
-pub use peer::{PeerPort, PeerQueue, PortError};
-pub use reach::Demand;
+pub use peer::{PeerPort, PeerQueue};
 
 /// The owner's receive queue of a pair.
 pub const fn receive_vring(pair: u16) -> u16 {

@@ -16,11 +16,12 @@ use super::Counters;
 use super::burst::{Packet, PacketBurst};
 use super::lent::LentBurst;
 use super::offload::{self, Offloads};
-use super::reach::Demand;
 use crate::control::Exchange;
 use crate::link::{LinkPage, LinkSnapshot};
+use crate::port::{self, Port, PortError};
+use crate::reach::Demand;
 use crate::ring::{Fault, RingFeatures};
-use crate::shm::{SharedMemory, ShmError};
+use crate::shm::SharedMemory;
 
 mod queue;
 
@@ -35,35 +36,6 @@ const SERVED: u64 = 1 << VIRTIO_F_VERSION_1
     | RingFeatures::BITS
     | 1 << VIRTIO_NET_F_MRG_RXBUF
     | offload::FEATURES;
-
-/// Why a link gives no port.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
-pub enum PortError {
-    /// The link is not up.
-    #[error("the link is not up")]
-    NotUp,
-    /// The owner's device is no network card.
-    #[error("the owner's device has virtio number {device}, not that of a network card")]
-    NotNetwork {
-        /// The virtio device number.
-        device: u32,
-    },
-    /// The owner's driver is a legacy one.
-    #[error("the owner's driver did not accept VIRTIO_F_VERSION_1 (features {features:#x})")]
-    Legacy {
-        /// What it accepted.
-        features: u64,
-    },
-    /// The owner is being migrated, and its dirty log is not in this window.
-    #[error("the owner's dirty log: {0}")]
-    Log(#[from] ShmError),
-    /// The owner's driver accepted features that this port does not serve.
-    #[error("the owner's driver accepted features that are not known here: {features:#x}")]
-    Unknown {
-        /// Those features alone.
-        features: u64,
-    },
-}
 
 /// The peer's port on an owner's network card: its queues, one a pair.
 ///
@@ -108,21 +80,7 @@ impl PeerPort {
     /// Starts to serve all enabled vrings of the snapshot, which was taken of this page of
     /// this window. A last vring without its pair is not looked at.
     pub fn new(window: &SharedMemory, page: &LinkPage, snapshot: &LinkSnapshot) -> Result<Self, PortError> {
-        if !snapshot.up {
-            return Err(PortError::NotUp);
-        }
-        if snapshot.owner_device != VIRTIO_ID_NET {
-            return Err(PortError::NotNetwork { device: snapshot.owner_device });
-        }
-        if !snapshot.has_feature(VIRTIO_F_VERSION_1) {
-            return Err(PortError::Legacy { features: snapshot.features });
-        }
-        // What the owner's driver accepted changes its rings and packets: what is not
-        // known here cannot be served.
-        let unknown = snapshot.features & !SERVED;
-        if unknown != 0 {
-            return Err(PortError::Unknown { features: unknown });
-        }
+        port::check(snapshot, (VIRTIO_ID_NET, "a network card"), SERVED)?;
         let (pairs, _) = snapshot.vrings.as_chunks();
         let queue = |(pair, both)| PeerQueue::new(pair, both, (window, page, snapshot));
         Ok(Self {
@@ -277,5 +235,39 @@ impl PeerPort {
     /// [`PeerQueue::set_kicks`].
     pub fn set_kicks(&mut self, vring: u16, enabled: bool) -> Result<bool, Fault> {
         self.queue_of(vring).map_or(Ok(false), |queue| queue.set_kicks(vring, enabled))
+    }
+}
+
+impl Port for PeerPort {
+    fn open(window: &SharedMemory, page: &LinkPage, snapshot: &LinkSnapshot) -> Result<Self, PortError> {
+        Self::new(window, page, snapshot)
+    }
+
+    fn generation(&self) -> u64 {
+        self.generation
+    }
+
+    fn vrings(&self) -> u16 {
+        2 * self.pairs()
+    }
+
+    fn is_enabled(&self, vring: u16) -> bool {
+        PeerPort::is_enabled(self, vring)
+    }
+
+    fn set_kicks(&mut self, vring: u16, enabled: bool) -> Result<bool, Fault> {
+        PeerPort::set_kicks(self, vring, enabled)
+    }
+
+    fn faults(&self) -> Vec<Fault> {
+        PeerPort::faults(self).collect()
+    }
+
+    fn demand(&self) -> Demand {
+        PeerPort::demand(self)
+    }
+
+    fn pause(&self) -> Option<Duration> {
+        PeerPort::pause(self)
     }
 }

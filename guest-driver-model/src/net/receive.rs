@@ -9,8 +9,9 @@ use vhost_pci_device::abi::FaultKind;
 use super::Counters;
 use super::burst::PacketBurst;
 use super::header::{HEADER_LEN, MAX_FRAME, NetHeader};
-use super::reach::{LiveVring, Reach};
+use super::vring::LiveVring;
 use crate::control::{Job, Outcome, Request};
+use crate::reach::Reach;
 use crate::ring::{Chain, ChainBurst, Direction, Fault, OnMiss, Place, Segment};
 use crate::shm::{SharedMemory, ShmError};
 
@@ -29,7 +30,7 @@ pub(super) fn receive(
     if live.ring.miss_policy() != OnMiss::Fault {
         return receive_reaching(live, reach, chains, burst, budget, counters);
     }
-    let (ring, headers) = (&mut live.ring, live.headers);
+    let (ring, headers) = (&mut live.ring, live.kind.headers);
     let popped = ring.pop_burst(budget, Direction::DeviceReads, chains)?;
     chains.prefetch(HEADER_LEN, reach.window);
     let first = burst.len();
@@ -113,7 +114,7 @@ fn receive_reaching(
     // asked for the rest.
     let (mut whole, mut broken) = (0, None);
     for chain in chains.iter() {
-        if let Err(why) = copy_packet(reach.window, &chain, live.headers, burst) {
+        if let Err(why) = copy_packet(reach.window, &chain, live.kind.headers, burst) {
             broken = Some(why);
             break;
         }
@@ -136,7 +137,7 @@ fn receive_reaching(
         }
     }
     burst.truncate(first + whole);
-    if chains.is_outside() && live.headers {
+    if chains.is_outside() && live.kind.headers {
         // What was fetched may be the header.
         let outside = |chain: &Chain<'_>| chain.segments.iter().any(|segment| segment.place == Place::Owner);
         for (at, _) in chains.iter().take(whole).enumerate().filter(|(_, chain)| outside(chain)) {

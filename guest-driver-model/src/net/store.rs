@@ -10,9 +10,10 @@ use vhost_pci_device::abi::FaultKind;
 use super::Counters;
 use super::burst::Packet;
 use super::header::{HEADER_LEN, MAX_FRAME, NetHeader};
-use super::reach::{LiveVring, Reach};
 use super::transmit::{POP, Source, Transmitter};
+use super::vring::LiveVring;
 use crate::control::{Job, Outcome, Request};
+use crate::reach::Reach;
 use crate::ring::{Direction, Fault, Place};
 
 /// What became of a frame.

@@ -13,6 +13,14 @@ use crate::ring::DriverFault;
 use crate::shm::ShmError;
 use crate::transport::TransportError;
 
+/// What to do about a disk that cannot be opened.
+fn disk_advice(error: &io::Error) -> &'static str {
+    match error.kind() {
+        io::ErrorKind::WouldBlock => "; another program serves it",
+        _ => "",
+    }
+}
+
 impl ProgramError {
     /// The broker, or the device, is not there, and may come back. `was_there`: it was before, so that
     /// it is no mistake to look for one; what is plugged anew is not all there at once.
@@ -161,6 +169,34 @@ pub enum ProgramError {
         back: u64,
         /// Those that are none.
         corrupted: u64,
+    },
+    /// The disk cannot be served.
+    #[error("the disk {path}: {source}{}", disk_advice(source))]
+    Disk {
+        /// The file or device.
+        path: String,
+        /// The system's answer.
+        source: io::Error,
+    },
+    /// The disk is not the one that the owner is told of.
+    #[error(
+        "the disk {path} has {has} bytes, and the owner is told that it has {told} (size in the link's configuration): give it a disk of that size, or change the configuration"
+    )]
+    DiskSize {
+        /// The file or device.
+        path: String,
+        /// Bytes that it has.
+        has: u64,
+        /// Bytes that the owner is told of.
+        told: u64,
+    },
+    /// A file does not have what was written to it.
+    #[error("{path}: {wrong} blocks are not what they should be")]
+    WrongBlocks {
+        /// The file.
+        path: String,
+        /// How many.
+        wrong: u64,
     },
     /// The system refused something else.
     #[error("{what}: {source}")]

@@ -5,6 +5,7 @@
 //! |---|---|
 //! | [`tap`], [`echo`], [`sink`], [`generate`] | a peer's work on packets |
 //! | [`forward`], [`bridge`] | a peer's work between two owners, and between many |
+//! | [`blk`] | is the owner's disk |
 //! | [`show`] | prints what the device and the link look like |
 //! | [`owner`], [`ping`] | an owner without a VM; how long its packets take to the peer and back |
 //! | [`owner_forward`] | one with two cards, between two peers |
@@ -12,6 +13,7 @@
 //! | [`confine`] | try whether a peer is confined to what its owner maps |
 //! | [`hostile`] | break every rule there is |
 //! | [`datagrams`] | exchanges datagrams through the guest's kernel |
+//! | [`disk_check`] | writes blocks that can be checked, and checks them |
 //! | [`peer_loop`] | the main loop of the peers |
 //! | [`run`], [`owner_args`] | what several of them can be told, and do alike |
 //! | [`device`], [`wire`], [`waiting`], [`stop`], [`traffic`], [`quiet`] | its parts |
@@ -23,10 +25,12 @@
 //! means that the program did what it was asked until it was asked to end; packets
 //! lost or corrupted are in the counters, not in the status.
 
+pub mod blk;
 pub mod bridge;
 pub mod confine;
 pub mod datagrams;
 pub mod device;
+pub mod disk_check;
 pub mod echo;
 mod error;
 pub mod forward;
@@ -91,6 +95,10 @@ pub enum Program {
     Forward(forward::ForwardArgs),
     /// Be a learning switch between owners, each of which has a device
     Bridge(bridge::BridgeArgs),
+    /// Be the owner's disk, whose bytes are in a file or device of this guest
+    ///
+    /// The link has `profile = "block"` and the disk's size in the broker's configuration.
+    Blk(blk::BlkArgs),
     /// Print what the device and the link look like, as JSON
     Show(show::ShowArgs),
     /// Be an owner without a VM
@@ -115,6 +123,8 @@ pub enum Program {
     HostilePeer(hostile::peer::HostilePeerArgs),
     /// Test: exchange datagrams with another guest through both kernels, and check them
     Datagrams(datagrams::DatagramsArgs),
+    /// Test: write blocks of a file at random places, and check them
+    DiskCheck(disk_check::DiskCheckArgs),
 }
 
 impl Program {
@@ -130,6 +140,7 @@ impl Program {
             Self::Gen(args) => generate::run(args),
             Self::Forward(args) => forward::run(args),
             Self::Bridge(args) => bridge::run(args),
+            Self::Blk(args) => blk::run(args),
             Self::Show(args) => show::run(args),
             Self::Owner(args) => owner::run(args),
             Self::OwnerForward(args) => owner_forward::run(args),
@@ -142,6 +153,7 @@ impl Program {
             Self::HostileOwner(args) => hostile::owner::run(args),
             Self::HostilePeer(args) => hostile::peer::run(args),
             Self::Datagrams(args) => datagrams::run(args),
+            Self::DiskCheck(args) => disk_check::run(args),
         }
     }
 }

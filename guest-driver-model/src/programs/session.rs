@@ -8,15 +8,14 @@ use vhost_pci_device::abi::{self, queue_of_vring};
 
 use super::ProgramError;
 use super::live::Live;
-use super::peer_loop::PeerProgram;
 use super::quiet::Quiet;
 use super::run::LONGEST_SLEEP;
 use super::tally::Tally;
 use super::waiting::sleep;
-use super::wire::{Wire, receiving_pairs};
 use crate::control::{Command, ControlExchange, ControlRing};
 use crate::link::{LinkError, LinkPage};
-use crate::net::{PeerPort, receive_vring, transmit_vring};
+use crate::net::PeerPort;
+use crate::port::Port;
 use crate::transport::{Pairing, Transport};
 
 /// Between two looks for a link, where no interrupt tells of it.
@@ -61,15 +60,15 @@ impl Waiting {
     }
 }
 
-/// One device, from its start to its end.
-pub(super) struct Session<'a> {
+/// One device, from its start to its end; the owner's vrings are served by a `P`.
+pub(super) struct Session<'a, P = PeerPort> {
     transport: &'a dyn Transport,
     interrupt: bool,
     page: LinkPage,
     waiting: Waiting,
     /// There while the control area is.
     control: Option<ControlRing>,
-    live: Option<Live>,
+    live: Option<Live<P>>,
     /// The doorbell function, of which the device was told.
     doorbell: Option<Pairing>,
     /// The generation that gave no port, and will not.
@@ -79,28 +78,36 @@ pub(super) struct Session<'a> {
     quiet: Quiet,
 }
 
+/// A port for one round.
+pub(super) struct Turn<'s, P> {
+    pub port: &'s mut P,
+    pub transport: &'s dyn Transport,
+    /// For what the mapping table does not show.
+    pub exchange: Option<ControlExchange<'s>>,
+}
+
 /// A session without its device for a moment, to go on with the same one: of many sessions one's device
 /// can be let go, while nobody borrows them.
-pub(super) struct Paused {
+pub(super) struct Paused<P = PeerPort> {
     page: LinkPage,
     waiting: Waiting,
     control: Option<ControlRing>,
-    live: Option<Live>,
+    live: Option<Live<P>>,
     doorbell: Option<Pairing>,
     refused: Option<u64>,
     tally: Tally,
     quiet: Quiet,
 }
 
-impl<'a> Session<'a> {
+impl<'a, P: Port> Session<'a, P> {
     /// Goes on where it was, with the same device, which knows of nothing.
-    pub fn resume(transport: &'a dyn Transport, interrupt: bool, paused: Paused) -> Self {
+    pub fn resume(transport: &'a dyn Transport, interrupt: bool, paused: Paused<P>) -> Self {
         let Paused { page, waiting, control, live, doorbell, refused, tally, quiet } = paused;
         Self { transport, interrupt, page, waiting, control, live, doorbell, refused, tally, quiet }
     }
 
     /// Lets the device go, to [go on](Self::resume) with it at once.
-    pub fn pause(self) -> Paused {
+    pub fn pause(self) -> Paused<P> {
         let Self { page, waiting, control, live, doorbell, refused, tally, quiet, .. } = self;
         Paused { page, waiting, control, live, doorbell, refused, tally, quiet }
     }
@@ -135,31 +142,9 @@ impl<'a> Session<'a> {
         self.live.is_some()
     }
 
-    /// Queue pairs: 0 while there is no link.
-    pub fn pairs(&self) -> u16 {
-        self.live.as_ref().map_or(0, |live| live.port.pairs())
-    }
-
-    /// Pairs by which the owner receives: 0 while there is no link.
-    pub fn receiving_pairs(&self) -> u16 {
-        self.live.as_ref().map_or(0, |live| receiving_pairs(&live.port))
-    }
-
-    /// Follows the link, and lets the program move packets. Returns how many.
-    pub fn round(&mut self, program: &mut dyn PeerProgram) -> Result<usize, ProgramError> {
-        let Some(mut wire) = self.wire(|| program.link_lost())? else { return Ok(0) };
-        let moved = program.poll(&mut wire);
-        let faulted = wire.is_faulted();
-        drop(wire);
-        if faulted {
-            self.report_faults();
-        }
-        Ok(moved)
-    }
-
     /// Follows the link. If it is up, its port, for one round: who finds that a vring is broken has
     /// to [report](Self::report_faults) it. `lost` is called if the link that was up before is gone.
-    pub fn wire(&mut self, lost: impl FnOnce()) -> Result<Option<Wire<'_>>, ProgramError> {
+    pub fn turn(&mut self, lost: impl FnOnce()) -> Result<Option<Turn<'_, P>>, ProgramError> {
         self.follow_link(lost)?;
         // Only where it is used in each round: otherwise each command looks for it.
         if self.live.as_ref().is_some_and(|live| live.asks) {
@@ -168,7 +153,12 @@ impl<'a> Session<'a> {
         let Some(live) = &mut self.live else { return Ok(None) };
         let control = self.control.as_mut().filter(|_| live.asks);
         let exchange = control.map(|ring| ControlExchange::new(ring, self.transport, self.interrupt));
-        Ok(Some(Wire::new(&mut live.port, self.transport, exchange)))
+        Ok(Some(Turn { port: &mut live.port, transport: self.transport, exchange }))
+    }
+
+    /// The link that is up, if one is.
+    pub fn live(&self) -> Option<&Live<P>> {
+        self.live.as_ref()
     }
 
     /// Whether the device is known to be gone: then [`Self::check`] says so.
@@ -257,7 +247,7 @@ impl<'a> Session<'a> {
             self.refused = Some(snapshot.generation);
             return Ok(());
         }
-        match PeerPort::new(self.transport.window(), &self.page, &snapshot) {
+        match P::open(self.transport.window(), &self.page, &snapshot) {
             Ok(port) => self.go_live(port, snapshot.iommu || snapshot.copy),
             Err(error) => {
                 if self.quiet.allows_line() {
@@ -269,14 +259,13 @@ impl<'a> Session<'a> {
         Ok(())
     }
 
-    fn go_live(&mut self, mut port: PeerPort, asks: bool) {
-        for pair in 0..port.pairs() {
+    fn go_live(&mut self, mut port: P, asks: bool) {
+        for vring in 0..port.vrings() {
             // A fault shows again with the first burst.
-            let _ = port.set_kicks(transmit_vring(pair), false);
-            let _ = port.set_kicks(receive_vring(pair), false);
+            let _ = port.set_kicks(vring, false);
         }
         // 8.4: an earlier driver may have used buffers and died before it said so.
-        for vring in (0..2 * port.pairs()).filter(|vring| port.is_enabled(*vring)) {
+        for vring in (0..port.vrings()).filter(|vring| port.is_enabled(*vring)) {
             self.transport.doorbell(queue_of_vring(vring));
         }
         let generation = port.generation();
@@ -284,13 +273,13 @@ impl<'a> Session<'a> {
             tracing::info!(
                 device = self.transport.name(),
                 generation,
-                pairs = port.pairs(),
+                vrings = port.vrings(),
                 iommu = asks,
                 "the link is up"
             );
         }
         self.tally.links += 1;
-        let broken = port.faults().next().is_some();
+        let broken = !port.faults().is_empty();
         self.live = Some(Live { port, asks, reported: Vec::new(), attach_owed: true });
         self.doorbell = self.transport.pair(self.page.link_id());
         self.attach();
@@ -306,7 +295,8 @@ impl<'a> Session<'a> {
         if self.page.generation() != live.port.generation() {
             return;
         }
-        let new: Vec<_> = live.port.faults().filter(|fault| !live.reported.contains(fault)).collect();
+        let new: Vec<_> =
+            live.port.faults().into_iter().filter(|fault| !live.reported.contains(fault)).collect();
         live.reported.extend(&new);
         self.tally.faults += new.len() as u64;
         for fault in new {
@@ -382,17 +372,23 @@ impl<'a> Session<'a> {
         }
     }
 
-    /// Sleeps until the owner kicks, the link changes, or the program has input.
-    pub fn sleep(&mut self, program: &dyn PeerProgram) {
-        let armed = self.arm(|live| live.waited_for(program));
+    /// Sleeps until the owner kicks one of the vrings that `waited_for` names, the link changes, or
+    /// there is `input`; at most for `patience`.
+    pub fn sleep_for(
+        &mut self,
+        waited_for: impl FnOnce(&Live<P>) -> Vec<u16>,
+        input: Option<BorrowedFd<'_>>,
+        patience: Duration,
+    ) {
+        let armed = self.arm(waited_for);
         match &armed {
             // No interrupt will tell of anything.
             Armed { events, .. } if events.is_empty() => std::thread::sleep(LINK_PAUSE),
             Armed { watched: None, events, most, .. } => drop(sleep(events, &[], *most)),
             Armed { has_work: true, .. } => {}
             Armed { events, most, .. } => {
-                let input: Vec<_> = program.input().into_iter().collect();
-                let most = (*most).min(program.patience());
+                let input: Vec<_> = input.into_iter().collect();
+                let most = (*most).min(patience);
                 let mut sleeps = self.tally.sleeps;
                 sleeps.sleep(events, &input, most, || self.has_missed(&armed));
                 self.tally.sleeps = sleeps;
@@ -404,7 +400,7 @@ impl<'a> Session<'a> {
     /// Prepares for a sleep: asks for kicks of the vrings that `waited_for` names, and looks at all
     /// that they could tell once more. What comes after that is told, and ends the sleep however
     /// late it begins.
-    pub fn arm(&mut self, waited_for: impl FnOnce(&Live) -> Vec<u16>) -> Armed<'a> {
+    pub fn arm(&mut self, waited_for: impl FnOnce(&Live<P>) -> Vec<u16>) -> Armed<'a> {
         let transport = self.transport;
         let Some(control) = transport.interrupt_fd(abi::QUEUE_CONTROL) else {
             return Armed { events: Vec::new(), watched: None, most: LINK_PAUSE, has_work: false };

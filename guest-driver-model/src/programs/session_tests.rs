@@ -9,9 +9,10 @@ use std::sync::Mutex;
 use vhost_pci_device::abi::DeviceConfig;
 
 use super::*;
-use crate::programs::peer_loop::{PeerArgs, run_on};
+use crate::programs::peer_loop::{PeerArgs, PeerProgram, run_on};
 use crate::programs::stop::Stop;
 use crate::programs::traffic::Traffic;
+use crate::programs::wire::Wire;
 use crate::shm::SharedMemory;
 use crate::transport::TransportError;
 

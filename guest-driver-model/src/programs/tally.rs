@@ -3,7 +3,7 @@
 use std::ops::{Add, AddAssign};
 
 use super::waiting::Sleeps;
-use crate::net::Demand;
+use crate::reach::Demand;
 
 /// What a session counts.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]

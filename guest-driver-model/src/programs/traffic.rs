@@ -10,7 +10,7 @@ use super::pattern::Checker;
 use super::ping::{Pinged, RoundTrips};
 use super::waiting::Sleeps;
 use super::wire::Sent;
-use crate::net::Demand;
+use crate::reach::Demand;
 
 /// Counters since the program's start. Bytes are those of frames.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize)]

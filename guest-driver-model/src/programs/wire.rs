@@ -3,6 +3,10 @@
 
 use vhost_pci_device::abi::queue_of_vring;
 
+use super::ProgramError;
+use super::live::Live;
+use super::peer_loop::PeerProgram;
+use super::session::{Session, Turn};
 use crate::control::ControlExchange;
 use crate::net::forward::{End, ForwardFault, forward_burst_by};
 use crate::net::{
@@ -40,6 +44,54 @@ impl Sent {
 /// Pairs of a port whose receive queue the owner's driver uses: the first ones.
 pub(super) fn receiving_pairs(port: &PeerPort) -> u16 {
     (0..port.pairs()).take_while(|pair| port.is_enabled(receive_vring(*pair))).count() as u16
+}
+
+impl Live {
+    /// The vrings that a program sleeps for.
+    pub(super) fn waited_for(&self, program: &dyn PeerProgram) -> Vec<u16> {
+        let of_pair = |pair| {
+            let packets = program.takes_packets(pair).then_some(transmit_vring(pair));
+            let buffers = program.waits_for_buffers(pair).then_some(receive_vring(pair));
+            packets.into_iter().chain(buffers)
+        };
+        (0..self.port.pairs()).flat_map(of_pair).collect()
+    }
+}
+
+/// What a session on a network card's link does for who moves packets.
+impl Session<'_> {
+    /// Queue pairs: 0 while there is no link.
+    pub(super) fn pairs(&self) -> u16 {
+        self.live().map_or(0, |live| live.port.pairs())
+    }
+
+    /// Pairs by which the owner receives: 0 while there is no link.
+    pub(super) fn receiving_pairs(&self) -> u16 {
+        self.live().map_or(0, |live| receiving_pairs(&live.port))
+    }
+
+    /// Follows the link, and lets the program move packets. Returns how many.
+    pub(super) fn round(&mut self, program: &mut dyn PeerProgram) -> Result<usize, ProgramError> {
+        let Some(mut wire) = self.wire(|| program.link_lost())? else { return Ok(0) };
+        let moved = program.poll(&mut wire);
+        let faulted = wire.is_faulted();
+        drop(wire);
+        if faulted {
+            self.report_faults();
+        }
+        Ok(moved)
+    }
+
+    /// [`Session::turn`], for packets.
+    pub(super) fn wire(&mut self, lost: impl FnOnce()) -> Result<Option<Wire<'_>>, ProgramError> {
+        let turn = self.turn(lost)?;
+        Ok(turn.map(|Turn { port, transport, exchange }| Wire::new(port, transport, exchange)))
+    }
+
+    /// Sleeps until the owner kicks, the link changes, or the program has input.
+    pub(super) fn sleep(&mut self, program: &dyn PeerProgram) {
+        self.sleep_for(|live| live.waited_for(program), program.input(), program.patience());
+    }
 }
 
 /// A port and the doorbells that belong to it, for one round. The owner is called when it is

@@ -15,59 +15,13 @@ use crate::net::burst::{Packet, PacketBurst};
 use crate::net::forward::{Destination, Origin};
 use crate::net::lent::{LentBurst, lend, take_back};
 use crate::net::offload::{self, Offloads};
-use crate::net::reach::{Demand, LiveVring, Reach, Tables, on_miss};
 use crate::net::receive::receive;
 use crate::net::transmit::Transmitter;
+use crate::net::vring::{LiveVring, Packets, PortVring};
 use crate::net::{Counters, receive_vring, transmit_vring};
-use crate::ring::{ChainBurst, DeviceRing, Fault, OnMiss, RingConfig, RingFeatures};
+use crate::reach::{Demand, Reach, Tables};
+use crate::ring::{ChainBurst, Fault, OnMiss};
 use crate::shm::{SharedMemory, ShmError};
-
-/// A vring of the owner.
-#[derive(Debug)]
-enum PortVring {
-    /// The owner's front-end has not enabled it.
-    Absent,
-    /// Its geometry cannot be used.
-    Broken(Fault),
-    /// In use, or dead from a fault of its own.
-    Live(Box<LiveVring>),
-}
-
-impl PortVring {
-    fn new(
-        vring: u16,
-        info: &VringInfo,
-        window: &SharedMemory,
-        tables: &Tables,
-        snapshot: &LinkSnapshot,
-    ) -> Self {
-        if !info.enabled {
-            return Self::Absent;
-        }
-        let features = RingFeatures::of(snapshot.features);
-        let ring = RingConfig::new(info, features)
-            .map_err(|kind| Fault { kind, vring, value: u64::from(info.size) })
-            .and_then(|config| {
-                DeviceRing::new(vring, &config, window, tables.translation().clone(), features)
-            });
-        match ring {
-            Ok(ring) => {
-                let headers = snapshot.features & offload::TRANSMITTED != 0;
-                Self::Live(Box::new(LiveVring::new(ring.on_miss(on_miss(snapshot)), tables, headers)))
-            }
-            Err(fault) => Self::Broken(fault),
-        }
-    }
-
-    #[inline]
-    fn live(&mut self) -> Result<Option<&mut LiveVring>, Fault> {
-        match self {
-            Self::Absent => Ok(None),
-            Self::Broken(fault) => Err(*fault),
-            Self::Live(live) => Ok(Some(live)),
-        }
-    }
-}
 
 /// The peer's side of a pair: of the vring that the owner transmits by, and of the one that it
 /// receives by.
@@ -103,7 +57,9 @@ impl PeerQueue {
         let (window, log) = snapshot.serving(window)?;
         let tables = Tables::new(page, snapshot, log);
         let window = &window;
-        let vring = |vring, info| PortVring::new(vring, info, window, &tables, snapshot);
+        let headers = snapshot.features & offload::TRANSMITTED != 0;
+        let vring =
+            |vring, info| PortVring::new(vring, info, window, &tables, snapshot, Packets::new(headers));
         Ok(Self {
             pair,
             window: window.clone(),
@@ -138,7 +94,7 @@ impl PeerQueue {
     /// Whether the owner's front-end has enabled the vring, which is one of this pair's.
     pub fn is_enabled(&self, vring: u16) -> bool {
         let vrings = self.numbered().into_iter();
-        vrings.filter(|(number, _)| *number == vring).any(|(_, vring)| !matches!(vring, PortVring::Absent))
+        vrings.filter(|(number, _)| *number == vring).any(|(_, vring)| vring.is_enabled())
     }
 
     /// Both vrings, in the order of their numbers.
@@ -148,11 +104,7 @@ impl PeerQueue {
 
     /// The faults so far: one at most for each vring.
     pub fn faults(&self) -> impl Iterator<Item = Fault> {
-        self.numbered().into_iter().filter_map(|(_, vring)| match vring {
-            PortVring::Absent => None,
-            PortVring::Broken(fault) => Some(*fault),
-            PortVring::Live(live) => live.ring.fault(),
-        })
+        self.numbered().into_iter().filter_map(|(_, vring)| vring.fault())
     }
 
     /// How often a buffer was not in the mapping of the one before and had to be searched for, since
@@ -179,11 +131,7 @@ impl PeerQueue {
     /// How long it will be before the device is asked again for what it did not have, if
     /// there is such a thing: until then packets may wait in the owner's rings.
     pub fn pause(&self) -> Option<Duration> {
-        let pauses = self.numbered().into_iter().filter_map(|(_, vring)| match vring {
-            PortVring::Live(live) => live.backoff.left(),
-            PortVring::Absent | PortVring::Broken(_) => None,
-        });
-        pauses.min()
+        self.numbered().into_iter().filter_map(|(_, vring)| vring.pause()).min()
     }
 
     /// A vring by its number; `None` of another pair's, and of one that is not enabled.
@@ -262,7 +210,7 @@ impl PeerQueue {
     /// own buffers nobody can tell.)
     pub fn is_in_place(&mut self, burst: &LentBurst) -> bool {
         let lender = self.source.live().ok().flatten();
-        let generation = lender.and_then(|live| burst.table_generation(&live.lender));
+        let generation = lender.and_then(|live| burst.table_generation(&live.kind.lender));
         generation.is_some_and(|generation| self.tables.is_at(generation))
     }
 
@@ -285,7 +233,7 @@ impl PeerQueue {
 
     /// Whether the headers of what the owner transmits have something to say: it accepted an offload.
     pub fn has_headers(&mut self) -> bool {
-        self.source.live().ok().flatten().is_some_and(|live| live.headers)
+        self.source.live().ok().flatten().is_some_and(|live| live.kind.headers)
     }
 
     /// What is done about what the owner transmits and the window does not show.
@@ -379,6 +327,6 @@ impl PeerQueue {
     pub fn set_kicks(&mut self, vring: u16, enabled: bool) -> Result<bool, Fault> {
         let Some(live) = self.live(vring)? else { return Ok(false) };
         let waiting = live.ring.set_kicks(enabled)?;
-        Ok(waiting || enabled && live.lender.is_out())
+        Ok(waiting || enabled && live.kind.lender.is_out())
     }
 }

@@ -2,17 +2,19 @@
 //! device, which is asked for what the table does not show
 //! (`docs/vhost-pci-device.md`, 7.2 and 9.4).
 //!
-//! Owns: the state of the table that both rings of a queue go by, and when to ask again for
-//! what was not to be had. Never copies a packet.
+//! Owns: the state of the table that the rings of a queue go by, and when to ask again for
+//! what was not to be had. What the rings are for it does not know.
 
 use std::ops::AddAssign;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-use super::lent::Lender;
 use crate::control::{Exchange, Job, Outcome, Request};
-use crate::link::{LinkPage, LinkSnapshot};
-use crate::ring::{Chain, ChainBurst, DeviceRing, Direction, Fault, Finding, Miss, OnMiss, Place, Want};
+use crate::link::{LinkPage, LinkSnapshot, VringInfo};
+use crate::ring::{
+    Chain, ChainBurst, DeviceRing, Direction, Fault, Finding, Miss, OnMiss, Place, RingConfig, RingFeatures,
+    Want,
+};
 use crate::shm::SharedMemory;
 use crate::shm::log::WriteLog;
 use crate::translate::{Access, Translation};
@@ -52,7 +54,7 @@ impl AddAssign for Demand {
 
 /// The mapping table that a queue goes by.
 #[derive(Debug)]
-pub(super) struct Tables {
+pub(crate) struct Tables {
     page: LinkPage,
     generation: u64,
     table_generation: u64,
@@ -63,7 +65,7 @@ pub(super) struct Tables {
 }
 
 impl Tables {
-    pub(super) fn new(page: &LinkPage, snapshot: &LinkSnapshot, log: Option<Arc<WriteLog>>) -> Self {
+    pub(crate) fn new(page: &LinkPage, snapshot: &LinkSnapshot, log: Option<Arc<WriteLog>>) -> Self {
         Self {
             page: page.clone(),
             generation: snapshot.generation,
@@ -74,38 +76,38 @@ impl Tables {
         }
     }
 
-    pub(super) fn generation(&self) -> u64 {
+    pub(crate) fn generation(&self) -> u64 {
         self.generation
     }
 
-    pub(super) fn translation(&self) -> &Translation {
+    pub(crate) fn translation(&self) -> &Translation {
         &self.translation
     }
 
-    pub(super) fn table_generation(&self) -> u64 {
+    pub(crate) fn table_generation(&self) -> u64 {
         self.table_generation
     }
 
-    pub(super) fn reads(&self) -> u64 {
+    pub(crate) fn reads(&self) -> u64 {
         self.reads
     }
 
     /// Brings the table up to date. Whether the link is still the port's: one load where
     /// nothing has changed.
     #[inline]
-    pub(super) fn is_current(&mut self) -> bool {
+    pub(crate) fn is_current(&mut self) -> bool {
         self.page.table_generation() == self.table_generation || self.read()
     }
 
     /// Whether what was loaded from the window since the table was last brought up to date
     /// was there.
     #[inline]
-    pub(super) fn is_unchanged(&self) -> bool {
+    pub(crate) fn is_unchanged(&self) -> bool {
         self.page.table_is_at(self.table_generation)
     }
 
     /// Whether what was loaded from the window since the table had this generation was there.
-    pub(super) fn is_at(&self, table_generation: u64) -> bool {
+    pub(crate) fn is_at(&self, table_generation: u64) -> bool {
         self.page.table_is_at(table_generation)
     }
 
@@ -113,13 +115,13 @@ impl Tables {
     /// what is in the table now, and was before, has been there all along. (A mapping that
     /// went and came back was nowhere meanwhile.)
     #[cold]
-    pub(super) fn is_one_change_later(&mut self) -> bool {
+    pub(crate) fn is_one_change_later(&mut self) -> bool {
         let before = self.table_generation;
         self.is_current() && self.table_generation == before.wrapping_add(2)
     }
 
     /// Whether the link is still the port's, whatever became of the table.
-    pub(super) fn is_same_link(&self) -> bool {
+    pub(crate) fn is_same_link(&self) -> bool {
         self.page.generation() == self.generation
     }
 
@@ -140,7 +142,7 @@ impl Tables {
     }
 
     /// Whether each segment of the chain that was in the window is still there.
-    pub(super) fn hold(&mut self, chain: &Chain<'_>) -> bool {
+    pub(crate) fn hold(&mut self, chain: &Chain<'_>) -> bool {
         chain.segments.iter().all(|segment| match segment.place {
             Place::Window(offset) => {
                 let access = if segment.writable { Access::WRITE } else { Access::READ };
@@ -153,68 +155,117 @@ impl Tables {
 
 /// When to ask again.
 #[derive(Clone, Copy, Debug, Default)]
-pub(super) struct Backoff {
+pub(crate) struct Backoff {
     pause: Duration,
     until: Option<Instant>,
 }
 
 impl Backoff {
     /// How long not to ask; `None` if one may ask.
-    pub(super) fn left(&self) -> Option<Duration> {
+    pub(crate) fn left(&self) -> Option<Duration> {
         let left = self.until?.saturating_duration_since(Instant::now());
         (!left.is_zero()).then_some(left)
     }
 
-    pub(super) fn had_nothing(&mut self) {
+    pub(crate) fn had_nothing(&mut self) {
         self.pause = (self.pause * 2).clamp(FIRST_PAUSE, LAST_PAUSE);
         self.until = Some(Instant::now() + self.pause);
     }
 
-    pub(super) fn had_something(&mut self) {
+    pub(crate) fn had_something(&mut self) {
         *self = Self::default();
+    }
+}
+
+/// A vring of the owner. `K` is what its kind of device keeps beside it.
+#[derive(Debug)]
+pub(crate) enum PortVring<K> {
+    /// The owner's front-end has not enabled it.
+    Absent,
+    /// Its geometry cannot be used.
+    Broken(Fault),
+    /// In use, or dead from a fault of its own.
+    Live(Box<LiveVring<K>>),
+}
+
+impl<K> PortVring<K> {
+    pub(crate) fn new(
+        vring: u16,
+        info: &VringInfo,
+        window: &SharedMemory,
+        tables: &Tables,
+        snapshot: &LinkSnapshot,
+        kind: K,
+    ) -> Self {
+        if !info.enabled {
+            return Self::Absent;
+        }
+        let features = RingFeatures::of(snapshot.features);
+        let ring = RingConfig::new(info, features)
+            .map_err(|kind| Fault { kind, vring, value: u64::from(info.size) })
+            .and_then(|config| {
+                DeviceRing::new(vring, &config, window, tables.translation().clone(), features)
+            });
+        match ring {
+            Ok(ring) => Self::Live(Box::new(LiveVring::new(ring.on_miss(on_miss(snapshot)), tables, kind))),
+            Err(fault) => Self::Broken(fault),
+        }
+    }
+
+    #[inline]
+    pub(crate) fn live(&mut self) -> Result<Option<&mut LiveVring<K>>, Fault> {
+        match self {
+            Self::Absent => Ok(None),
+            Self::Broken(fault) => Err(*fault),
+            Self::Live(live) => Ok(Some(live)),
+        }
+    }
+
+    /// Why it is not served, if it was to be.
+    pub(crate) fn fault(&self) -> Option<Fault> {
+        match self {
+            Self::Absent => None,
+            Self::Broken(fault) => Some(*fault),
+            Self::Live(live) => live.ring.fault(),
+        }
+    }
+
+    /// Whether the owner's front-end has enabled it.
+    pub(crate) fn is_enabled(&self) -> bool {
+        !matches!(self, Self::Absent)
+    }
+
+    /// How long it will be before the device is asked again for what it lacks.
+    pub(crate) fn pause(&self) -> Option<Duration> {
+        match self {
+            Self::Live(live) => live.backoff.left(),
+            Self::Absent | Self::Broken(_) => None,
+        }
     }
 }
 
 /// A vring in use, or dead from a fault of its own. On cache lines of its own, as its queue is.
 #[derive(Debug)]
 #[repr(align(128))]
-pub(super) struct LiveVring {
-    pub(super) ring: DeviceRing,
+pub(crate) struct LiveVring<K> {
+    pub(crate) ring: DeviceRing,
     /// Of the table by which its chains are popped.
     table_generation: u64,
-    pub(super) backoff: Backoff,
-    pub(super) lender: Lender,
-    /// The headers of its packets have something to say (5.1.6.2): an offload was
-    /// negotiated. Otherwise they are not looked at, and their cache lines stay where they
-    /// are.
-    pub(super) headers: bool,
+    pub(crate) backoff: Backoff,
+    /// What the kind of device keeps.
+    pub(crate) kind: K,
 }
 
-impl LiveVring {
+impl<K> LiveVring<K> {
     /// A ring that was made with the tables of now.
-    pub(super) fn new(ring: DeviceRing, tables: &Tables, headers: bool) -> Self {
-        Self {
-            ring,
-            table_generation: tables.table_generation,
-            backoff: Backoff::default(),
-            lender: Lender::new(),
-            headers,
-        }
-    }
-
-    /// What is out is lent no more, and is the next to be popped.
-    #[inline]
-    pub(super) fn end_loan(&mut self) {
-        let out = self.lender.end();
-        if out > 0 {
-            self.ring.put_back(out);
-        }
+    fn new(ring: DeviceRing, tables: &Tables, kind: K) -> Self {
+        Self { ring, table_generation: tables.table_generation, backoff: Backoff::default(), kind }
     }
 
     /// Goes by the tables of now. Whether that is a change: what was popped before is then
     /// to be put back.
     #[inline]
-    pub(super) fn follow(&mut self, tables: &Tables) -> bool {
+    pub(crate) fn follow(&mut self, tables: &Tables) -> bool {
         let changed = self.table_generation != tables.table_generation;
         if changed {
             self.table_generation = tables.table_generation;
@@ -225,7 +276,7 @@ impl LiveVring {
 }
 
 /// What a ring does about a miss, by the link's status.
-pub(super) fn on_miss(snapshot: &LinkSnapshot) -> OnMiss {
+fn on_miss(snapshot: &LinkSnapshot) -> OnMiss {
     match (snapshot.iommu, snapshot.copy) {
         (_, true) => OnMiss::Copy,
         (true, false) => OnMiss::Map,
@@ -234,20 +285,20 @@ pub(super) fn on_miss(snapshot: &LinkSnapshot) -> OnMiss {
 }
 
 /// What a burst works with besides its vring.
-pub(super) struct Reach<'a> {
-    pub(super) window: &'a SharedMemory,
-    pub(super) tables: &'a mut Tables,
-    pub(super) exchange: &'a mut dyn Exchange,
-    pub(super) demand: &'a mut Demand,
+pub(crate) struct Reach<'a> {
+    pub(crate) window: &'a SharedMemory,
+    pub(crate) tables: &'a mut Tables,
+    pub(crate) exchange: &'a mut dyn Exchange,
+    pub(crate) demand: &'a mut Demand,
 }
 
 impl Reach<'_> {
     /// Pops up to `budget` chains into `chains`, which is empty; asks the device for what
     /// they lack if fewer than `need` can be had without. Room that was given out before is
     /// given back if the device is asked.
-    pub(super) fn pop(
+    pub(crate) fn pop<K>(
         &mut self,
-        live: &mut LiveVring,
+        live: &mut LiveVring<K>,
         need: usize,
         budget: usize,
         direction: Direction,
@@ -280,7 +331,7 @@ impl Reach<'_> {
 
     /// Asks the device for all that the ring lacks. Whether to try again.
     #[cold]
-    fn resolve(&mut self, live: &mut LiveVring) -> bool {
+    fn resolve<K>(&mut self, live: &mut LiveVring<K>) -> bool {
         if live.backoff.left().is_some() {
             return false;
         }
@@ -319,7 +370,7 @@ impl Reach<'_> {
     }
 
     /// Has the device carry out the jobs, and counts them.
-    pub(super) fn carry_out(&mut self, jobs: &mut [Job]) {
+    pub(crate) fn carry_out(&mut self, jobs: &mut [Job]) {
         self.exchange.carry_out(jobs);
         for job in jobs {
             match (job.request, job.outcome) {
