@@ -77,7 +77,19 @@ impl Sandbox {
         self.vm.join("initramfs")
     }
 
-    /// The command of such a program, run by user nobody where this one is root's. The directory is
+    /// A file of the packages that `target/vm` was made of.
+    pub fn unpacked(&self, path: &str) -> PathBuf {
+        self.vm.join("tree").join(path)
+    }
+
+    /// A program of these packages, with their libraries.
+    pub fn unpacked_program(&self, path: &str) -> Command {
+        let mut command = Command::new(self.vm.join("run"));
+        command.arg(path);
+        command
+    }
+
+    /// The command of a program of the workspace, run by user nobody where this one is root's. The directory is
     /// then nobody's, and has the program, as nobody may not look where it was built.
     pub fn command_of_nobody(&self, name: &str) -> Result<Command> {
         let built = self.program(name)?;

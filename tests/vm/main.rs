@@ -3,6 +3,7 @@
 #![forbid(unsafe_code)]
 
 mod beside;
+mod blk;
 mod boot;
 mod bridge;
 mod chain;
@@ -59,6 +60,7 @@ const SCENARIOS: &[Scenario] = &[
     confine::SCENARIO,
     readonly::SCENARIO,
     migrate::SCENARIO,
+    blk::SCENARIO,
     torture::SCENARIO,
     hostile::SCENARIO,
     hotplug::SCENARIO,

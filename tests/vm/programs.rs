@@ -25,6 +25,8 @@ impl Program {
             Some("hold") => "hold",
             Some("echo") => "echo",
             Some("hammer") => "hammer",
+            Some("blk") => "blk",
+            Some("disk-check") => "disk-check",
             other => bail!("the program {other:?} has no log"),
         };
         let start = format!(

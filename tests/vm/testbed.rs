@@ -168,11 +168,7 @@ impl<'s> Testbed<'s> {
 
     /// `vhost-pci-switch status --json`.
     pub fn status(&self) -> Result<Value> {
-        let mut command = Command::new(self.sandbox.program("vhost-pci-switch")?);
-        let socket: PathBuf = self.sandbox.dir().join("control.sock");
-        let output = command.args(["status", "--json", "--control-socket"]).arg(socket).output()?;
-        ensure!(output.status.success(), "status: {}", String::from_utf8_lossy(&output.stderr));
-        Ok(serde_json::from_slice(&output.stdout)?)
+        status_of(self.sandbox)
     }
 
     /// Checks that the broker touched no packet that it was not asked to, and had no fault; prints its
@@ -227,6 +223,15 @@ impl<'s> Testbed<'s> {
         let broker = self.broker.log();
         anyhow::bail!("{what}\nthe owner:\n{owner}\nthe peer:\n{peer}\nstatus: {status}\nbroker:\n{broker}")
     }
+}
+
+/// `vhost-pci-switch status --json` of the sandbox's broker.
+pub fn status_of(sandbox: &Sandbox) -> Result<Value> {
+    let mut command = Command::new(sandbox.program("vhost-pci-switch")?);
+    let socket: PathBuf = sandbox.dir().join("control.sock");
+    let output = command.args(["status", "--json", "--control-socket"]).arg(socket).output()?;
+    ensure!(output.status.success(), "status: {}", String::from_utf8_lossy(&output.stderr));
+    Ok(serde_json::from_slice(&output.stdout)?)
 }
 
 /// A broker by the sandbox's configuration. What it writes goes to `NAME.log`.
