@@ -12,7 +12,7 @@ use vhost_pci_device::abi::queue_of_vring;
 use super::ProgramError;
 use super::device::DeviceArgs;
 use super::quiet::Quiet;
-use super::run::{LONGEST_SLEEP, ROUNDS, stop_on_signals, until_gone};
+use super::run::{LONGEST_SLEEP, Patience, ROUNDS, stop_on_signals, until_gone};
 use super::session::{Session, Turn};
 use super::stop::Stop;
 use super::tally::Tally;
@@ -53,6 +53,9 @@ pub struct BlkArgs {
     /// When a broker is gone, wait for it to come back instead of ending
     #[arg(long)]
     pub reconnect: bool,
+    /// Wait for a device that is not there yet, serve it, and when it is gone wait for the next
+    #[arg(long)]
+    pub wait_for_device: bool,
     /// Print one JSON object with all counters at the end
     #[arg(long)]
     pub json: bool,
@@ -76,7 +79,7 @@ pub fn run_until(args: &BlkArgs, stop: &Stop) -> Result<(), ProgramError> {
     let disk = open_disk(args, &id)
         .map_err(|source| ProgramError::Disk { path: args.disk.display().to_string(), source })?;
     let mut server = Server { args, stop, disk, served: Counters::default(), tally: Tally::default() };
-    let result = until_gone(args.reconnect, stop, |outage| {
+    let result = until_gone(Patience::new(args.reconnect, args.wait_for_device), stop, |outage| {
         let transport = args.device.open()?;
         outage.is_over();
         tracing::info!(device = transport.name(), disk = %args.disk.display(), "the device is started");

@@ -66,10 +66,17 @@ pub(super) struct Patience {
     from_start: bool,
 }
 
+impl Patience {
+    /// By the options of these names.
+    pub const fn new(reconnect: bool, wait_for_device: bool) -> Self {
+        Self { reconnect: reconnect || wait_for_device, from_start: wait_for_device }
+    }
+}
+
 impl RunArgs {
     /// What the program was told.
     pub(super) fn patience(&self) -> Patience {
-        Patience { reconnect: self.reconnects(), from_start: self.wait_for_device }
+        Patience::new(self.reconnect, self.wait_for_device)
     }
 
     /// Whether it waits for who is gone to come back.
