@@ -10,6 +10,7 @@
 //! | [`port`] | a peer's port on a device of any kind |
 //! | [`net`] | virtio-net packets over rings: `rx_burst`, `rx_lend`, `tx_burst`, `forward_burst` |
 //! | [`blk`] | virtio-blk requests: a disk for the owner |
+//! | [`nic`] | a network card of this VM that reads and writes the owner's buffers where they lie |
 //! | [`transport`] | the vhost-pci device: through sysfs, through VFIO, or a model of its VMM |
 //! | [`control`] | the control ring |
 //! | [`owner`] | an owner without a VM: its memory, its driver, a model of its VMM |
@@ -34,6 +35,7 @@ pub mod blk;
 pub mod control;
 pub mod link;
 pub mod net;
+pub mod nic;
 pub mod owner;
 pub mod port;
 pub mod programs;

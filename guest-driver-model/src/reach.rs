@@ -258,7 +258,7 @@ pub(crate) struct LiveVring<K> {
 
 impl<K> LiveVring<K> {
     /// A ring that was made with the tables of now.
-    fn new(ring: DeviceRing, tables: &Tables, kind: K) -> Self {
+    pub(crate) fn new(ring: DeviceRing, tables: &Tables, kind: K) -> Self {
         Self { ring, table_generation: tables.table_generation, backoff: Backoff::default(), kind }
     }
 
@@ -276,7 +276,7 @@ impl<K> LiveVring<K> {
 }
 
 /// What a ring does about a miss, by the link's status.
-fn on_miss(snapshot: &LinkSnapshot) -> OnMiss {
+pub(crate) fn on_miss(snapshot: &LinkSnapshot) -> OnMiss {
     match (snapshot.iommu, snapshot.copy) {
         (_, true) => OnMiss::Copy,
         (true, false) => OnMiss::Map,

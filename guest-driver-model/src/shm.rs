@@ -200,6 +200,28 @@ impl SharedMemory {
         self.len == 0
     }
 
+    /// The same memory, of whose bytes each that is copied by it, or by its parts and clones, is counted
+    /// ([`Self::counted_bytes`]): words are not.
+    pub fn counted(&self) -> Self {
+        Self { copies: Engine::Counted, ..self.clone() }
+    }
+
+    /// The same memory, of which nothing is counted.
+    pub fn uncounted(&self) -> Self {
+        Self { copies: Engine::fastest(), ..self.clone() }
+    }
+
+    /// Bytes that this program has copied of memories that count.
+    pub fn counted_bytes() -> u64 {
+        // Relaxed: as where it grows.
+        copy::COUNTED.load(Ordering::Relaxed)
+    }
+
+    /// Where the memory is in this process: for who gives it to a device.
+    pub(crate) fn address(&self) -> u64 {
+        self.base.addr().get() as u64
+    }
+
     /// A part of the memory as a memory of its own, with offsets from its start.
     pub fn part(&self, offset: u64, len: u64) -> Result<Self, ShmError> {
         let base = self.range(offset, len)?;

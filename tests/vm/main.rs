@@ -28,6 +28,8 @@ mod tcp;
 mod testbed;
 mod torture;
 mod torture_traffic;
+mod vf;
+mod vf_far_side;
 
 use std::process::ExitCode;
 use std::time::Instant;
@@ -61,6 +63,7 @@ const SCENARIOS: &[Scenario] = &[
     readonly::SCENARIO,
     migrate::SCENARIO,
     blk::SCENARIO,
+    vf::SCENARIO,
     torture::SCENARIO,
     hostile::SCENARIO,
     hotplug::SCENARIO,

@@ -27,6 +27,8 @@ impl Program {
             Some("hammer") => "hammer",
             Some("blk") => "blk",
             Some("disk-check") => "disk-check",
+            Some("datagrams") => "datagrams",
+            Some("vf") => "vf",
             other => bail!("the program {other:?} has no log"),
         };
         let start = format!(

@@ -7,7 +7,7 @@ use anyhow::Result;
 use serde_json::json;
 use vhost_pci_tests::{Guest, GuestConfig, Sandbox};
 
-use crate::beside;
+use crate::{beside, vf_far_side};
 
 /// The doorbell socket's name, beside the others.
 pub const DOORBELL_SOCKET: &str = "doorbell.sock";
@@ -98,6 +98,9 @@ pub struct Setup {
     pub beside: bool,
     /// Whether the peer has a driver, too, that leaves out marking what it writes.
     pub unlogged: bool,
+    /// Whether the peer has a network card with a virtual function, whose far side is the test; the
+    /// broker then waits long for a peer.
+    pub vf: bool,
 }
 
 impl From<Mode> for Setup {
@@ -114,6 +117,7 @@ impl From<Mode> for Setup {
             reconnect: false,
             beside: false,
             unlogged: false,
+            vf: false,
         }
     }
 }
@@ -133,6 +137,7 @@ impl Setup {
             reconnect: false,
             beside: false,
             unlogged: false,
+            vf: false,
         }
     }
 
@@ -140,9 +145,10 @@ impl Setup {
     pub fn broker_config(&self, sandbox: &Sandbox) -> String {
         let socket = |name: &str| sandbox.dir().join(name).display().to_string();
         format!(
-            "control_socket = {:?}\n[[link]]\nname = \"vm\"\nowner_socket = {:?}\npeer_socket = {:?}\n\
+            "control_socket = {:?}\n{}[[link]]\nname = \"vm\"\nowner_socket = {:?}\npeer_socket = {:?}\n\
              queue_pairs = {}\n{}\n{}\n{}\n",
             socket("control.sock"),
+            if self.vf { "confirm_timeout_ms = 40000\n" } else { "" },
             socket("owner.sock"),
             socket("peer.sock"),
             self.mode.pairs(),
@@ -214,11 +220,36 @@ impl Setup {
         match self.mode {
             Mode::Poll => self.with_port(guest).args(["-device", &device]).modules(["tun"]).spawn(),
             Mode::Interrupt => self
-                .with_doorbell(sandbox, self.with_port(with_iommu(guest, Iommu::Intel)))
+                .with_doorbell(
+                    sandbox,
+                    self.with_vf(sandbox, self.with_port(with_iommu(guest, Iommu::Intel))),
+                )
                 .args(["-device", &format!("{device},iommu_platform=on,ats=on")])
                 .modules(["tun", "vfio-pci"])
                 .spawn(),
         }
+    }
+
+    /// The guest with a network card that has a virtual function, if it shall have one.
+    fn with_vf<'s>(&self, sandbox: &Sandbox, guest: GuestConfig<'s>) -> GuestConfig<'s> {
+        if !self.vf {
+            return guest;
+        }
+        let [here, far] =
+            [vf_far_side::CARD_SOCKET, vf_far_side::SOCKET].map(|name| sandbox.dir().join(name));
+        let card = "virtio-net-pci,bus=nic-port,disable-legacy=on,iommu_platform=on";
+        guest
+            .args(["-device", "pcie-root-port,id=nic-port,chassis=3,slot=3"])
+            .args(["-netdev", "hubport,id=nic-pf,hubid=0", "-netdev"])
+            .args([format!(
+                "dgram,id=nic-vf,local.type=unix,local.path={},remote.type=unix,remote.path={}",
+                here.display(),
+                far.display()
+            )])
+            // QEMU wants the virtual function first.
+            .args(["-device", &format!("{card},addr=0x0.1,netdev=nic-vf,sriov-pf=nic")])
+            .args(["-device", &format!("{card},id=nic,addr=0x0.0,multifunction=on,netdev=nic-pf")])
+            .modules(["virtio_net"])
     }
 
     /// The guest with a port for the peer's device, if that can be unplugged.

@@ -8,6 +8,7 @@
 //! | [`burst`] | private storage of a burst of received packets |
 //! | [`lent`] | a burst of packets that stay in the owner's buffers |
 //! | [`forward`] | packets from one owner to another with one copy, or to several with one each |
+//! | [`passage`] | buffers of a vring that are passed on to a device of this VM, and come back |
 //! | [`peer`] | the peer's port: the device half of the owner's queues, each by itself |
 //! | [`owner`] | the owner's port: the driver half, with buffers in its own memory, each by itself |
 //! | [`spread`] | which of several pairs a flow goes by |
@@ -31,6 +32,7 @@ pub mod layout;
 pub mod lent;
 pub mod offload;
 pub mod owner;
+pub mod passage;
 pub mod peer;
 mod receive;
 mod segment;

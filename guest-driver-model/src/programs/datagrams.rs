@@ -19,6 +19,8 @@ use super::{ProgramError, say};
 const LINE: Duration = Duration::from_millis(100);
 /// Longest wait for a datagram.
 const WAIT: Duration = Duration::from_millis(2);
+/// Datagrams between two looks at what there is to send: more than are sent at once.
+const AT_ONCE: usize = 64;
 /// The longest datagram.
 const MOST: usize = 2048;
 
@@ -76,7 +78,8 @@ pub fn run(args: &DatagramsArgs) -> Result<(), ProgramError> {
             offered
         }) as u64;
         // Else nothing came, or what was sent came back as an ICMP message, or a signal came.
-        if let Ok(len) = socket.recv(&mut room) {
+        for _ in 0..AT_ONCE {
+            let Ok(len) = socket.recv(&mut room) else { break };
             line.received += 1;
             checker.check(room.get(..len).unwrap_or_default());
             longest = longest.max(last.elapsed());

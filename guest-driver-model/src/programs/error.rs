@@ -114,6 +114,9 @@ pub enum ProgramError {
     /// The device broke a ring.
     #[error(transparent)]
     Ring(#[from] DriverFault),
+    /// The network card cannot be had, or does not do what it must.
+    #[error(transparent)]
+    Nic(#[from] crate::nic::NicError),
     /// The tap interface cannot be had.
     #[error("tap interface {name}: {step}: {source}{advice}")]
     Tap {

@@ -9,6 +9,7 @@
 //! | [`show`] | prints what the device and the link look like |
 //! | [`owner`], [`ping`] | an owner without a VM; how long its packets take to the peer and back |
 //! | [`owner_forward`] | one with two cards, between two peers |
+//! | [`vf`] | lends an owner's buffers to a network card of the peer |
 //! | [`vfio_owner`] | an owner's driver in its guest, behind the guest's IOMMU |
 //! | [`confine`] | try whether a peer is confined to what its owner maps |
 //! | [`hostile`] | break every rule there is |
@@ -56,6 +57,7 @@ mod tally;
 pub mod tap;
 pub mod traffic;
 pub mod unrest;
+pub mod vf;
 pub mod vfio_owner;
 pub mod waiting;
 pub mod wire;
@@ -99,6 +101,12 @@ pub enum Program {
     ///
     /// The link has `profile = "block"` and the disk's size in the broker's configuration.
     Blk(blk::BlkArgs),
+    /// Put a network card of this VM in front of the owner: the card reads and writes the owner's memory
+    ///
+    /// The card, a virtio one as SmartNICs offer as virtual functions, is driven through VFIO, and so is the
+    /// vhost-pci device. It reaches what the owner lets its own card reach, and nothing else of the owner; no
+    /// processor copies a packet.
+    Vf(vf::VfArgs),
     /// Print what the device and the link look like, as JSON
     Show(show::ShowArgs),
     /// Be an owner without a VM
@@ -141,6 +149,7 @@ impl Program {
             Self::Forward(args) => forward::run(args),
             Self::Bridge(args) => bridge::run(args),
             Self::Blk(args) => blk::run(args),
+            Self::Vf(args) => vf::run(args),
             Self::Show(args) => show::run(args),
             Self::Owner(args) => owner::run(args),
             Self::OwnerForward(args) => owner_forward::run(args),

@@ -4,6 +4,8 @@
 //! a call, a few jumps and two overlapping moves in the C library; here it is one masked
 //! move a cache line, in the middle of the caller's loop.
 
+use std::sync::atomic::{AtomicU64, Ordering};
+
 /// What copies are made with.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) enum Engine {
@@ -12,7 +14,12 @@ pub(super) enum Engine {
     Avx512,
     /// The C library's `memcpy`, which chooses by itself.
     Library,
+    /// The same, and [`COUNTED`] grows by each byte.
+    Counted,
 }
+
+/// Bytes copied by [`Engine::Counted`].
+pub(super) static COUNTED: AtomicU64 = AtomicU64::new(0);
 
 /// Length of a cache line, and of an AVX-512 register, bytes.
 const LINE: usize = 64;
@@ -28,6 +35,14 @@ impl Engine {
             return Self::Avx512;
         }
         Self::Library
+    }
+
+    #[inline(always)]
+    fn count(self, len: usize) {
+        if self == Self::Counted {
+            // Relaxed: a sum, and orders nothing.
+            COUNTED.fetch_add(len as u64, Ordering::Relaxed);
+        }
     }
 
     /// Copies `len` bytes. What arrives of a byte is what one load found, where the library's moves
@@ -46,8 +61,11 @@ impl Engine {
                 // processor has these instructions.
                 unsafe { copy_avx512(from, to, len) };
             }
-            // SAFETY: the caller's promise.
-            _ => unsafe { std::ptr::copy_nonoverlapping(from, to, len) },
+            _ => {
+                self.count(len);
+                // SAFETY: the caller's promise.
+                unsafe { std::ptr::copy_nonoverlapping(from, to, len) }
+            }
         }
     }
 
@@ -63,8 +81,11 @@ impl Engine {
                 // SAFETY: as in `copy`. To the compiler it is one store of anything.
                 unsafe { copy_avx512(from, to, len) };
             }
-            // SAFETY: the caller's promise.
-            _ => unsafe { std::ptr::copy(from, to, len) },
+            _ => {
+                self.count(len);
+                // SAFETY: the caller's promise.
+                unsafe { std::ptr::copy(from, to, len) }
+            }
         }
     }
 }

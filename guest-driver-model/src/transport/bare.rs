@@ -208,7 +208,8 @@ impl Bare {
     /// What the kernel answers.
     pub fn map(&self, reached: &mut Reached) -> Result<(), TransportError> {
         if let (Way::Vfio(pci), None) = (&self.pci, &reached.mapped) {
-            reached.mapped = Some(pci.map_dma(reached.bus, reached.pages.clone(), Access::READ_WRITE)?);
+            reached.mapped =
+                Some(pci.map_dma(reached.bus, reached.pages.clone().shared(), Access::READ_WRITE)?);
         }
         Ok(())
     }

@@ -11,9 +11,10 @@ use virtio_bindings::virtio_config::VIRTIO_F_ACCESS_PLATFORM;
 
 use super::TransportError;
 use super::sys::dma::DmaPages;
+use super::sys::event::Event;
 use super::sys::mmio::Mmio;
 use super::sysfs::{Kind, PciDevice, first_of};
-use super::vfio::VfioPci;
+use super::vfio::{DRIVER, VfioPci};
 use super::virtio_pci::{Doorbell, PciAccess, Registers, Structures, initialise, registers};
 use crate::link::VringInfo;
 use crate::shm::SharedMemory;
@@ -29,6 +30,7 @@ pub struct Card {
     doorbells: Vec<Doorbell>,
     common: Mmio,
     notify: Mmio,
+    config: Mmio,
     structures: Structures,
     pci: VfioPci,
 }
@@ -49,6 +51,9 @@ pub struct Mapped {
     address: String,
     pages: DmaPages,
 }
+
+/// The card wants to be reset.
+pub const NEEDS_RESET: u8 = initialise::STATUS_NEEDS_RESET;
 
 impl Mapped {
     /// Takes the pages from the card. When this returns, the guest's IOMMU has forgotten
@@ -77,6 +82,18 @@ impl Card {
         first_of(Kind::NetworkCard, address, Self::take)
     }
 
+    /// Takes the function at a PCI address, which nobody else may have, nor anything that its IOMMU does not
+    /// part it from, and resets it.
+    ///
+    /// # Errors
+    /// What stands in the way, and what to do about it.
+    pub fn open_function(address: &str) -> Result<Self, TransportError> {
+        let device = PciDevice::at(address)?;
+        device.check_kind(Kind::NetworkCard)?;
+        device.check_isolated(DRIVER)?;
+        Self::take(device)
+    }
+
     fn take(device: PciDevice) -> Result<Self, TransportError> {
         let pci = VfioPci::open(&device)?;
         let lens = std::array::from_fn(|bar| pci.bar_len(bar as u8));
@@ -85,6 +102,7 @@ impl Card {
         let card = Self {
             common: registers(&pci, structures.common)?,
             notify: registers(&pci, structures.notify)?,
+            config: registers(&pci, structures.device)?,
             pci,
             structures,
             doorbells: Vec::new(),
@@ -114,7 +132,21 @@ impl Card {
     /// # Errors
     /// What the kernel answers.
     pub fn map(&self, iova: u64, pages: &Pages, access: Access) -> Result<Mapped, TransportError> {
-        let pages = self.pci.map_dma(iova, pages.0.clone(), access)?;
+        self.map_shared(iova, pages.memory(), access)
+    }
+
+    /// Lets the card reach memory that is mapped here, such as a part of another device's BAR, at the bus
+    /// address `iova`.
+    ///
+    /// # Errors
+    /// What the kernel answers.
+    pub fn map_shared(
+        &self,
+        iova: u64,
+        memory: SharedMemory,
+        access: Access,
+    ) -> Result<Mapped, TransportError> {
+        let pages = self.pci.map_dma(iova, memory, access)?;
         Ok(Mapped { address: self.name().to_owned(), pages })
     }
 
@@ -124,22 +156,45 @@ impl Card {
     /// # Errors
     /// At which step it did not start; it is reset then.
     pub fn start(&mut self, features: u64, queues: &[VringInfo]) -> Result<(), TransportError> {
-        let started = self.steps(features, queues);
-        if started.is_err() {
-            self.reset();
-        }
-        started.map_err(|source| TransportError::Init { address: self.name().to_owned(), source })
+        // Without ACCESS_PLATFORM the card would take our bus addresses for physical ones.
+        self.negotiate(features, 0)?;
+        self.drive(queues, &[])
     }
 
-    fn steps(&mut self, features: u64, queues: &[VringInfo]) -> Result<(), initialise::InitError> {
-        // Without ACCESS_PLATFORM the card would take our bus addresses for physical ones.
-        initialise::negotiate(&self.common, features | 1 << VIRTIO_F_ACCESS_PLATFORM, 0)?;
+    /// Steps 1 to 6 of 3.1.1: the features accepted, all of `required` and what the card has of
+    /// `understood`.
+    ///
+    /// # Errors
+    /// As [`Self::start`].
+    pub fn negotiate(&mut self, required: u64, understood: u64) -> Result<u64, TransportError> {
         self.doorbells.clear();
+        let accepted =
+            initialise::negotiate(&self.common, required | 1 << VIRTIO_F_ACCESS_PLATFORM, understood);
+        self.or_reset(accepted)
+    }
+
+    /// Steps 7 and 8, with these queues, and an MSI-X vector for each if there are any.
+    ///
+    /// # Errors
+    /// As [`Self::start`].
+    pub fn drive(&mut self, queues: &[VringInfo], vectors: &[u16]) -> Result<(), TransportError> {
+        let driven = self.steps(queues, vectors);
+        self.or_reset(driven)
+    }
+
+    fn or_reset<T>(&self, result: Result<T, initialise::InitError>) -> Result<T, TransportError> {
+        result.map_err(|source| {
+            self.reset();
+            TransportError::Init { address: self.name().to_owned(), source }
+        })
+    }
+
+    fn steps(&mut self, queues: &[VringInfo], vectors: &[u16]) -> Result<(), initialise::InitError> {
         for (queue, at) in (0..).zip(queues) {
             let size = at.size as u16;
             let places = [at.desc, at.avail, at.used];
-            let offset =
-                initialise::queue_up(&self.common, queue, size..=size, places, initialise::NO_VECTOR)?;
+            let vector = vectors.get(usize::from(queue)).copied().unwrap_or(initialise::NO_VECTOR);
+            let offset = initialise::queue_up(&self.common, queue, size..=size, places, vector)?;
             self.doorbells.push(Doorbell::new(&self.notify, &self.structures, queue, offset)?);
         }
         initialise::drive(&self.common);
@@ -151,6 +206,39 @@ impl Card {
         if let Some(doorbell) = self.doorbells.get(usize::from(queue)) {
             doorbell.ring();
         }
+    }
+
+    /// Its Ethernet address, if it has one of its own (it accepted VIRTIO_NET_F_MAC).
+    pub fn mac(&self) -> [u8; 6] {
+        std::array::from_fn(|at| self.config.read8(at as u64))
+    }
+
+    /// What it says of itself: 0 when it was reset, all ones when it is gone.
+    pub fn status(&self) -> u8 {
+        self.common.read8(initialise::DEVICE_STATUS)
+    }
+
+    /// MSI-X vectors.
+    pub fn vectors(&self) -> u32 {
+        self.pci.msix_vectors()
+    }
+
+    /// Lets the first vectors signal these eventfds.
+    ///
+    /// # Errors
+    /// What the kernel answers.
+    pub fn arm(&self, events: &[Event]) -> Result<(), TransportError> {
+        let events: Vec<_> = events.iter().map(Some).collect();
+        self.pci.arm(0, &events)
+    }
+
+    /// Stops the card, and waits until it has stopped: it reaches no queue and no buffer any more.
+    ///
+    /// # Errors
+    /// If it does not come out of its reset.
+    pub fn stop(&self) -> Result<(), TransportError> {
+        let stopped = initialise::reset_and_answer(&self.common);
+        stopped.map_err(|source| TransportError::Init { address: self.name().to_owned(), source })
     }
 
     /// Stops the card: it reaches no queue and no buffer any more.

@@ -90,6 +90,40 @@ pub enum TransportError {
         /// Its device number; 0 if it cannot be read.
         device: u16,
     },
+    /// Another driver has the function that a device is to be lent to.
+    #[error(
+        "{address}: the driver {driver} has it; give it to vfio-pci: echo {address} > \
+         /sys/bus/pci/devices/{address}/driver/unbind; echo vfio-pci > \
+         /sys/bus/pci/devices/{address}/driver_override; echo {address} > /sys/bus/pci/drivers_probe"
+    )]
+    BoundElsewhere {
+        /// PCI address of the function.
+        address: String,
+        /// The kernel driver's name.
+        driver: String,
+    },
+    /// The function cannot be isolated from others, which other drivers have.
+    #[error(
+        "{address}: it is in IOMMU group {group} together with {others}: whoever has one of them can reach the \
+         others' memory, so all must be bound to vfio-pci or to no driver (a port with ACS between them would part them)"
+    )]
+    SharedGroup {
+        /// PCI address of the function.
+        address: String,
+        /// The group's number.
+        group: String,
+        /// The other functions, each with its driver.
+        others: String,
+    },
+    /// Nothing confines what the function reaches.
+    #[error(
+        "{address}: it is in no IOMMU group: this machine has no IOMMU, or does not use it (QEMU: -device \
+         intel-iommu,intremap=on before the devices behind it; kernel: intel_iommu=on)"
+    )]
+    NoIommu {
+        /// PCI address of the function.
+        address: String,
+    },
     /// A virtio driver of the kernel's is using the device.
     #[error("{address}: a virtio driver of the kernel's is using the device, so it stays with that driver")]
     InUse {

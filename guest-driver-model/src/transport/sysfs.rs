@@ -115,14 +115,20 @@ impl PciDevice {
         self.identity() == Some((PCI_VENDOR_ID, kind.device_id()))
     }
 
+    /// Whether it is what a driver of this crate takes.
+    pub(super) fn check_kind(&self, kind: Kind) -> Result<(), TransportError> {
+        if self.is_of(kind) {
+            return Ok(());
+        }
+        let (vendor, device) = self.identity().unwrap_or_default();
+        Err(TransportError::OtherDevice { address: self.address.clone(), kind, vendor, device })
+    }
+
     /// Whether it may be taken from its kernel driver: a mistyped address must not cost
     /// the guest its disk or its network.
     fn check_free(&self, kind: Kind) -> Result<(), TransportError> {
         let address = self.address.clone();
-        if !self.is_of(kind) {
-            let (vendor, device) = self.identity().unwrap_or_default();
-            return Err(TransportError::OtherDevice { address, kind, vendor, device });
-        }
+        self.check_kind(kind)?;
         match self.is_in_use() {
             true => Err(TransportError::InUse { address }),
             false => Ok(()),
@@ -153,6 +159,38 @@ impl PciDevice {
     pub fn driver(&self) -> Option<String> {
         let link = fs::read_link(self.folder.join("driver")).ok()?;
         Some(link.file_name()?.to_string_lossy().into_owned())
+    }
+
+    /// Whether the function can be given to VFIO as it is: nobody else has it, and nobody else has a
+    /// function that its IOMMU does not part it from.
+    ///
+    /// # Errors
+    /// What stands in the way, and what to do.
+    pub(super) fn check_isolated(&self, driver: &str) -> Result<(), TransportError> {
+        let address = self.address.clone();
+        if let Some(other) = self.driver().filter(|found| found != driver) {
+            return Err(TransportError::BoundElsewhere { address, driver: other });
+        }
+        let Ok(group) = fs::read_link(self.folder.join("iommu_group")) else {
+            return Err(TransportError::NoIommu { address });
+        };
+        let members = fs::read_dir(self.folder.join("iommu_group/devices")).into_iter().flatten().flatten();
+        let others = members.filter(|member| member.file_name() != *self.address).filter_map(|member| {
+            let link = fs::read_link(member.path().join("driver")).ok()?;
+            let found = link.file_name()?.to_string_lossy().into_owned();
+            // Bridges do no DMA of their own: VFIO lets them be.
+            let harmless = found == driver || found == "pcieport" || found == "pci-stub";
+            (!harmless).then(|| format!("{} ({found})", member.file_name().to_string_lossy()))
+        });
+        let others: Vec<_> = others.collect();
+        match others.is_empty() {
+            true => Ok(()),
+            false => Err(TransportError::SharedGroup {
+                address,
+                group: group.file_name().unwrap_or_default().to_string_lossy().into_owned(),
+                others: others.join(", "),
+            }),
+        }
     }
 
     /// Takes the device from its kernel driver, if it has one, and says so.
@@ -386,6 +424,35 @@ mod tests {
         folder.device().check_free(Kind::VhostPci).unwrap();
         fs::create_dir_all(folder.0.join("virtio0/driver")).unwrap();
         assert!(matches!(folder.device().check_free(Kind::VhostPci), Err(TransportError::InUse { .. })));
+    }
+
+    #[test]
+    fn a_function_that_others_can_reach_is_not_taken() {
+        use std::os::unix::fs::symlink;
+        let folder = Folder::new("group", "0x1af4", "0x1041");
+        let function = folder.device();
+        let none = function.check_isolated("vfio-pci").unwrap_err();
+        assert!(matches!(none, TransportError::NoIommu { .. }), "{none}");
+        let member = |name: &str, driver: &str| {
+            let device = folder.0.join("groups/7/devices").join(name);
+            fs::create_dir_all(&device).unwrap();
+            let _ = fs::remove_file(device.join("driver"));
+            symlink(format!("/drivers/{driver}"), device.join("driver")).unwrap();
+        };
+        member("0000:00:03.0", "vfio-pci");
+        symlink(folder.0.join("groups/7"), folder.0.join("iommu_group")).unwrap();
+        function.check_isolated("vfio-pci").unwrap();
+        // A port does no DMA of its own.
+        member("0000:00:02.0", "pcieport");
+        member("0000:00:03.1", "vfio-pci");
+        function.check_isolated("vfio-pci").unwrap();
+        member("0000:00:03.1", "virtio-pci");
+        let shared = function.check_isolated("vfio-pci").unwrap_err();
+        assert!(matches!(shared, TransportError::SharedGroup { .. }), "{shared}");
+        assert!(shared.to_string().contains("group 7 together with 0000:00:03.1 (virtio-pci)"), "{shared}");
+        symlink("/drivers/mlx5_core", folder.0.join("driver")).unwrap();
+        let elsewhere = function.check_isolated("vfio-pci").unwrap_err().to_string();
+        assert!(elsewhere.contains("the driver mlx5_core has it") && elsewhere.contains("driver_override"));
     }
 
     #[test]

@@ -30,7 +30,7 @@ use crate::shm::mapping::MappedRange;
 use crate::translate::Access;
 
 /// The kernel driver that gives a device to VFIO.
-const DRIVER: &str = "vfio-pci";
+pub(super) const DRIVER: &str = "vfio-pci";
 /// Where the device finds the queues' memory: below 4 GiB, away from 0 and from the
 /// interrupt window at 0xfee0_0000.
 const RING_IOVA: u64 = 16 << 20;
@@ -94,7 +94,7 @@ impl VfioPci {
     pub(super) fn map_dma(
         &self,
         iova: u64,
-        pages: Arc<MappedRange>,
+        pages: SharedMemory,
         access: Access,
     ) -> Result<DmaPages, TransportError> {
         DmaPages::new(self.container.clone(), iova, pages, access).map_err(|source| TransportError::Vfio {
@@ -163,7 +163,7 @@ impl VfioTransport {
         let function = Function::open(&opened)?;
         let pages = QueuePages::pages_for(QUEUE_VRING_FIRST + MAX_VRINGS) as u64;
         let memory = opened.locked_pages((pages * PAGE_SIZE) as usize)?;
-        let rings = opened.map_dma(RING_IOVA, memory, Access::READ_WRITE)?;
+        let rings = opened.map_dma(RING_IOVA, memory.shared(), Access::READ_WRITE)?;
         let places = (0..pages).map(|page| RING_IOVA + page * PAGE_SIZE);
         let resources = Resources {
             rings: QueuePages { pages: places.collect() },

@@ -9,18 +9,19 @@ use vfio_bindings::bindings::vfio::{
 use vfio_ioctls::{VfioContainer, VfioError};
 use vmm_sys_util::errno::Error;
 
-use crate::shm::mapping::MappedRange;
+use crate::shm::SharedMemory;
 use crate::translate::Access;
 
 /// `VFIO_IOMMU_MAP_DMA`, which vfio-ioctls has for both directions only.
 const MAP_DMA: u64 = nix::request_code_none!(VFIO_TYPE, VFIO_BASE + 13);
 
-/// Pages mapped for DMA, taken from the device before they are freed.
+/// Pages of this process, or of a BAR that it has mapped, mapped for DMA: taken from the device before
+/// they are freed.
 pub struct DmaPages {
     container: Arc<VfioContainer>,
     iova: u64,
     /// `None`: taken from the device already.
-    pages: Option<Arc<MappedRange>>,
+    pages: Option<SharedMemory>,
 }
 
 impl DmaPages {
@@ -32,20 +33,20 @@ impl DmaPages {
     pub fn new(
         container: Arc<VfioContainer>,
         iova: u64,
-        pages: Arc<MappedRange>,
+        pages: SharedMemory,
         access: Access,
     ) -> Result<Self, VfioError> {
         let flag = |wanted, flag| if access.allows(wanted) { flag } else { 0 };
         let map = vfio_iommu_type1_dma_map {
             argsz: size_of::<vfio_iommu_type1_dma_map>() as u32,
             flags: flag(Access::READ, VFIO_DMA_MAP_FLAG_READ) | flag(Access::WRITE, VFIO_DMA_MAP_FLAG_WRITE),
-            vaddr: pages.base().addr().get() as u64,
+            vaddr: pages.address(),
             iova,
-            size: pages.len() as u64,
+            size: pages.len(),
         };
         // SAFETY: the request's number and structure belong together, and the kernel only
-        // reads the structure. `pages` owns the range and makes no reference into it,
-        // and this value keeps it mapped until the DMA mapping is undone (see `unmap`),
+        // reads the structure. `pages` keeps the range mapped and nobody has a reference into it,
+        // and this value keeps `pages` until the DMA mapping is undone (see `unmap`),
         // so the device never reaches memory that has become something else.
         match unsafe { libc::ioctl(container.as_raw_fd(), MAP_DMA, &raw const map) } {
             0 => Ok(Self { container, iova, pages: Some(pages) }),
@@ -66,7 +67,7 @@ impl DmaPages {
         let Some(pages) = self.pages.take() else {
             return Ok(());
         };
-        let unmapped = self.container.vfio_dma_unmap(self.iova, pages.len());
+        let unmapped = self.container.vfio_dma_unmap(self.iova, pages.len() as usize);
         if unmapped.is_err() {
             // The device may still reach the pages: they must stay what they are.
             std::mem::forget(pages);

@@ -40,7 +40,7 @@ const DRIVER: u8 = VIRTIO_CONFIG_S_DRIVER as u8;
 const FEATURES_OK: u8 = VIRTIO_CONFIG_S_FEATURES_OK as u8;
 const DRIVER_OK: u8 = VIRTIO_CONFIG_S_DRIVER_OK as u8;
 /// The device has failed and wants to be reset.
-pub(super) const STATUS_NEEDS_RESET: u8 = VIRTIO_CONFIG_S_NEEDS_RESET as u8;
+pub(in crate::transport) const STATUS_NEEDS_RESET: u8 = VIRTIO_CONFIG_S_NEEDS_RESET as u8;
 
 /// How long a reset may take. A VMM answers the write itself when it is done.
 const RESET_TIME: Duration = Duration::from_secs(5);
@@ -216,6 +216,26 @@ fn steps<R: Registers>(
     Ok(Started { config, notify_offsets })
 }
 
+/// Stops a device, and waits until it says that it has stopped (4.1.4.3.2).
+pub(in crate::transport) fn reset<R: Registers>(common: &R) -> Result<(), InitError> {
+    common.write8(DEVICE_STATUS, 0);
+    wait_for_reset(common)
+}
+
+/// The same of a device that somebody else may be resetting, too: its registers may read as 0 meanwhile,
+/// which says nothing. It has stopped when it offers features again.
+pub(in crate::transport) fn reset_and_answer<R: Registers>(common: &R) -> Result<(), InitError> {
+    let deadline = Instant::now() + RESET_TIME;
+    loop {
+        reset(common)?;
+        match offered(common) {
+            offered if offered & 1 << VIRTIO_F_VERSION_1 != 0 => return Ok(()),
+            _ if Instant::now() > deadline => return Err(InitError::Reset { status: 0 }),
+            _ => std::thread::sleep(Duration::from_millis(1)),
+        }
+    }
+}
+
 /// Steps 1 to 6 for a device of any kind: accepts all of `required`, and what is offered
 /// of `understood`. Returns what was accepted.
 pub(in crate::transport) fn negotiate<R: Registers>(
@@ -224,8 +244,7 @@ pub(in crate::transport) fn negotiate<R: Registers>(
     understood: u64,
 ) -> Result<u64, InitError> {
     // 1. Reset the device, and wait until it says so (4.1.4.3.2).
-    common.write8(DEVICE_STATUS, 0);
-    wait_for_reset(common)?;
+    reset(common)?;
     // 2. and 3. We have noticed the device; we know how to drive it.
     common.write8(DEVICE_STATUS, ACKNOWLEDGE);
     common.write8(DEVICE_STATUS, ACKNOWLEDGE | DRIVER);

@@ -1,0 +1,407 @@
+//! A link's buffers, lent to a network card: a model of one reads and writes the window where it was let,
+//! gives buffers back in any order, fails, and is stopped; the owner's driver sees each packet once and in
+//! order, and nothing that the card holds ever leaves its reach.
+#![allow(clippy::unwrap_used, missing_docs)]
+
+mod net_support;
+
+use std::os::fd::BorrowedFd;
+
+use guest_driver_model::control::Nobody;
+use guest_driver_model::link::{Access, LinkPage, Mapping};
+use guest_driver_model::net::{HEADER_LEN, OwnerConfig, OwnerLayout, OwnerPort, PacketBurst};
+use guest_driver_model::nic::{Lent, Nic, NicError, Pass, PassError, Piece, Round, Way};
+use guest_driver_model::ring::Completion;
+use guest_driver_model::shm::SharedMemory;
+use net_support::{IOVA, LinkWriter, TwoViews, frame, link_page};
+use vhost_pci_device::abi;
+
+/// Where the card finds the window.
+const BUS: u64 = 1 << 32;
+
+/// A buffer that the card has.
+struct Held {
+    pieces: Vec<Piece>,
+    token: u64,
+}
+
+/// A card that does nothing by itself.
+struct Card {
+    window: SharedMemory,
+    reached: Vec<Mapping>,
+    held: [Vec<Held>; 2],
+    back: [Vec<Completion>; 2],
+    /// What it sent.
+    sent: Vec<Vec<u8>>,
+    room: usize,
+    fails: bool,
+    starts: usize,
+    running: bool,
+}
+
+impl Card {
+    fn new(window: &SharedMemory) -> Self {
+        Self {
+            window: window.clone(),
+            reached: Vec::new(),
+            held: [Vec::new(), Vec::new()],
+            back: [Vec::new(), Vec::new()],
+            sent: Vec::new(),
+            room: 64,
+            fails: false,
+            starts: 0,
+            running: false,
+        }
+    }
+
+    fn queue(&mut self, way: Way) -> (&mut Vec<Held>, &mut Vec<Completion>) {
+        let at = usize::from(way == Way::Send);
+        (&mut self.held[at], &mut self.back[at])
+    }
+
+    /// The window offset of a piece, which has to be where the card was let.
+    fn place(&self, piece: &Piece, access: Access) -> u64 {
+        let offset = piece.bus - BUS;
+        let inside = |range: &&Mapping| {
+            range.window_offset <= offset
+                && offset + u64::from(piece.len) <= range.window_offset + range.len
+                && range.access.allows(access)
+        };
+        assert!(self.reached.iter().any(|range| inside(&range)), "a buffer is lent that cannot be reached");
+        offset
+    }
+
+    /// Sends the packet at a place in its queue.
+    fn sends(&mut self, at: usize) {
+        let held = self.held[1].remove(at);
+        let mut bytes = Vec::new();
+        for piece in &held.pieces {
+            let mut part = vec![0; piece.len as usize];
+            self.window.read(self.place(piece, Access::READ), &mut part).unwrap();
+            bytes.extend(part);
+        }
+        self.sent.push(bytes);
+        self.back[1].push(Completion { token: held.token, len: 0 });
+    }
+
+    /// Receives a frame into the buffer at a place in its queue.
+    fn receives(&mut self, at: usize, frame: &[u8]) {
+        let held = self.held[0].remove(at);
+        // `num_buffers` is the driver's to write.
+        let mut bytes = vec![0; HEADER_LEN];
+        bytes.extend(frame);
+        let mut rest = &bytes[..];
+        for piece in &held.pieces {
+            let (now, later) = rest.split_at(rest.len().min(piece.len as usize));
+            self.window.write(self.place(piece, Access::WRITE), now).unwrap();
+            rest = later;
+        }
+        assert!(rest.is_empty());
+        self.back[0].push(Completion { token: held.token, len: bytes.len() as u32 });
+    }
+}
+
+impl Nic for Card {
+    fn name(&self) -> &str {
+        "model"
+    }
+
+    fn reach(&mut self, _: &SharedMemory, range: &Mapping) -> Result<(), NicError> {
+        self.reached.push(*range);
+        Ok(())
+    }
+
+    fn forget(&mut self, range: &Mapping) -> Result<(), NicError> {
+        self.reached.retain(|other| other != range);
+        // What it holds it can reach.
+        for piece in self.held.iter().flatten().flat_map(|held| &held.pieces) {
+            self.place(piece, Access::NONE);
+        }
+        Ok(())
+    }
+
+    fn bus(&self, window_offset: u64) -> u64 {
+        BUS + window_offset
+    }
+
+    fn start(&mut self, _: bool) -> Result<(), NicError> {
+        assert!(!self.running && self.held.iter().all(Vec::is_empty));
+        (self.running, self.fails) = (true, false);
+        self.starts += 1;
+        Ok(())
+    }
+
+    fn is_mergeable(&self) -> bool {
+        false
+    }
+
+    fn lend(&mut self, way: Way, pieces: &[Piece], token: u64) -> Lent {
+        let access = if way == Way::Send { Access::READ } else { Access::WRITE };
+        for piece in pieces {
+            self.place(piece, access);
+        }
+        let room = self.room;
+        let (held, _) = self.queue(way);
+        if held.len() == room {
+            return Lent::NoRoom;
+        }
+        if pieces.len() > 8 {
+            return Lent::Never;
+        }
+        held.push(Held { pieces: pieces.to_vec(), token });
+        Lent::Yes
+    }
+
+    fn publish(&mut self, _: Way) {}
+
+    fn collect(&mut self, way: Way, into: &mut Vec<Completion>) -> Result<(), NicError> {
+        into.append(self.queue(way).1);
+        match self.fails && self.running {
+            true => Err(NicError::Failed { name: "model".into(), why: "it was told to" }),
+            false => Ok(()),
+        }
+    }
+
+    fn held(&self) -> usize {
+        self.held.iter().map(Vec::len).sum()
+    }
+
+    fn stop(&mut self) -> Result<(), NicError> {
+        self.running = false;
+        self.held = [Vec::new(), Vec::new()];
+        Ok(())
+    }
+
+    fn check(&self) -> Result<(), NicError> {
+        Ok(())
+    }
+
+    fn interrupts(&self) -> Vec<BorrowedFd<'_>> {
+        Vec::new()
+    }
+
+    fn set_interrupts(&mut self, _: bool) -> Result<bool, NicError> {
+        Ok(false)
+    }
+}
+
+/// An owner, its link page, and a card behind it.
+struct Bed {
+    views: TwoViews,
+    owner: OwnerPort,
+    writer: LinkWriter,
+    page: LinkPage,
+    card: Card,
+    pass: Pass,
+    received: PacketBurst,
+}
+
+impl Bed {
+    fn new(config: OwnerConfig) -> Self {
+        let len = OwnerLayout::new(config, 0, u64::MAX >> 8).unwrap().end();
+        // Twice the memory: the second half is mapped, and nobody's.
+        let views = TwoViews::new(2 * len);
+        let layout = OwnerLayout::new(config, 0, len).unwrap();
+        let owner = OwnerPort::new(&views.owner, &layout, IOVA).unwrap();
+        let halves = [0, len].map(|at| Mapping {
+            iova: IOVA + at,
+            len,
+            window_offset: abi::DATA_OFFSET + at,
+            access: Access::READ_WRITE,
+        });
+        let writer = LinkWriter::new(config.features(), halves.to_vec(), layout.infos(IOVA));
+        writer.write(&views.window);
+        let page = link_page(&views.window);
+        let mut card = Card::new(&views.window);
+        let pass = Pass::start(&views.window.counted(), &page, &page.snapshot().unwrap(), &mut card).unwrap();
+        let received = PacketBurst::with_capacity(64, 2048);
+        Self { views, owner, writer, page, card, pass, received }
+    }
+
+    fn round(&mut self) -> Round {
+        self.pass.round(&mut self.card, &mut Nobody).unwrap()
+    }
+
+    /// The device shows these mappings from now on.
+    fn shows(&mut self, mappings: Vec<Mapping>) {
+        self.writer.mappings = mappings;
+        self.writer.table_generation += 2;
+        self.writer.write(&self.views.window);
+    }
+
+    fn receive(&mut self) -> Vec<Vec<u8>> {
+        self.received.clear();
+        self.owner.rx_burst(0, &mut self.received, 64).unwrap();
+        self.received.frames().map(<[u8]>::to_vec).collect()
+    }
+}
+
+fn kinds() -> impl Iterator<Item = OwnerConfig> {
+    [(false, false), (true, false), (false, true)].into_iter().map(|(indirect, packed)| OwnerConfig {
+        ring_size: 64,
+        indirect,
+        packed,
+        ..OwnerConfig::default()
+    })
+}
+
+fn frames(count: u64) -> Vec<Vec<u8>> {
+    (0..count).map(|seed| frame(seed, 60 + 37 * seed as usize)).collect()
+}
+
+#[test]
+fn what_the_card_gives_back_in_any_order_the_owner_gets_in_its_own() {
+    for config in kinds() {
+        let copied = SharedMemory::counted_bytes();
+        let mut bed = Bed::new(config);
+        let sent = frames(20);
+        assert_eq!(bed.owner.tx_burst(0, sent.iter().map(Vec::as_slice)), Ok(20));
+        bed.round();
+        assert_eq!(bed.card.held[1].len(), 20);
+        // The last one first: nothing is complete before the first.
+        for at in (1..20).rev() {
+            bed.card.sends(at);
+        }
+        bed.round();
+        assert_eq!((bed.owner.reap_transmitted(0), bed.pass.counts().tx_packets), (Ok(20), 0));
+        bed.card.sends(0);
+        bed.round();
+        assert_eq!((bed.owner.reap_transmitted(0), bed.pass.counts().tx_packets), (Ok(0), 20));
+        let mut seen = bed.card.sent.clone();
+        seen.sort();
+        let mut expected = sent.clone();
+        expected.sort();
+        assert_eq!(seen, expected, "a frame without its header, each byte");
+
+        for (at, frame) in sent.iter().enumerate().rev() {
+            bed.card.receives(at, frame);
+        }
+        bed.round();
+        assert_eq!(bed.receive(), sent);
+        assert_eq!(bed.pass.counts().rx_packets, 20);
+        let bytes: usize = sent.iter().map(Vec::len).sum();
+        assert_eq!(bed.pass.counts().rx_bytes, bytes as u64);
+        // What the card copies is not counted: its window is another one.
+        assert_eq!(SharedMemory::counted_bytes(), copied);
+    }
+}
+
+#[test]
+fn a_range_that_nobody_uses_goes_without_stopping_the_card() {
+    for config in kinds() {
+        let mut bed = Bed::new(config);
+        assert_eq!(bed.owner.tx_burst(0, frames(3).iter().map(Vec::as_slice)), Ok(3));
+        bed.round();
+        let kept = bed.writer.mappings[0];
+        bed.shows(vec![kept]);
+        let round = bed.round();
+        assert_eq!((round.release, bed.card.reached.clone()), (Some(4), vec![kept]));
+        assert_eq!((bed.card.starts, bed.card.held[1].len(), bed.pass.counts().quiesced), (1, 3, 0));
+        // And what comes is reached.
+        let halves =
+            [kept, Mapping { iova: IOVA + kept.len, window_offset: abi::DATA_OFFSET + kept.len, ..kept }];
+        bed.shows(halves.to_vec());
+        bed.round();
+        assert_eq!((bed.card.reached.len(), bed.card.starts), (2, 1));
+    }
+}
+
+#[test]
+fn a_range_that_the_card_uses_goes_when_it_has_stopped_and_the_rest_is_lent_anew() {
+    for config in kinds() {
+        let mut bed = Bed::new(config);
+        let sent = frames(10);
+        assert_eq!(bed.owner.tx_burst(0, sent.iter().map(Vec::as_slice)), Ok(10));
+        bed.round();
+        // Done before, but not collected.
+        bed.card.sends(0);
+        let whole = bed.writer.mappings[0];
+        // The same memory in another piece: all of it goes and comes.
+        bed.shows(vec![Mapping { len: 2 * whole.len, ..whole }]);
+        let round = bed.round();
+        assert_eq!(round.release, Some(4));
+        let counts = bed.pass.counts();
+        assert_eq!((bed.card.starts, counts.quiesced, counts.tx_packets), (2, 1, 1));
+        assert!(counts.given_back >= 9);
+        while !bed.card.held[1].is_empty() {
+            bed.card.sends(0);
+        }
+        bed.round();
+        assert_eq!(bed.owner.reap_transmitted(0), Ok(0));
+        assert_eq!(bed.card.sent, sent, "each once, in order");
+    }
+}
+
+#[test]
+fn a_card_that_fails_is_started_again_and_what_it_had_is_lent_anew() {
+    for config in kinds() {
+        let mut bed = Bed::new(config);
+        let sent = frames(10);
+        assert_eq!(bed.owner.tx_burst(0, sent.iter().map(Vec::as_slice)), Ok(10));
+        bed.round();
+        bed.card.sends(0);
+        bed.card.fails = true;
+        bed.round();
+        assert_eq!((bed.card.starts, bed.pass.counts().nic_resets), (2, 1));
+        while !bed.card.held[1].is_empty() {
+            bed.card.sends(0);
+        }
+        bed.round();
+        assert_eq!((bed.owner.reap_transmitted(0), bed.card.sent.clone()), (Ok(0), sent));
+    }
+}
+
+#[test]
+fn a_card_that_is_full_gets_the_rest_later() {
+    for config in kinds() {
+        let mut bed = Bed::new(config);
+        bed.card.room = 4;
+        let sent = frames(20);
+        assert_eq!(bed.owner.tx_burst(0, sent.iter().map(Vec::as_slice)), Ok(20));
+        while bed.pass.counts().tx_packets < 20 {
+            bed.round();
+            assert!(bed.card.held[1].len() <= 4);
+            if !bed.card.held[1].is_empty() {
+                bed.card.sends(0);
+            }
+        }
+        assert_eq!(bed.card.sent, sent);
+    }
+}
+
+#[test]
+fn of_a_link_that_is_another_one_nothing_is_completed_and_nothing_stays_reached() {
+    for config in kinds() {
+        let mut bed = Bed::new(config);
+        assert_eq!(bed.owner.tx_burst(0, frames(5).iter().map(Vec::as_slice)), Ok(5));
+        bed.round();
+        bed.card.sends(0);
+        bed.writer.generation += 2;
+        bed.shows(Vec::new());
+        let round = bed.round();
+        assert_eq!((round.moved, round.release), (0, None));
+        assert_eq!(bed.owner.reap_transmitted(0), Ok(5));
+        bed.pass.end(&mut bed.card).unwrap();
+        assert!(bed.card.reached.is_empty() && !bed.card.running);
+        assert_eq!(bed.pass.lent(), [0, 0]);
+    }
+}
+
+#[test]
+fn an_owner_that_a_card_cannot_serve_is_refused_and_nothing_is_reached() {
+    let bed = Bed::new(OwnerConfig::default());
+    let start = |change: &dyn Fn(&mut LinkWriter)| {
+        let mut writer = bed.writer.clone();
+        change(&mut writer);
+        writer.write(&bed.views.window);
+        let mut card = Card::new(&bed.views.window);
+        let error = Pass::start(&bed.views.window, &bed.page, &bed.page.snapshot().unwrap(), &mut card).err();
+        assert!(card.reached.is_empty() && !card.running);
+        error.unwrap()
+    };
+    assert!(matches!(start(&|writer| writer.owner_device = 2), PassError::NotNetwork { device: 2, .. }));
+    assert!(matches!(start(&|writer| writer.features |= 1), PassError::Features { features: 1 }));
+    assert!(matches!(start(&|writer| writer.vrings.truncate(1)), PassError::Queues));
+    assert!(matches!(start(&|writer| writer.vrings[1].enabled = false), PassError::Queues));
+    assert!(matches!(start(&|writer| writer.vrings[0].size = 3), PassError::Vring(_)));
+}
