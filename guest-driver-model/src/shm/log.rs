@@ -2,7 +2,7 @@
 //! migrated (`docs/vhost-pci-device.md`, 8.7).
 //!
 //! Owns: which part of the window is which of the owner's pages. Every store of
-//! [`SharedMemory`](super::SharedMemory) comes by here when the memory has a log, so that no user of it
+//! [`SharedMemory`] comes by here when the memory has a log, so that no user of it
 //! can forget to.
 
 use std::fmt;

@@ -89,3 +89,50 @@ fn next() -> Option<(UnixStream, Pass)> {
     }
     next
 }
+
+#[cfg(test)]
+mod tests {
+    #![allow(clippy::unwrap_used)]
+    use super::*;
+    use std::io::Write;
+    use std::net::{TcpListener, TcpStream};
+    use std::time::{Duration, Instant};
+
+    use vmm_sys_util::sock_ctrl_msg::ScmSocket;
+
+    /// A connection on which came, unread, what takes up to a minute to close: until the other end is.
+    fn slow_to_close() -> (UnixStream, TcpStream) {
+        let listener = TcpListener::bind("127.0.0.1:0").unwrap();
+        let mut slow = TcpStream::connect(listener.local_addr().unwrap()).unwrap();
+        let (other, _) = listener.accept().unwrap();
+        rustix::net::sockopt::set_socket_linger(&slow, Some(Duration::from_secs(60))).unwrap();
+        slow.set_nonblocking(true).unwrap();
+        while slow.write(&[0; 65536]).is_ok() {}
+        let (ours, vmm) = UnixStream::pair().unwrap();
+        vmm.send_with_fds(&[[0; 12].as_slice()], &[slow.as_raw_fd()]).unwrap();
+        (ours, other)
+    }
+
+    #[test]
+    fn a_door_is_crowded_while_what_came_through_it_is_not_closed() {
+        let (unclosed, elsewhere) = (Unclosed::default(), Unclosed::default());
+        let others: Vec<_> = (0..CROWD)
+            .map(|_| {
+                let (connection, other) = slow_to_close();
+                assert!(!unclosed.is_crowded());
+                turn_away(connection, unclosed.pass());
+                other
+            })
+            .collect();
+        assert!(unclosed.is_crowded());
+        // Another door is not, and one on which nothing came is closed at once.
+        turn_away(UnixStream::pair().unwrap().0, elsewhere.pass());
+        assert_eq!(Arc::strong_count(&elsewhere.0), 1);
+        drop(others);
+        let end = Instant::now() + Duration::from_secs(30);
+        while unclosed.is_crowded() {
+            assert!(Instant::now() < end);
+            thread::sleep(Duration::from_millis(2));
+        }
+    }
+}

@@ -141,9 +141,6 @@ fn descriptors_whose_close_takes_its_time_stall_nobody_though_their_sender_is_tu
         std::thread::spawn(move || drop(slow));
     }
     assert_eq!(first.question(GET_FEATURES, &[]).len(), 8);
-    // Those that came when some were not closed wait at the door, where they cost the broker nothing.
-    bench.wait_until("crowded", |report| report.counters.faults.contains_key("connections_per_second"));
-    assert!(bench.faults().get("occupied").is_none_or(|times| *times < 10), "{:?}", bench.faults());
     bench.right_link_works();
     drop((first, others));
     bench.descriptors_are(open);
