@@ -243,6 +243,13 @@ impl<R: Clone + PartialEq> MemoryTable<R> {
         }
     }
 
+    /// The same without regions of some files.
+    #[must_use]
+    pub fn without(&self, is_left_out: impl Fn(&R) -> bool) -> Self {
+        let regions = self.regions.iter().filter(|region| !is_left_out(&region.backing.handle));
+        Self { regions: regions.cloned().collect(), max_regions: self.max_regions }
+    }
+
     /// The regions that another table has too, with equal addresses and backing.
     pub fn common(&self, other: &Self) -> Self {
         let regions = self.regions.iter().filter(|region| other.regions.contains(region)).cloned();

@@ -18,6 +18,8 @@ pub const SCENARIO: Scenario = Scenario {
 
 const BYTES: u64 = 16 << 20;
 const PINGS: u32 = 100;
+/// Of each VM, MiB.
+const MEMORY: u32 = 256;
 
 /// The links: from the first VM to the second, and on to the third.
 const LEFT: &str = "left";
@@ -57,6 +59,12 @@ fn run(sandbox: &Sandbox) -> Result<()> {
     ensure!(hops == "0", "the last VM answers to a packet that the middle one should have dropped");
     for link in [LEFT, RIGHT] {
         ensure!(links.is_up(link)?, "the link {link} is not up: {}", links.status()?);
+        // Of the middle VM, not also what that has of the first in its window.
+        let shown = links.mapped_bytes(link)?;
+        ensure!(
+            shown == u64::from(MEMORY) << 20,
+            "{shown} bytes of the owner of {link} are shown; its VM has {MEMORY} MiB"
+        );
     }
     println!("broker: its threads have slept {} times", links.broker_switches()?);
     links.check_broker()
@@ -64,11 +72,11 @@ fn run(sandbox: &Sandbox) -> Result<()> {
 
 /// Starts the three VMs, and waits for each.
 fn boot(links: &Links<'_>) -> Result<(Guest, Guest, Guest)> {
-    let first = links.owner(links.guest("first", 256)?, LEFT, "").modules(["virtio_net"]);
-    let middle = links.with_iommu(links.guest("middle", 256)?);
+    let first = links.owner(links.guest("first", MEMORY)?, LEFT, "").modules(["virtio_net"]);
+    let middle = links.with_iommu(links.guest("middle", MEMORY)?);
     let middle = links.owner(links.peer(middle, LEFT), RIGHT, "");
     let middle = middle.modules(["virtio_net"].into_iter().chain(PEER_MODULES));
-    let last = links.peer(links.with_iommu(links.guest("last", 256)?), RIGHT).modules(PEER_MODULES);
+    let last = links.peer(links.with_iommu(links.guest("last", MEMORY)?), RIGHT).modules(PEER_MODULES);
     let (mut first, mut middle, mut last) = (first.spawn()?, middle.spawn()?, last.spawn()?);
     for guest in [&mut first, &mut middle, &mut last] {
         guest.wait_ready(BOOT)?;

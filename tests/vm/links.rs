@@ -94,6 +94,14 @@ impl<'s> Links<'s> {
         Ok(links.iter().any(|entry| entry["name"] == link && entry["state"] == "up"))
     }
 
+    /// Bytes of its owner that this link's peer has.
+    pub fn mapped_bytes(&self, link: &str) -> Result<u64> {
+        let status = self.status()?;
+        let links = status["links"].as_array().context("no links in the status")?;
+        let link = links.iter().find(|entry| entry["name"] == link).context("no such link in the status")?;
+        link["window"]["mapped_bytes"].as_u64().context("no number of bytes in the status")
+    }
+
     /// Checks that the broker touched no packet and met no fault; prints its counters.
     pub fn check_broker(&mut self) -> Result<()> {
         ensure!(self.broker.exited()?.is_none(), "the broker ended:\n{}", self.broker.log());

@@ -14,17 +14,47 @@ pub struct MemoryFile {
     inode: u64,
     page_size: u64,
     can_shrink: bool,
+    sender: i32,
+    is_foreign: bool,
 }
 
 impl MemoryFile {
     /// Wraps a descriptor whose file `fstat` gave these numbers for.
     pub fn new(fd: OwnedFd, device: u64, inode: u64) -> Self {
-        Self { fd: Arc::new(fd), device, inode, page_size: iommu::PAGE_SIZE, can_shrink: false }
+        Self {
+            fd: Arc::new(fd),
+            device,
+            inode,
+            page_size: iommu::PAGE_SIZE,
+            can_shrink: false,
+            sender: 0,
+            is_foreign: false,
+        }
     }
 
     /// The same, of a file that is not sealed against being shortened.
     pub fn with_no_seal(self) -> Self {
         Self { can_shrink: true, ..self }
+    }
+
+    /// The same, that this process sent.
+    pub fn sent_by(self, process: i32) -> Self {
+        Self { sender: process, ..self }
+    }
+
+    /// The process that sent it; 0 if the kernel does not say.
+    pub fn sender(&self) -> i32 {
+        self.sender
+    }
+
+    /// The same, which its sender has from the broker, in a window: it is another VM's.
+    pub fn foreign(self) -> Self {
+        Self { is_foreign: true, ..self }
+    }
+
+    /// Whether it is another VM's.
+    pub fn is_foreign(&self) -> bool {
+        self.is_foreign
     }
 
     /// Whether the file can be shortened while it is mapped.

@@ -175,13 +175,13 @@ impl OwnerSession {
     }
 
     /// The owner's memory as the device of an owner without an IOMMU may reach it: all
-    /// of it; empty while no vring runs.
+    /// of it that is its own; empty while no vring runs.
     pub fn identity(&self) -> IovaMap<MemoryFile> {
         if !self.is_running() {
             return IovaMap::new();
         }
         // A buffer may run from one region into the next where both touch.
-        IovaMap::identity(&self.memory).merged()
+        IovaMap::identity(&self.memory.without(MemoryFile::is_foreign)).merged()
     }
 
     /// Takes one request. On a fault nothing has changed.
@@ -258,9 +258,10 @@ impl OwnerSession {
             Request::SetVringKick { index, fd } => {
                 self.vring(index)?;
                 self.can_translate()?;
+                let own = self.memory.without(MemoryFile::is_foreign);
                 let space = match self.has_iommu() {
                     true => AddressSpace::Iova,
-                    false => AddressSpace::FrontEnd(&self.memory),
+                    false => AddressSpace::FrontEnd(&own),
                 };
                 let format = self.format();
                 self.vrings[index as usize].start(index, fd, space, format)?;
@@ -295,8 +296,9 @@ impl OwnerSession {
             return Err(Fault::Unsealed);
         }
         if !self.has_iommu() {
+            let own = table.without(MemoryFile::is_foreign);
             for (index, vring) in (0..).zip(&self.vrings) {
-                vring.recheck(index, AddressSpace::FrontEnd(&table))?;
+                vring.recheck(index, AddressSpace::FrontEnd(&own))?;
             }
         }
         if let Some(log) = self.log() {

@@ -5,6 +5,7 @@
 use std::collections::VecDeque;
 use std::io::{self, ErrorKind};
 use std::os::fd::AsFd;
+use std::os::unix::fs::MetadataExt;
 use std::os::unix::net::UnixStream;
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
@@ -16,6 +17,7 @@ use rustix::net::Shutdown;
 use tracing::{info, warn};
 use vhost_pci_device::abi;
 
+use super::admission::Caller;
 use super::areas::{AreaFile, ControlArea, LinkArea, Source, Witness};
 use super::backend_message::{self, Message};
 use super::channel::{Asked, Channel, send_later, send_now};
@@ -26,6 +28,7 @@ use super::dirty_log;
 use super::doorbell::{Doorbell, Word};
 use super::rate::Rate;
 use super::relay::Relay;
+use super::shown::{Shown, ShownWindow};
 use super::{Answer, ChannelId, Input, LinkPort, SessionId};
 use crate::config::{LinkConfig, Rates};
 use crate::guardian::Guard;
@@ -98,6 +101,9 @@ pub struct LinkDriver {
     wires: Vec<Wire>,
     doorbell: Option<Eventfd>,
     guard: Guard,
+    shown: Shown,
+    /// The window of the peer that is there, or was there last.
+    shown_window: Option<ShownWindow>,
     /// Who is told when the link may end.
     unplug: Option<Sender<bool>>,
     /// VMMs that were found gone: applied when the effects that led to it are run.
@@ -137,12 +143,20 @@ impl LinkDriver {
             wires: Vec::new(),
             doorbell: None,
             guard: Guard::none(),
+            shown: Shown::default(),
+            shown_window: None,
             unplug: None,
             failed: VecDeque::new(),
         };
         let first = driver.link.publication();
         driver.run_effects(vec![first]);
         Ok(driver)
+    }
+
+    /// Has it note what its peer is shown among what all links' peers are.
+    pub fn among(mut self, shown: Shown) -> Self {
+        self.shown = shown;
+        self
     }
 
     /// Has a guardian told of what VMMs connect and have mapped.
@@ -233,7 +247,12 @@ impl LinkDriver {
         self.next_session += 1;
         let id = SessionId(self.next_session);
         let port = self.port.clone();
-        let decoder = Arc::new(Decoder::new(port.clone(), side, id));
+        // The kernel does not say it of a socket that is no Unix one, of which there is none here.
+        let process = Caller::of(&stream).map_or(0, |caller| caller.pid);
+        if side == Side::Peer {
+            self.shown_window = Some(self.shown.window(process));
+        }
+        let decoder = Arc::new(Decoder::new(port.clone(), side, id, (process, self.shown.clone())));
         // Before its first message.
         match side {
             Side::Owner if waits => self.guard.waiting(stream.as_fd()),
@@ -638,6 +657,15 @@ impl LinkDriver {
                 (Source::Owner(backing.handle.clone()), backing.offset, writable)
             }
         };
+        if let Some(window) = &self.shown_window {
+            match &source {
+                Source::Owner(file) => window.note(file.identity(), file.sender()),
+                Source::Own(file) => {
+                    let metadata = file.metadata()?;
+                    window.note((metadata.dev(), metadata.ino()), std::process::id().cast_signed());
+                }
+            }
+        }
         Ok(backend_message::map(offset.raw(), len, source, file_offset, writable))
     }
 

@@ -19,6 +19,7 @@ use super::acceptor::{Door, Doorkeeper, Purpose};
 use super::broker::first_generation;
 use super::driver::LinkDriver;
 use super::port::Substitute;
+use super::shown::Shown;
 use super::{Input, LinkPort, limits};
 use crate::config::{Config, LinkConfig, MAX_LINKS, OneWay};
 use crate::guardian::{Guard, Guardian};
@@ -126,6 +127,7 @@ pub struct Links {
     guardian: Option<Guardian>,
     substitute: Substitute,
     doors: Doorkeeper,
+    shown: Shown,
     list: Mutex<Vec<Entry>>,
     /// Held while links change.
     changing: Mutex<()>,
@@ -147,6 +149,7 @@ impl Links {
             guardian: None,
             substitute,
             doors,
+            shown: Shown::default(),
             list: Mutex::default(),
             changing: Mutex::default(),
             uid: geteuid().as_raw(),
@@ -326,7 +329,7 @@ impl Links {
         let driver = LinkDriver::new(&config, link, link_id, port.clone())?;
         let guardian = self.guardian.as_ref();
         let guard = guardian.map_or_else(Guard::none, |guardian| guardian.link(number, name, link_id));
-        port.start(driver.guarded(guard.clone()));
+        port.start(driver.guarded(guard.clone()).among(self.shown.clone()));
         let purposes = [
             Purpose::Link(port.clone(), Side::Owner, owner_rule),
             Purpose::Link(port.clone(), Side::Peer, peer_rule.clone()),

@@ -14,6 +14,7 @@
 //! | [`relay`] | the thread of a link that passes notifications on |
 //! | [`limits`] | how many descriptors links take |
 //! | `closing` | ends of connections that are turned away |
+//! | [`shown`] | which files each process has in a window, and are not its own |
 //! | [`rate`] | how often a VMM may do something |
 //! | [`sockets`] | listening sockets |
 //! | [`admission`] | who of those may join |
@@ -39,6 +40,7 @@ pub mod links;
 pub mod port;
 pub mod rate;
 pub mod relay;
+pub mod shown;
 pub mod sockets;
 pub(crate) mod sys;
 

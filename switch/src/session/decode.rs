@@ -9,6 +9,7 @@ use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 
 use crossbeam_channel::{Receiver, bounded};
 use nix::sys::uio::pread;
+use tracing::info;
 use vhost::VhostUserMemoryRegionBase;
 use vhost::vhost_user::message::{
     VhostTransferStateDirection, VhostTransferStatePhase, VhostUserConfigFlags, VhostUserInflight,
@@ -21,6 +22,7 @@ use super::inspect;
 use crate::link::message::{Marks, RegionRequest, Reply, Request, VringBase};
 use crate::link::{Fault, Side};
 use crate::runtime::dirty_log;
+use crate::runtime::shown::Shown;
 use crate::runtime::{Answer, Input, LinkPort, SessionId};
 
 /// The handler of one session.
@@ -29,18 +31,24 @@ pub struct Decoder {
     port: LinkPort,
     side: Side,
     session: SessionId,
+    process: i32,
+    shown: Shown,
+    said_foreign: AtomicBool,
     acked_protocol: AtomicU64,
     declined: AtomicBool,
     fault: Mutex<Option<Fault>>,
 }
 
 impl Decoder {
-    /// A decoder that asks the link behind `port`.
-    pub fn new(port: LinkPort, side: Side, session: SessionId) -> Self {
+    /// A decoder that asks the link behind `port`, for this process, which has files from us as `shown` says.
+    pub fn new(port: LinkPort, side: Side, session: SessionId, (process, shown): (i32, Shown)) -> Self {
         Self {
             port,
             side,
             session,
+            process,
+            shown,
+            said_foreign: AtomicBool::new(false),
             acked_protocol: AtomicU64::new(0),
             declined: AtomicBool::new(false),
             fault: Mutex::new(None),
@@ -127,6 +135,18 @@ impl Decoder {
 
     fn region(&self, region: &VhostUserMemoryRegion, file: File) -> Result<RegionRequest> {
         let (file, file_len) = self.faulty(inspect::memory_file(file))?;
+        let mut file = file.sent_by(self.process);
+        if self.shown.has(self.process, file.identity()) {
+            file = file.foreign();
+            // Pairs with nothing: who says it first does not matter.
+            if !self.said_foreign.swap(true, Ordering::Relaxed) {
+                let (len, guest) = (region.memory_size, region.guest_phys_addr);
+                info!(
+                    link = self.port.name(),
+                    "{len} bytes at {guest:#x} of the owner's VM are a window into another VM's memory: they are left out"
+                );
+            }
+        }
         Ok(RegionRequest {
             guest: region.guest_phys_addr,
             frontend: region.user_addr,

@@ -301,3 +301,33 @@ fn ring_addresses_are_front_end_virtual_and_published_as_the_drivers() {
         .collect();
     assert_eq!(maps, [abi::DATA_OFFSET], "offset = IOVA - base");
 }
+
+#[test]
+fn memory_that_the_owner_has_in_a_window_is_not_shown() {
+    let mut bench = Bench::new();
+    bench.files.make_foreign(1);
+    bench.connect(Side::Owner);
+    bench.owner_up(&REGIONS);
+    bench.peer_up();
+    bench.work();
+    assert!(bench.is_up());
+    let ranges: Vec<_> = bench.vmm.owner_ranges().collect();
+    assert_eq!(ranges.len(), 1);
+    assert!(!ranges[0].range().backing().handle.is_foreign());
+}
+
+#[test]
+fn a_vring_in_memory_that_the_owner_has_in_a_window_is_a_fault() {
+    let mut bench = Bench::new();
+    bench.files.make_foreign(0);
+    bench.connect(Side::Owner);
+    for ask in Ask::bring_up(&REGIONS) {
+        if bench.report().owner.state != "absent" {
+            bench.owner(ask);
+        }
+    }
+    bench.peer_up();
+    bench.work();
+    assert_eq!(bench.report().counters.faults.get("vring"), Some(&1), "{:?}", bench.report());
+    assert_eq!(bench.vmm.owner_ranges().count(), 0);
+}

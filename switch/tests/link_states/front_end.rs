@@ -51,6 +51,11 @@ impl Files {
         Self((0..3).map(|_| memory_file()).collect())
     }
 
+    /// Another VM's, which the front-end has in a window.
+    pub fn make_foreign(&mut self, file: usize) {
+        self.0[file] = self.0[file].clone().foreign();
+    }
+
     pub fn request(&self, region: Region) -> RegionRequest {
         RegionRequest {
             guest: region.guest,

@@ -209,6 +209,9 @@ fn mapped_range(
         Access::from_bits(perm.into()).ok_or_else(|| format!("{span}: no access has number {perm}"))?;
     let place = owner.memory().by_frontend(FrontendVa::new(frontend), size);
     let place = place.map_err(|error| format!("{span}: front-end address: {error}"))?;
+    if place.backing.handle.is_foreign() {
+        return Err(format!("{span}: this is another VM's memory, which its VMM has in a window"));
+    }
     MappedRange::new(span, access, place.backing).map_err(|error| error.to_string())
 }
 
