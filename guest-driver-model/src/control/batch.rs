@@ -4,6 +4,7 @@
 //! Owns: the room for what they carry. A batch whose answers do not come in time is given
 //! up, and its room is not used again before the device has given all of it back.
 
+use std::mem::offset_of;
 use std::time::{Duration, Instant};
 
 use vhost_pci_device::abi;
@@ -115,18 +116,32 @@ pub struct ControlExchange<'a> {
     transport: &'a dyn Transport,
     interrupt: bool,
     patience: Duration,
+    /// The link that jobs are about, by the link page's generation.
+    link: Option<u64>,
 }
 
 impl<'a> ControlExchange<'a> {
     /// Over a control ring of this device. `interrupt`: the program sleeps until it is
     /// interrupted.
     pub fn new(ring: &'a mut ControlRing, transport: &'a dyn Transport, interrupt: bool) -> Self {
-        Self { ring, transport, interrupt, patience: PATIENCE }
+        Self { ring, transport, interrupt, patience: PATIENCE, link: None }
     }
 
     /// The same, waiting at most so long.
     pub fn patience(self, patience: Duration) -> Self {
         Self { patience, ..self }
+    }
+
+    /// The same, for jobs about the link of this generation: when the link page has another, nobody waits for
+    /// their answers. It is the host's last word, too, where a broker was killed and answers nothing any more.
+    pub fn of_link(self, generation: u64) -> Self {
+        Self { link: Some(generation), ..self }
+    }
+
+    /// Whether the link page has another generation than that of the jobs' link.
+    fn is_of_another_link(&self) -> bool {
+        let at = self.transport.config().link_offset.value() + offset_of!(abi::LinkHeader, generation) as u64;
+        self.link.is_some_and(|link| self.transport.window().load_u64(at) != Ok(link))
     }
 
     /// Sends all jobs, as the ring takes them, and waits for their answers.
@@ -152,7 +167,8 @@ impl<'a> ControlExchange<'a> {
             }
             let waited = start.elapsed();
             // 9.1: in another area nobody answers, nor does a device that is gone.
-            if waited >= self.patience || !self.ring.is_current() || self.transport.is_over() {
+            let over = !self.ring.is_current() || self.is_of_another_link() || self.transport.is_over();
+            if waited >= self.patience || over {
                 return Ok(());
             }
             if waited < SPIN {

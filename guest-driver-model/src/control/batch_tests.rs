@@ -324,6 +324,21 @@ fn a_batch_that_is_not_answered_is_given_up_and_its_room_kept() {
     assert_eq!(jobs[0].outcome, Outcome::Done);
 }
 
+/// Nothing else would end it: the broker that was asked has been killed.
+#[test]
+fn a_link_page_of_another_generation_ends_the_wait() {
+    let device = Fake::new(|_| None);
+    let at = offset_of!(abi::LinkHeader, generation) as u64;
+    device.window.store_u64(at, 6).unwrap();
+    let mut ring = ControlRing::new(&device).unwrap();
+    let ever = Duration::from_secs(1 << 20);
+    let mut exchange = ControlExchange::new(&mut ring, &device, false).patience(ever).of_link(4);
+    let mut jobs = jobs(&mut exchange, [Request::Fetch { iova: 0, len: 100 }]);
+    exchange.carry_out(&mut jobs);
+    assert_eq!(jobs[0].outcome, Outcome::Later);
+    assert_eq!(device.state.lock().unwrap().doorbells, 1, "it was asked");
+}
+
 #[test]
 fn a_control_area_that_begins_anew_ends_the_wait() {
     let device = Fake::new(|_| None);

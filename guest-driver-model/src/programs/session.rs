@@ -152,7 +152,9 @@ impl<'a, P: Port> Session<'a, P> {
         }
         let Some(live) = &mut self.live else { return Ok(None) };
         let control = self.control.as_mut().filter(|_| live.asks);
-        let exchange = control.map(|ring| ControlExchange::new(ring, self.transport, self.interrupt));
+        let exchange = control.map(|ring| {
+            ControlExchange::new(ring, self.transport, self.interrupt).of_link(live.port.generation())
+        });
         Ok(Some(Turn { port: &mut live.port, transport: self.transport, exchange }))
     }
 

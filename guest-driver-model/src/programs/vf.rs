@@ -365,7 +365,8 @@ impl<'a> Session<'a> {
         let Some(pass) = &mut self.pass else { return Ok(0) };
         let control = self.control.as_mut();
         let interrupt = self.args.wait.wait.needs_interrupts();
-        let mut exchange = control.map(|ring| ControlExchange::new(ring, self.transport, interrupt));
+        let mut exchange = control
+            .map(|ring| ControlExchange::new(ring, self.transport, interrupt).of_link(pass.generation()));
         let round = match pass.round(self.nic, &mut exchange) {
             Ok(round) => round,
             Err(PassError::Nic(error)) => return Err(error.into()),
