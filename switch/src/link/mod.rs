@@ -16,10 +16,13 @@
 //! | [`doorbell`] | the same for a VMM that knows `ivshmem-doorbell` only |
 //! | [`notify`] | which way each notification goes |
 //! | [`link_page`] | the bytes that the peer's guest reads |
+//! | `requests`, `command` | requests of the two front-ends; commands of the peer's driver |
+//! | `pending` | answers that wait until the peer has lost something |
 //! | [`state`] | the link itself: it joins the others |
 //! | [`view`] | what follows from its state for the peer: link page, wires |
 //! | [`fault`], [`features`], [`report`] | errors, feature names, status |
 
+mod command;
 pub mod descriptor;
 pub mod doorbell;
 pub mod fault;
@@ -32,8 +35,10 @@ pub mod migration;
 pub mod notify;
 pub mod owner;
 pub mod peer;
+mod pending;
 pub mod release;
 pub mod report;
+mod requests;
 pub mod state;
 pub mod view;
 pub mod vring;

@@ -8,22 +8,20 @@
 use std::collections::BTreeMap;
 use std::time::{Duration, Instant};
 
-use iommu::{Iova, Span, WindowGeometry, WindowLayout};
+use iommu::{WindowGeometry, WindowLayout};
 use vhost_pci_device::abi;
 
 use super::descriptor::{Eventfd, MemoryFile};
 use super::doorbell::Doorbell;
 use super::fault::Fault;
 use super::iommu::demand::{Demand, DemandCounters};
-use super::iommu::listen::Refusal;
 use super::iommu::room::Room;
 use super::iommu::shown::Shown;
-use super::message::{
-    CommandId, Effect, Event, Flood, Generations, LinkContents, Log, Reply, Request, Side, Wire,
-};
-use super::migration::{DRIVER_PATIENCE, geometry};
+use super::message::{Effect, Event, Flood, Generations, LinkContents, Log, Reply, Request, Side, Wire};
+use super::migration::geometry;
 use super::owner::OwnerSession;
-use super::peer::{AttachedDriver, PeerChange, PeerSession};
+use super::peer::PeerSession;
+use super::pending::{Concern, Pending, Unplug};
 use super::release::{Release, loses};
 use super::window::Window;
 use super::wiring::Wiring;
@@ -31,59 +29,6 @@ use crate::config::LinkConfig;
 
 /// Connections of a side that are all logged; of later ones only powers of two.
 const LOGGED_CONNECTIONS: u64 = 32;
-
-/// An owner's request whose answer waits for a revocation.
-#[derive(Debug)]
-pub(super) struct Pending {
-    reply: Reply,
-    concerns: Concern,
-    /// Until when a peer may hold it up whose device is stopped.
-    peer_deadline: Instant,
-    /// Until when the owner waits.
-    deadline: Instant,
-}
-
-impl Pending {
-    /// Whether it waits for some addresses only, and not for all of the window.
-    pub(super) fn is_of_some(&self) -> bool {
-        matches!(self.concerns, Concern::Addresses(_) | Concern::Eventfds)
-    }
-
-    /// Until when the peer's driver may hold it up.
-    pub(super) fn driver_deadline(&self) -> Option<Instant> {
-        match self.concerns {
-            Concern::Marking { until, .. } => Some(until),
-            Concern::Everything | Concern::Addresses(_) | Concern::Eventfds => None,
-        }
-    }
-
-    /// What it is answered with.
-    pub(super) fn into_reply(self) -> Reply {
-        self.reply
-    }
-}
-
-/// What of the owner's the peer must have lost before an owner's request is answered.
-#[derive(Debug)]
-enum Concern {
-    /// All that is not the owner's to show any more: memory and eventfds.
-    Everything,
-    /// Memory at these addresses.
-    Addresses(Vec<Span<Iova>>),
-    /// Eventfds that were replaced.
-    Eventfds,
-    /// All that may be written unmarked: the generation of the link page at which it was, and until when
-    /// a driver is waited for.
-    Marking { before: u64, until: Instant },
-}
-
-/// Until when a link that ends waits for its peer.
-#[derive(Clone, Copy, Debug)]
-pub(super) struct Unplug {
-    /// As [`Pending::peer_deadline`].
-    peer_deadline: Instant,
-    deadline: Instant,
-}
 
 /// Counts that the link itself keeps.
 #[derive(Debug, Default)]
@@ -286,71 +231,6 @@ impl Link {
         self.peer.is_some() && self.window.is_residue()
     }
 
-    /// Takes one command of the peer's driver.
-    fn command(
-        &mut self,
-        command: CommandId,
-        request: &abi::ControlRequest,
-        (readable, writable): (u64, u64),
-        now: Instant,
-        effects: &mut Vec<Effect>,
-    ) {
-        self.counters.control_commands += 1;
-        let generation = self.generations.link;
-        let Some(peer) = self.peer.as_mut() else {
-            return effects.push(Effect::Answer(command, abi::CTRL_INVALID, false));
-        };
-        let status = match request.command.value() {
-            abi::CTRL_ATTACH if request.value.value() != generation => abi::CTRL_STALE,
-            abi::CTRL_ATTACH => {
-                let has = |flag| request.flags.value() & flag != 0;
-                // An MSI-X table has 2048 entries at most.
-                let vectors = request.len.value().min(2048) as u32;
-                peer.driver = Some(AttachedDriver {
-                    generation,
-                    interrupt: has(abi::ATTACH_F_INTERRUPT),
-                    vectors: if has(abi::ATTACH_F_DOORBELL) { vectors } else { 0 },
-                    quiesces: has(abi::ATTACH_F_QUIESCE),
-                });
-                if !has(abi::ATTACH_F_QUIESCE) {
-                    self.release.forget();
-                }
-                self.unsettled = true;
-                abi::CTRL_OK
-            }
-            abi::CTRL_DETACH => {
-                peer.driver = None;
-                self.release.forget();
-                self.unsettled = true;
-                abi::CTRL_OK
-            }
-            abi::CTRL_RELEASE => {
-                let table = request.value.value();
-                let quiesces = peer.driver.is_some_and(|driver| driver.quiesces);
-                match quiesces && table <= self.generations.table {
-                    false => abi::CTRL_INVALID,
-                    true if self.release.give(table) => {
-                        self.unsettled = true;
-                        abi::CTRL_OK
-                    }
-                    true => abi::CTRL_STALE,
-                }
-            }
-            abi::CTRL_FAULT => self.ring_fault(request, effects),
-            // A command of a driver that serves an earlier link must not reach into this one.
-            abi::CTRL_MAP | abi::CTRL_FETCH | abi::CTRL_STORE
-                if peer.driver.is_none_or(|driver| driver.generation != generation) =>
-            {
-                abi::CTRL_STALE
-            }
-            abi::CTRL_MAP | abi::CTRL_FETCH | abi::CTRL_STORE => {
-                return self.take_want(command, request, readable, writable, now, effects);
-            }
-            _ => abi::CTRL_UNKNOWN,
-        };
-        effects.push(Effect::Answer(command, status, false));
-    }
-
     /// Bytes of the window that have the owner's read-write memory: all, unless the peer's VMM
     /// has a second aperture of that length for what is read-only.
     pub fn window_len(&self) -> u64 {
@@ -377,183 +257,6 @@ impl Link {
     pub fn control_call(&self) -> Option<Eventfd> {
         let peer = self.peer.as_ref().filter(|peer| peer.is_started())?;
         peer.control_queue()?.call.clone()
-    }
-
-    fn ring_fault(&mut self, request: &abi::ControlRequest, effects: &mut Vec<Effect>) -> u32 {
-        let vring = request.vring.value();
-        let kind = abi::FaultKind::from_number(request.kind.value());
-        let (Some(kind), true) = (kind, vring < self.config.max_vrings()) else {
-            return abi::CTRL_INVALID;
-        };
-        let fault = Fault::Ring { vring, kind, value: request.value.value() };
-        self.count(&fault, "owner", effects);
-        let err = self.owner.as_ref().and_then(|owner| owner.vrings()[usize::from(vring)].err.clone());
-        effects.extend(err.map(Effect::Signal));
-        abi::CTRL_OK
-    }
-
-    fn owner_request(&mut self, request: Request, now: Instant, effects: &mut Vec<Effect>) {
-        let Some(owner) = self.owner.as_mut() else {
-            return;
-        };
-        self.counters.owner_messages += 1;
-        let replaces = matches!(request, Request::SetVringKick { .. } | Request::SetVringCall { .. });
-        let takes_away = matches!(
-            request,
-            Request::GetVringBase { .. }
-                | Request::SetVringEnable { enable: false, .. }
-                | Request::SetMemTable(_)
-                | Request::RemMemReg { .. }
-                | Request::ResetOwner
-                | Request::Iotlb(_)
-                | Request::IommuPush { .. }
-        );
-        let changes_memory =
-            matches!(request, Request::SetMemTable(_) | Request::AddMemReg(_) | Request::RemMemReg { .. });
-        let concerns = concerned(&request, self.generations.link, now);
-        let logs = matches!(request, Request::SetFeatures(_) | Request::SetLogBase { .. });
-        let starts = matches!(request, Request::SetVringKick { .. } | Request::SetVringEnable { .. });
-        let taken = match request {
-            Request::SetBackendChannel(stream) => owner.take_channel().map_err(Refusal::End).map(|()| {
-                // What the old channel was asked nobody answers any more.
-                self.demand.asked = None;
-                effects.push(Effect::OpenChannel(Side::Owner, stream));
-                Reply::Done
-            }),
-            Request::Iotlb(message) => self.take_iotlb(message).map(|()| Reply::Done),
-            Request::IommuPush { reset, entries } => self.take_push(reset, &entries).map(|()| Reply::Done),
-            Request::SetFeatures(acked) => self.begins_or_ends_log(acked).and_then(|()| {
-                let owner = self.owner.as_mut().ok_or(Refusal::End(Fault::Unsupported("SET_FEATURES")))?;
-                owner.apply(request).map_err(Refusal::of)
-            }),
-            request @ Request::SetLogBase { .. } => self.take_log(request, effects),
-            request => owner.apply(request).map_err(Refusal::of),
-        };
-        if logs {
-            self.take_geometry();
-            self.end_withdrawal();
-        }
-        if changes_memory {
-            self.hide_unbacked();
-        }
-        if starts {
-            self.demand.refused_vrings.clear();
-        }
-        match taken.and_then(|reply| self.plan_identity().map(|()| reply).map_err(Refusal::End)) {
-            Err(Refusal::End(fault)) => self.refuse(Side::Owner, &fault, effects),
-            Err(Refusal::Decline(fault)) => {
-                self.count(&fault, Side::Owner.name(), effects);
-                effects.push(Effect::Reply(Side::Owner, Reply::Declined));
-            }
-            Ok(reply) if logs && self.withdraws => self.reply_when_confined(reply, concerns, now, effects),
-            Ok(reply) if takes_away || replaces => {
-                if takes_away
-                    && self.owner.as_ref().is_some_and(|owner| owner.has_iommu() && !owner.is_running())
-                {
-                    self.stop_demand(effects);
-                }
-                self.reply_when_confined(reply, concerns, now, effects);
-            }
-            Ok(reply) => effects.push(Effect::Reply(Side::Owner, reply)),
-        }
-    }
-
-    /// The layout of an owner without an IOMMU follows from its memory table.
-    pub(super) fn plan_identity(&mut self) -> Result<(), Fault> {
-        if let Some(owner) = self.owner.as_ref().filter(|owner| !owner.has_iommu()) {
-            self.shown.clear();
-            self.layout = WindowLayout::plan(&self.geometry, &owner.identity(), &self.layout)?;
-        }
-        Ok(())
-    }
-
-    /// Answers the owner when the peer holds no more than it should of what the request
-    /// concerns: what is taken out for another reason must not hold the owner up.
-    fn reply_when_confined(
-        &mut self,
-        reply: Reply,
-        concerns: Concern,
-        now: Instant,
-        effects: &mut Vec<Effect>,
-    ) {
-        if self.is_confined(&concerns) {
-            effects.push(Effect::Reply(Side::Owner, reply));
-            return;
-        }
-        self.pending = Some(Pending {
-            reply,
-            concerns,
-            // The peer's VMM has its time; then the kernel's word that its mappings are
-            // gone has as much again.
-            peer_deadline: now + self.timeout,
-            deadline: now + 2 * self.timeout,
-        });
-    }
-
-    /// Whether the peer holds no more of the owner's than it should.
-    fn is_confined(&self, concerns: &Concern) -> bool {
-        let (nothing, log) = (WindowLayout::new(), self.wanted_log());
-        let layout = if self.withdraws { &nothing } else { &self.layout };
-        let has_lost = |of| self.window.is_confined_to(layout, log.as_ref(), of);
-        match concerns {
-            Concern::Everything => has_lost(None) && self.is_wired_as_wanted(),
-            Concern::Addresses(addresses) => has_lost(Some(addresses)),
-            Concern::Eventfds => self.is_wired_as_wanted(),
-            Concern::Marking { before, .. } => has_lost(None) && self.driver_follows(*before),
-        }
-    }
-
-    fn peer_request(&mut self, request: Request, now: Instant, effects: &mut Vec<Effect>) {
-        let Some(peer) = self.peer.as_mut() else {
-            return;
-        };
-        self.counters.peer_messages += 1;
-        let strict = peer.is_strict();
-        // Before it says this, it takes back what was wired.
-        let stops = match request {
-            Request::GetVringBase { index }
-            | Request::SetVringKick { index, .. }
-            | Request::SetVringEnable { index, enable: false } => Some(index),
-            _ => None,
-        };
-        let renews_control_call =
-            matches!(request, Request::SetVringCall { index, .. } if index == u32::from(abi::QUEUE_CONTROL));
-        let taken = match request {
-            Request::SetBackendChannel(stream) => peer.take_channel(stream).map(|stream| {
-                effects.push(Effect::OpenChannel(Side::Peer, stream));
-                (Reply::Done, PeerChange::None)
-            }),
-            request => peer.apply(request),
-        };
-        match taken {
-            Err(fault) => self.refuse(Side::Peer, &fault, effects),
-            Ok((reply, change)) => {
-                if let Some(queue) = stops {
-                    self.wiring.queue_stopped(queue);
-                }
-                // What was signalled last may have reached one that is not looked at any more.
-                if renews_control_call {
-                    effects.extend(self.control_call().map(Effect::NotifyPeer));
-                }
-                match change {
-                    PeerChange::None => {}
-                    PeerChange::Started => {
-                        self.demand.forget_peer();
-                        self.wiring.device_started();
-                        self.hide_unenforced();
-                        effects.push(Effect::ResetControlRing);
-                        self.window.open(strict, now, effects);
-                    }
-                    PeerChange::Stopped => {
-                        self.demand.forget_peer();
-                        self.release.forget();
-                        self.wiring.device_stopped();
-                        self.window.stop(effects);
-                    }
-                }
-                effects.push(Effect::Reply(Side::Peer, reply));
-            }
-        }
     }
 
     fn tick(&mut self, now: Instant, effects: &mut Vec<Effect>) {
@@ -723,24 +426,5 @@ impl Link {
             let times = if *count > 1 { format!(" (so far {count} of this kind)") } else { String::new() };
             effects.push(Effect::Log(Log::Fault(format!("{side}: {fault}{times}"))));
         }
-    }
-}
-
-/// What a request of the owner's front-end concerns that takes something away.
-fn concerned(request: &Request, generation: u64, now: Instant) -> Concern {
-    let span = |iova, size| Span::new(Iova::new(iova), size).ok();
-    match request {
-        Request::Iotlb(message) => match span(message.iova, message.size) {
-            Some(span) => Concern::Addresses(vec![span]),
-            None => Concern::Everything,
-        },
-        Request::IommuPush { reset: false, entries } => {
-            Concern::Addresses(entries.iter().filter_map(|entry| span(entry.iova, entry.size)).collect())
-        }
-        Request::SetVringKick { .. } | Request::SetVringCall { .. } => Concern::Eventfds,
-        Request::SetFeatures(_) | Request::SetLogBase { .. } => {
-            Concern::Marking { before: generation, until: now + DRIVER_PATIENCE }
-        }
-        _ => Concern::Everything,
     }
 }

@@ -11,7 +11,8 @@ use super::room::{Room, allowed_as, mapped_as};
 use crate::link::link_page;
 use crate::link::message::{CommandId, Effect, Marks};
 use crate::link::owner::OwnerSession;
-use crate::link::state::{Link, Pending};
+use crate::link::pending::Pending;
+use crate::link::state::Link;
 
 /// Copies from or to a range, without an unmap between them, after which it is taken
 /// for one that lasts, and worth a place in the window.

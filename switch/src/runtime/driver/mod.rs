@@ -1,11 +1,12 @@
-//! What is around one link: it takes input, applies it to the link's state, and runs
-//! the effects. Nothing that it does waits, but for the guardian to listen: sessions, the readers of back-end channels
-//! and the relay have their own threads.
+//! What is around one link: it takes input, applies it to the link's state, and runs the effects
+//! (`effects`). Nothing that it does waits, but for the guardian to listen: sessions, the readers of
+//! back-end channels and the relay have their own threads.
+
+mod effects;
 
 use std::collections::VecDeque;
 use std::io::{self, ErrorKind};
 use std::os::fd::AsFd;
-use std::os::unix::fs::MetadataExt;
 use std::os::unix::net::UnixStream;
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
@@ -15,30 +16,23 @@ use std::time::{Duration, Instant};
 use crossbeam_channel::Sender;
 use rustix::net::Shutdown;
 use tracing::{info, warn};
-use vhost_pci_device::abi;
 
-use super::admission::Caller;
-use super::areas::{AreaFile, ControlArea, LinkArea, Source, Witness};
-use super::backend_message::{self, Message};
-use super::channel::{Asked, Channel, send_later, send_now};
-use super::closing::{Pass, turn_away};
-use super::control_ring::ControlRing;
-use super::copy::copy;
-use super::dirty_log;
-use super::doorbell::{Doorbell, Word};
-use super::rate::Rate;
-use super::relay::Relay;
-use super::shown::{Shown, ShownWindow};
-use super::{Answer, ChannelId, Input, LinkPort, SessionId};
 use crate::config::{LinkConfig, Rates};
 use crate::guardian::Guard;
 use crate::link::descriptor::Eventfd;
-use crate::link::doorbell::DoorbellMessage;
-use crate::link::iommu::demand::Task;
-use crate::link::iommu::iotlb::Piece;
-use crate::link::message::{CommandId, Content, Log, OpId, Reply, WaitingEvent, WindowOp, Wire};
+use crate::link::message::{WaitingEvent, Wire};
 use crate::link::report::{self, LinkReport};
-use crate::link::{Effect, Event, Fault, Link, Side};
+use crate::link::{Event, Fault, Link, Side};
+use crate::runtime::admission::Caller;
+use crate::runtime::areas::{AreaFile, ControlArea, LinkArea, Witness};
+use crate::runtime::channel::{Asked, Channel};
+use crate::runtime::closing::{Pass, turn_away};
+use crate::runtime::control_ring::ControlRing;
+use crate::runtime::doorbell::{Doorbell, Word};
+use crate::runtime::rate::Rate;
+use crate::runtime::relay::Relay;
+use crate::runtime::shown::{Shown, ShownWindow};
+use crate::runtime::{Answer, ChannelId, Input, LinkPort, SessionId};
 use crate::session::decode::Decoder;
 use crate::session::serve::serve;
 use crate::session::sys::{Connection, Line};
@@ -396,154 +390,11 @@ impl LinkDriver {
         self.run_effects(effects);
     }
 
-    fn run_effects(&mut self, effects: Vec<Effect>) {
-        for effect in effects {
-            self.run_effect(effect);
-        }
-        while let Some(event) = self.failed.pop_front() {
-            for effect in self.link.apply(event, Instant::now()) {
-                self.run_effect(effect);
-            }
-        }
-        if self.control_ring.take_notification(self.control_area.memory())
-            && let Some(call) = self.link.control_call()
-        {
-            self.relay.signal(&call);
-        }
-        // A page that is gone already needs no wait.
-        if self.watch.is_some() {
-            self.look_at_witness();
-        }
-    }
-
-    fn run_effect(&mut self, effect: Effect) {
-        match effect {
-            Effect::Reply(side, reply) => {
-                let session = match side {
-                    Side::Owner => self.owner.as_mut(),
-                    Side::Peer => self.peer.as_mut(),
-                };
-                if reply_to(&self.name, side.name(), session, reply).is_err() {
-                    self.close(side);
-                }
-            }
-            Effect::ReplyWaiting(reply) => {
-                if reply_to(&self.name, "waiting owner", self.waiting.as_mut(), reply).is_err() {
-                    self.close_waiting();
-                }
-            }
-            Effect::Disconnect(side) => self.close(side),
-            Effect::DisconnectWaiting => self.close_waiting(),
-            Effect::SwapOwners => {
-                std::mem::swap(&mut self.owner, &mut self.waiting);
-                self.guard.owners_swapped();
-            }
-            Effect::OpenChannel(side, stream) => self.open_channel(side, stream, false),
-            Effect::OpenWaitingChannel(stream) => self.open_channel(Side::Owner, stream, true),
-            Effect::Mark(marks) => {
-                let marked = dirty_log::mark(&marks);
-                self.warn_of(
-                    marked,
-                    "what was stored cannot be marked: a migration of the owner under way loses it",
-                );
-            }
-            Effect::Miss(id, page, access) => {
-                self.ask(Side::Owner, Asked::Miss(id), backend_message::miss(page, access));
-            }
-            Effect::AccessFail(page, access) => {
-                self.ask(Side::Owner, Asked::Nothing, backend_message::access_fail(page, access));
-            }
-            Effect::Answer(command, status, table_changed) => {
-                let flags = if table_changed { abi::RESPONSE_F_TABLE } else { 0 };
-                self.control_ring.answer(self.control_area.memory(), command, status, flags, 0);
-            }
-            Effect::Copy(command, task, pieces) => self.copy(command, task, &pieces),
-            Effect::Window(op, change) => self.change_window(op, change),
-            Effect::WirePeer(id, request) => {
-                self.ask(Side::Peer, Asked::Wire(id), backend_message::wire(request));
-            }
-            Effect::Doorbell(message) => {
-                if let Some((_, doorbell)) = &mut self.doorbell_function {
-                    match message {
-                        DoorbellMessage::OwnVector(eventfd) => doorbell.own_vector(&eventfd),
-                        DoorbellMessage::Peer(number, eventfd) => doorbell.peer_vector(number, &eventfd),
-                    }
-                }
-            }
-            Effect::WatchDoorbell => {
-                self.doorbell_watch = Some(Watch { next: Instant::now(), pause: FIRST_LOOK });
-            }
-            Effect::PublishDoorbell(entries, generation) => {
-                let published = self
-                    .doorbell_function
-                    .as_mut()
-                    .map(|(_, doorbell)| doorbell.publish(&entries, generation));
-                self.warn_of(published.unwrap_or(Ok(())), "the doorbell page cannot be written");
-            }
-            Effect::WatchWitness => {
-                self.watch = Some(Watch { next: Instant::now() + FIRST_LOOK, pause: FIRST_LOOK });
-            }
-            Effect::StopWatching => self.watch = None,
-            Effect::ResetControlRing => self.reset_control_ring(),
-            Effect::Publish(contents, generations) => {
-                let published = self.link_area.publish(&contents, generations);
-                self.warn_of(published, "the link area cannot be written");
-            }
-            Effect::PublishTable(mappings, generation) => {
-                let published = self.link_area.publish_table(&mappings, generation);
-                self.warn_of(published, "the link area cannot be written");
-            }
-            Effect::NotifyPeer(eventfd) | Effect::Signal(eventfd) => self.relay.signal(&eventfd),
-            Effect::Wire(wires) => {
-                self.wires = wires;
-                self.relay.wire(&self.wires, self.doorbell.as_ref());
-            }
-            Effect::ControlDoorbell(doorbell) => {
-                self.doorbell = doorbell;
-                self.relay.wire(&self.wires, self.doorbell.as_ref());
-            }
-            Effect::Unplugged(confirmed) => {
-                if let Some(answer) = self.unplug.take() {
-                    let _ = answer.send(confirmed);
-                }
-            }
-            Effect::Log(Log::Info(line)) => info!(link = %self.name, "{line}"),
-            Effect::Log(Log::Fault(line)) => warn!(link = %self.name, "{line}"),
-        }
-    }
-
-    fn open_channel(&mut self, side: Side, stream: UnixStream, waits: bool) {
-        let (port, name) = (self.port.clone(), self.name.clone());
-        let rate = Rate::new(self.rates.messages, Instant::now());
-        self.next_channel += 1;
-        let id = ChannelId(self.next_channel);
-        let guard = self.guard.clone();
-        let session = if waits { self.waiting.as_mut() } else { self.session(side) };
-        let Some(session) = session else { return };
-        match Channel::open(stream, port, side, (session.id, id), &name, rate) {
-            Ok(channel) => {
-                let channel = session.channel.insert(channel);
-                if side == Side::Peer {
-                    guard.channel(channel.connection());
-                }
-            }
-            Err(error) => warn!(link = %name, %error, "the back-end channel cannot be served"),
-        }
-    }
-
     /// The channel of a side, if it is this one of this session: another may have taken its
     /// place.
     fn channel(&mut self, side: Side, (session, id): (SessionId, ChannelId)) -> Option<&mut Channel> {
         let channel = self.session(side).filter(|open| open.id == session)?.channel.as_mut();
         channel.filter(|channel| channel.id() == id)
-    }
-
-    /// Asks a VMM. Without a channel nothing answers: the link's deadlines deal with it.
-    fn ask(&mut self, side: Side, asked: Asked, message: Message) {
-        let Some(channel) = self.session(side).and_then(|session| session.channel.as_mut()) else { return };
-        if channel.ask(asked, message).is_err() {
-            self.channel_lost(side);
-        }
     }
 
     fn channel_answered(&mut self, side: Side, ids: (SessionId, ChannelId), request: u32, done: bool) {
@@ -591,92 +442,6 @@ impl LinkDriver {
         }
     }
 
-    fn copy(&mut self, command: CommandId, task: Task, pieces: &[Piece]) {
-        let memory = self.control_area.memory();
-        let done = copy(&self.control_ring, memory, command, task, pieces);
-        let written = match task {
-            Task::Fetch if done => pieces.iter().map(|piece| piece.len).sum(),
-            Task::Fetch | Task::Map | Task::Store => 0,
-        };
-        let status = if done { abi::CTRL_OK } else { abi::CTRL_FAILED };
-        self.control_ring.answer(memory, command, status, 0, written);
-    }
-
-    fn warn_of(&self, result: io::Result<()>, what: &str) {
-        if let Err(error) = result {
-            warn!(link = %self.name, %error, "{what}");
-        }
-    }
-
-    fn change_window(&mut self, op: OpId, change: WindowOp) {
-        let unmapped = match &change {
-            WindowOp::Unmap(content) => Some(content.place(self.link.window_len())),
-            WindowOp::Map(_) => None,
-        };
-        let unmapped = unmapped.map(|(offset, len)| (offset.raw(), len));
-        match self.prepare(op, change) {
-            Ok(message) => self.ask(Side::Peer, Asked::Window(op, unmapped), message),
-            Err(error) => warn!(link = %self.name, %error, "a change of the window cannot be made"),
-        }
-    }
-
-    /// Fills in what the VMM has to be told.
-    fn prepare(&mut self, op: OpId, change: WindowOp) -> io::Result<Message> {
-        let content = match change {
-            WindowOp::Unmap(content) => {
-                let (offset, len) = content.place(self.link.window_len());
-                return Ok(backend_message::unmap(offset.raw(), len));
-            }
-            WindowOp::Map(content) => content,
-        };
-        let (offset, len) = content.place(self.link.window_len());
-        match &content {
-            // The first of a window that has nothing.
-            Content::LinkArea => self.guard.cleared(),
-            Content::Witness { .. } | Content::Owner(_) | Content::Log(_) => {
-                self.guard.mapping(op.0, offset.raw(), len)
-            }
-            Content::ControlArea | Content::Fence => {}
-        }
-        let (source, file_offset, writable) = match &content {
-            // Where they are in their file is where they are in the window.
-            Content::LinkArea => (self.areas.source(), offset.raw(), false),
-            Content::ControlArea => (self.areas.source(), offset.raw(), true),
-            Content::Witness { .. } => {
-                let witness = Arc::new(Witness::new()?);
-                self.guard.witness(witness.as_fd());
-                let source = witness.source();
-                self.witnesses.push_back(witness);
-                (source, 0, true)
-            }
-            Content::Fence => (Witness::new()?.source(), 0, true),
-            Content::Log(placed) => (Source::Owner(placed.log.file().clone()), placed.log.offset(), true),
-            Content::Owner(placement) => {
-                let backing = placement.range().backing();
-                let writable = placement.range().access().allows(iommu::Access::Write);
-                (Source::Owner(backing.handle.clone()), backing.offset, writable)
-            }
-        };
-        if let Some(window) = &self.shown_window {
-            match &source {
-                Source::Owner(file) => window.note(file.identity(), file.sender()),
-                Source::Own(file) => {
-                    let metadata = file.metadata()?;
-                    window.note((metadata.dev(), metadata.ino()), std::process::id().cast_signed());
-                }
-            }
-        }
-        Ok(backend_message::map(offset.raw(), len, source, file_offset, writable))
-    }
-
-    fn reset_control_ring(&mut self) {
-        let fresh = ControlRing::new();
-        match (self.control_area.clear(), fresh) {
-            (Ok(()), Ok(ring)) => self.control_ring = ring,
-            _ => warn!(link = %self.name, "the control ring cannot be reset"),
-        }
-    }
-
     fn session(&mut self, side: Side) -> Option<&mut Session> {
         match side {
             Side::Owner => self.owner.as_mut(),
@@ -701,29 +466,4 @@ impl LinkDriver {
             }
         }
     }
-}
-
-/// Answers a session's open question. An error: it cannot be, and the session is to be closed.
-fn reply_to(link: &str, who: &str, session: Option<&mut Session>, reply: Reply) -> Result<(), ()> {
-    let Some(session) = session else { return Ok(()) };
-    let Some(answer) = session.answer.take() else { return Ok(()) };
-    let done = match reply {
-        Reply::Done => Some(true),
-        Reply::Declined | Reply::Refused(_) => Some(false),
-        _ => None,
-    };
-    let Answer { sender, acknowledge } = answer;
-    let bytes = acknowledge.zip(done).map(|(request, done)| backend_message::acknowledgement(request, done));
-    match bytes {
-        Some(bytes) if !session.line.with(|line| send_now(line, &bytes)).unwrap_or(false) => {
-            let stopped = session.line.with(|line| send_later(line, bytes, sender, reply));
-            // A connection that is closed already needs no answer.
-            if let Some(Err(error)) = stopped {
-                warn!(%link, side = who, %error, "an answer cannot be sent");
-                return Err(());
-            }
-        }
-        _ => drop(sender.send(reply)),
-    }
-    Ok(())
 }
