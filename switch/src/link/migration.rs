@@ -208,7 +208,7 @@ impl Link {
             let line =
                 "the peer's driver has not taken the link up again in time, now that the owner is migrated";
             effects.push(Effect::Log(Log::Info(line.into())));
-            effects.push(Effect::Reply(super::Side::Owner, pending.into_reply()));
+            effects.push(Effect::Reply(super::Side::Owner, pending.reply));
         }
     }
 }

@@ -12,7 +12,9 @@ use super::state::Link;
 /// An owner's request whose answer waits for a revocation.
 #[derive(Debug)]
 pub(super) struct Pending {
+    /// What it is answered with.
     pub(super) reply: Reply,
+    /// What of the owner's it waits for.
     pub(super) concerns: Concern,
     /// Until when a peer may hold it up whose device is stopped.
     pub(super) peer_deadline: Instant,
@@ -32,11 +34,6 @@ impl Pending {
             Concern::Marking { until, .. } => Some(until),
             Concern::Everything | Concern::Addresses(_) | Concern::Eventfds => None,
         }
-    }
-
-    /// What it is answered with.
-    pub(super) fn into_reply(self) -> Reply {
-        self.reply
     }
 }
 
