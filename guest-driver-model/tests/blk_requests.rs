@@ -274,9 +274,9 @@ proptest! {
         }
         let (mut port, mut disk) = (owner.port(), Memory::new());
         let mut model = disk.bytes.clone();
-        let mut flushes = 0;
         for (number, step) in steps.iter().enumerate() {
             owner.next = BUFFERS;
+            let flushed = disk.flushed;
             let sent = match *step {
                 Step::Read(at, len) => owner.ask(IN, at, &[], 512 * len as usize, cut),
                 Step::Write(at, len) => {
@@ -300,9 +300,10 @@ proptest! {
                     assert!(owner.data(&sent) == model[512 * at as usize..][..512 * len as usize]);
                 }
                 Step::Write(..) => assert!(disk.bytes == model),
+                // One whose status was put off is carried out once more.
                 Step::Flush => {
-                    flushes += 1;
-                    assert_eq!((disk.flushed, disk.unflushed), (flushes, 0));
+                    assert!(disk.flushed == flushed + 1 || device.is_some() && disk.flushed > flushed);
+                    assert_eq!(disk.unflushed, 0);
                 }
                 Step::Id => assert_eq!(owner.data(&sent), disk.id()),
             }

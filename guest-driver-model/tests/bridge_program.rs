@@ -20,7 +20,7 @@ use guest_driver_model::programs::traffic::Traffic;
 use guest_driver_model::programs::waiting::{Wait, WaitArgs};
 use guest_driver_model::transport::Transport;
 use net_support::frame;
-use net_support::side::Side;
+use net_support::side::{Side, beside};
 
 const PATIENCE: Duration = Duration::from_secs(20);
 const WAITS: [Wait; 3] = [Wait::Poll, Wait::Interrupt, Wait::Adaptive(Duration::from_micros(20))];
@@ -44,27 +44,13 @@ fn args(wait: Wait) -> BridgeArgs {
 
 /// Runs the program while `test` plays the owners.
 fn run(args: &BridgeArgs, sides: &[&Side], test: impl FnOnce()) -> (Traffic, Vec<PortReport>) {
-    let stop = Stop::default();
-    thread::scope(|scope| {
-        let program = scope.spawn(|| {
-            let transports: Vec<_> = sides.iter().map(|side| &side.device as &dyn Transport).collect();
-            run_on(&transports, args, &stop)
-        });
-        // Also when the test fails: the scope waits for the program.
-        struct AtEnd<'a>(&'a Stop, &'a [&'a Side]);
-        impl Drop for AtEnd<'_> {
-            fn drop(&mut self) {
-                self.0.request();
-                self.1.iter().for_each(|side| assert!(side.device.interrupt.write(1).is_ok()));
-            }
-        }
-        let at_end = AtEnd(&stop, sides);
-        test();
-        drop(at_end);
-        let (result, traffic, ports) = program.join().unwrap();
-        result.unwrap();
-        (traffic, ports)
-    })
+    let program = |stop: &Stop| {
+        let transports: Vec<_> = sides.iter().map(|side| &side.device as &dyn Transport).collect();
+        run_on(&transports, args, stop)
+    };
+    let (result, traffic, ports) = beside(sides, program, test);
+    result.unwrap();
+    (traffic, ports)
 }
 
 fn station(number: u8) -> [u8; 6] {

@@ -19,7 +19,7 @@ use guest_driver_model::programs::traffic::Traffic;
 use guest_driver_model::programs::waiting::{Wait, WaitArgs};
 use guest_driver_model::transport::Transport;
 use net_support::frame;
-use net_support::side::Side;
+use net_support::side::{Side, beside};
 
 /// Sends frames by a pair of one owner, and takes them from a pair of the other.
 fn cross(
@@ -47,24 +47,10 @@ fn run(wait: Wait, sides: [&Side; 2], test: impl FnOnce()) -> Traffic {
         run: RunArgs { wait: WaitArgs { wait, idle_us: 0 }, ..RunArgs::default() },
         ..ForwardArgs::default()
     };
-    let stop = Stop::default();
-    thread::scope(|scope| {
-        let program = scope.spawn(|| run_on(sides.map(|side| &side.device as &dyn Transport), &args, &stop));
-        // Also when the test fails: the scope waits for the program.
-        struct AtEnd<'a>(&'a Stop, [&'a Side; 2]);
-        impl Drop for AtEnd<'_> {
-            fn drop(&mut self) {
-                self.0.request();
-                self.1.iter().for_each(|side| assert!(side.device.interrupt.write(1).is_ok()));
-            }
-        }
-        let at_end = AtEnd(&stop, sides);
-        test();
-        drop(at_end);
-        let (result, traffic) = program.join().unwrap();
-        result.unwrap();
-        traffic
-    })
+    let program = |stop: &Stop| run_on(sides.map(|side| &side.device as &dyn Transport), &args, stop);
+    let (result, traffic) = beside(&sides, program, test);
+    result.unwrap();
+    traffic
 }
 
 const WAITS: [Wait; 3] = [Wait::Poll, Wait::Interrupt, Wait::Adaptive(Duration::from_micros(20))];

@@ -4,13 +4,12 @@
 //! are the scenario's.
 
 use std::fs;
-use std::process::Command;
 
 use anyhow::{Context, Result, ensure};
 use serde_json::Value;
 use vhost_pci_tests::{GuestConfig, Process, Sandbox};
 
-use crate::testbed::start_broker;
+use crate::testbed::{start_broker, status_of};
 
 /// Modules of a guest whose program reaches its devices through VFIO, and has a tap.
 pub const PEER_MODULES: [&str; 2] = ["tun", "vfio-pci"];
@@ -80,11 +79,7 @@ impl<'s> Links<'s> {
 
     /// `vhost-pci-switch status --json`.
     pub fn status(&self) -> Result<Value> {
-        let mut command = Command::new(self.sandbox.program("vhost-pci-switch")?);
-        let socket = self.sandbox.dir().join("control.sock");
-        let output = command.args(["status", "--json", "--control-socket"]).arg(socket).output()?;
-        ensure!(output.status.success(), "status: {}", String::from_utf8_lossy(&output.stderr));
-        Ok(serde_json::from_slice(&output.stdout)?)
+        status_of(self.sandbox)
     }
 
     /// Whether this link is up.

@@ -69,6 +69,12 @@ const SCENARIOS: &[Scenario] = &[
     hotplug::SCENARIO,
 ];
 
+/// What follows an option of a scenario on the command line.
+fn option(name: &str) -> Option<String> {
+    let mut arguments = std::env::args().skip_while(|argument| argument != name);
+    arguments.next().map(|_| arguments.next().unwrap_or_default())
+}
+
 fn main() -> ExitCode {
     let arguments: Vec<_> = std::env::args().skip(1).collect();
     if arguments.iter().any(|argument| argument == "--list") {

@@ -13,9 +13,9 @@ use anyhow::{Context, Result, bail, ensure};
 use serde_json::{Value, json};
 use vhost_pci_tests::{Guest, Sandbox};
 
-use crate::Scenario;
 use crate::setup::{Mode, Setup};
 use crate::testbed::{COMMAND, OWNER, PEER, Testbed};
+use crate::{Scenario, option};
 
 pub const SCENARIO: Scenario = Scenario {
     name: "migrate",
@@ -64,7 +64,7 @@ struct Datagrams {
 }
 
 fn run(sandbox: &Sandbox) -> Result<()> {
-    let broken = std::env::args().skip_while(|argument| argument != "--break").nth(1);
+    let broken = option("--break");
     // Packed rings: of split ones QEMU copies what a device writes to them by itself.
     let setup = Setup { owner_mib: 256, packed: true, unlogged: true, ..Mode::Interrupt.into() };
     let mut bed = Testbed::boot(sandbox, setup)?;
@@ -129,7 +129,7 @@ impl Moves<'_> {
             Err(error) => {
                 let text = format!("{error:#}");
                 let says = text.lines().next().unwrap_or_default().to_owned();
-                ensure!(says.contains("igrat"), "the peer's QEMU says: {text}");
+                ensure!(says.contains("non-migratable"), "the peer's QEMU says: {text}");
                 println!("the peer is not moved: {says}");
                 Ok(())
             }
@@ -346,8 +346,12 @@ impl Moves<'_> {
         self.judge()?;
         // A move that was too quick shows nothing.
         for _ in 0..3 {
-            if let Err(error) = self.go() {
+            if let Err(failed) = self.go() {
+                let Err(error) = self.judge() else {
+                    return Err(failed.context("a move failed, and not for what was not marked"));
+                };
                 let text = format!("{error:#}");
+                ensure!(text.contains("corrupted") || text.contains("wrong checksum"), "{text}");
                 println!(
                     "a driver that does not mark payload is found out: {}",
                     text.lines().next().unwrap_or_default()

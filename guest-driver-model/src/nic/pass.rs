@@ -108,24 +108,18 @@ pub struct Counts {
     pub forgotten: u64,
 }
 
-impl std::ops::Add for Counts {
-    type Output = Self;
-
-    fn add(self, other: Self) -> Self {
-        Self {
-            tx_packets: self.tx_packets + other.tx_packets,
-            tx_bytes: self.tx_bytes + other.tx_bytes,
-            rx_packets: self.rx_packets + other.rx_packets,
-            rx_bytes: self.rx_bytes + other.rx_bytes,
-            dropped: self.dropped + other.dropped,
-            quiesced: self.quiesced + other.quiesced,
-            given_back: self.given_back + other.given_back,
-            nic_resets: self.nic_resets + other.nic_resets,
-            reached: self.reached + other.reached,
-            forgotten: self.forgotten + other.forgotten,
-        }
-    }
-}
+counts!(Counts {
+    tx_packets,
+    tx_bytes,
+    rx_packets,
+    rx_bytes,
+    dropped,
+    quiesced,
+    given_back,
+    nic_resets,
+    reached,
+    forgotten
+});
 
 /// What a round came to.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]

@@ -64,6 +64,12 @@ impl Waiting {
 pub(super) struct Session<'a, P = PeerPort> {
     transport: &'a dyn Transport,
     interrupt: bool,
+    kept: Paused<P>,
+}
+
+/// A session without its device for a moment, to go on with the same one: of many sessions one's device
+/// can be let go, while nobody borrows them.
+pub(super) struct Paused<P = PeerPort> {
     page: LinkPage,
     waiting: Waiting,
     /// There while the control area is.
@@ -86,30 +92,15 @@ pub(super) struct Turn<'s, P> {
     pub exchange: Option<ControlExchange<'s>>,
 }
 
-/// A session without its device for a moment, to go on with the same one: of many sessions one's device
-/// can be let go, while nobody borrows them.
-pub(super) struct Paused<P = PeerPort> {
-    page: LinkPage,
-    waiting: Waiting,
-    control: Option<ControlRing>,
-    live: Option<Live<P>>,
-    doorbell: Option<Pairing>,
-    refused: Option<u64>,
-    tally: Tally,
-    quiet: Quiet,
-}
-
 impl<'a, P: Port> Session<'a, P> {
     /// Goes on where it was, with the same device, which knows of nothing.
-    pub fn resume(transport: &'a dyn Transport, interrupt: bool, paused: Paused<P>) -> Self {
-        let Paused { page, waiting, control, live, doorbell, refused, tally, quiet } = paused;
-        Self { transport, interrupt, page, waiting, control, live, doorbell, refused, tally, quiet }
+    pub fn resume(transport: &'a dyn Transport, interrupt: bool, kept: Paused<P>) -> Self {
+        Self { transport, interrupt, kept }
     }
 
     /// Lets the device go, to [go on](Self::resume) with it at once.
     pub fn pause(self) -> Paused<P> {
-        let Self { page, waiting, control, live, doorbell, refused, tally, quiet, .. } = self;
-        Paused { page, waiting, control, live, doorbell, refused, tally, quiet }
+        self.kept
     }
 
     /// On a started device. `interrupt`: the program sleeps until it is interrupted.
@@ -117,9 +108,7 @@ impl<'a, P: Port> Session<'a, P> {
         if interrupt && transport.interrupt_fd(abi::QUEUE_CONTROL).is_none() {
             return Err(ProgramError::NoInterrupts { device: transport.name().to_owned() });
         }
-        Ok(Self {
-            transport,
-            interrupt,
+        let kept = Paused {
             page: LinkPage::new(transport.window(), transport.config())?,
             waiting: Waiting::default(),
             control: None,
@@ -128,18 +117,19 @@ impl<'a, P: Port> Session<'a, P> {
             refused: None,
             tally: Tally::default(),
             quiet: Quiet::default(),
-        })
+        };
+        Ok(Self { transport, interrupt, kept })
     }
 
     /// What was counted.
     pub fn tally(&self) -> Tally {
-        let now = self.live.as_ref().map(|live| live.port.demand()).unwrap_or_default();
-        Tally { demand: self.tally.demand + now, ..self.tally }
+        let now = self.kept.live.as_ref().map(|live| live.port.demand()).unwrap_or_default();
+        Tally { demand: self.kept.tally.demand + now, ..self.kept.tally }
     }
 
     /// Whether there is a link to serve.
     pub fn is_live(&self) -> bool {
-        self.live.is_some()
+        self.kept.live.is_some()
     }
 
     /// Follows the link. If it is up, its port, for one round: who finds that a vring is broken has
@@ -147,11 +137,11 @@ impl<'a, P: Port> Session<'a, P> {
     pub fn turn(&mut self, lost: impl FnOnce()) -> Result<Option<Turn<'_, P>>, ProgramError> {
         self.follow_link(lost)?;
         // Only where it is used in each round: otherwise each command looks for it.
-        if self.live.as_ref().is_some_and(|live| live.asks) {
+        if self.kept.live.as_ref().is_some_and(|live| live.asks) {
             self.renew_control();
         }
-        let Some(live) = &mut self.live else { return Ok(None) };
-        let control = self.control.as_mut().filter(|_| live.asks);
+        let Some(live) = &mut self.kept.live else { return Ok(None) };
+        let control = self.kept.control.as_mut().filter(|_| live.asks);
         let exchange = control.map(|ring| {
             ControlExchange::new(ring, self.transport, self.interrupt).of_link(live.port.generation())
         });
@@ -160,7 +150,7 @@ impl<'a, P: Port> Session<'a, P> {
 
     /// The link that is up, if one is.
     pub fn live(&self) -> Option<&Live<P>> {
-        self.live.as_ref()
+        self.kept.live.as_ref()
     }
 
     /// Whether the device is known to be gone: then [`Self::check`] says so.
@@ -174,11 +164,11 @@ impl<'a, P: Port> Session<'a, P> {
         self.renew_control();
         self.hear_answers();
         // Also while the link is down: a function that is unplugged has to be let go all the same.
-        let doorbell = self.transport.pair(self.page.link_id());
-        if doorbell != self.doorbell {
-            self.doorbell = doorbell;
+        let doorbell = self.transport.pair(self.kept.page.link_id());
+        if doorbell != self.kept.doorbell {
+            self.kept.doorbell = doorbell;
             self.attach();
-        } else if self.live.as_ref().is_some_and(|live| live.attach_owed) {
+        } else if self.kept.live.as_ref().is_some_and(|live| live.attach_owed) {
             self.attach();
         }
         self.transport.follow_doorbell();
@@ -193,10 +183,10 @@ impl<'a, P: Port> Session<'a, P> {
 
     /// Lets go of the owner's vrings, and then tells the device so, if it is there.
     pub fn end(mut self, tell: bool) {
-        self.live = None;
+        self.kept.live = None;
         self.renew_control();
         if tell
-            && let Some(mut control) = self.control
+            && let Some(mut control) = self.kept.control
             && let Err(error) = control.call(self.transport, Command::Detach, DETACH_TIME)
         {
             tracing::warn!(device = self.transport.name(), "{error}");
@@ -205,23 +195,23 @@ impl<'a, P: Port> Session<'a, P> {
 
     /// Brings the port up to the link page's generation.
     fn follow_link(&mut self, lost: impl FnOnce()) -> Result<(), ProgramError> {
-        let generation = self.page.generation();
-        if self.live.as_ref().is_some_and(|live| live.port.generation() == generation) {
+        let generation = self.kept.page.generation();
+        if self.kept.live.as_ref().is_some_and(|live| live.port.generation() == generation) {
             return Ok(());
         }
-        if let Some(live) = self.live.take() {
-            self.tally.demand += live.port.demand();
+        if let Some(live) = self.kept.live.take() {
+            self.kept.tally.demand += live.port.demand();
             lost();
         }
-        if self.refused == Some(generation) && generation != 0 {
+        if self.kept.refused == Some(generation) && generation != 0 {
             return Ok(());
         }
-        self.refused = None;
-        let snapshot = match self.page.snapshot() {
+        self.kept.refused = None;
+        let snapshot = match self.kept.page.snapshot() {
             Ok(snapshot) => snapshot,
             Err(LinkError::Changing) => return Ok(()),
             Err(LinkError::NotMapped) => {
-                if self.waiting.is_long() {
+                if self.kept.waiting.is_long() {
                     tracing::warn!(
                         device = self.transport.name(),
                         "no link area for {LINK_PATIENCE:?}: the device shows an empty window. Does its broker \
@@ -229,33 +219,33 @@ impl<'a, P: Port> Session<'a, P> {
                     );
                 }
                 // The next control area is another one.
-                self.control = None;
+                self.kept.control = None;
                 return Ok(());
             }
             Err(error) => {
                 // The device's fault; what it writes next may be better.
-                if self.quiet.allows_line() {
+                if self.kept.quiet.allows_line() {
                     tracing::error!(device = self.transport.name(), "{error}");
                 }
-                self.refused = Some(generation);
+                self.kept.refused = Some(generation);
                 return Ok(());
             }
         };
-        self.waiting.end();
-        if !self.control.as_ref().is_some_and(ControlRing::is_current) {
-            self.control = Some(ControlRing::new(self.transport)?);
+        self.kept.waiting.end();
+        if !self.kept.control.as_ref().is_some_and(ControlRing::is_current) {
+            self.kept.control = Some(ControlRing::new(self.transport)?);
         }
         if !snapshot.up {
-            self.refused = Some(snapshot.generation);
+            self.kept.refused = Some(snapshot.generation);
             return Ok(());
         }
-        match P::open(self.transport.window(), &self.page, &snapshot) {
+        match P::open(self.transport.window(), &self.kept.page, &snapshot) {
             Ok(port) => self.go_live(port, snapshot.iommu || snapshot.copy),
             Err(error) => {
-                if self.quiet.allows_line() {
+                if self.kept.quiet.allows_line() {
                     tracing::error!(device = self.transport.name(), "cannot serve this owner: {error}");
                 }
-                self.refused = Some(snapshot.generation);
+                self.kept.refused = Some(snapshot.generation);
             }
         }
         Ok(())
@@ -271,7 +261,7 @@ impl<'a, P: Port> Session<'a, P> {
             self.transport.doorbell(queue_of_vring(vring));
         }
         let generation = port.generation();
-        if self.quiet.allows_line() {
+        if self.kept.quiet.allows_line() {
             tracing::info!(
                 device = self.transport.name(),
                 generation,
@@ -280,10 +270,10 @@ impl<'a, P: Port> Session<'a, P> {
                 "the link is up"
             );
         }
-        self.tally.links += 1;
+        self.kept.tally.links += 1;
         let broken = !port.faults().is_empty();
-        self.live = Some(Live { port, asks, reported: Vec::new(), attach_owed: true });
-        self.doorbell = self.transport.pair(self.page.link_id());
+        self.kept.live = Some(Live { port, asks, reported: Vec::new(), attach_owed: true });
+        self.kept.doorbell = self.transport.pair(self.kept.page.link_id());
         self.attach();
         if broken {
             self.report_faults();
@@ -293,16 +283,16 @@ impl<'a, P: Port> Session<'a, P> {
     /// Tells the device what is broken and new, unless the link has just changed:
     /// memory that is being taken away looks broken, too.
     pub fn report_faults(&mut self) {
-        let Some(live) = &mut self.live else { return };
-        if self.page.generation() != live.port.generation() {
+        let Some(live) = &mut self.kept.live else { return };
+        if self.kept.page.generation() != live.port.generation() {
             return;
         }
         let new: Vec<_> =
             live.port.faults().into_iter().filter(|fault| !live.reported.contains(fault)).collect();
         live.reported.extend(&new);
-        self.tally.faults += new.len() as u64;
+        self.kept.tally.faults += new.len() as u64;
         for fault in new {
-            if self.quiet.allows_line() {
+            if self.kept.quiet.allows_line() {
                 tracing::warn!(device = self.transport.name(), "{fault}; not served until the link changes");
             }
             self.tell(fault.into());
@@ -311,8 +301,8 @@ impl<'a, P: Port> Session<'a, P> {
 
     /// What ATTACH says now, if there is something to serve.
     fn attachment(&self) -> Option<Command> {
-        let generation = self.live.as_ref()?.port.generation();
-        let doorbell = self.doorbell.map(|doorbell| doorbell.vectors);
+        let generation = self.kept.live.as_ref()?.port.generation();
+        let doorbell = self.kept.doorbell.map(|doorbell| doorbell.vectors);
         Some(Command::Attach { generation, interrupt: self.interrupt, doorbell, quiesce: false })
     }
 
@@ -321,7 +311,7 @@ impl<'a, P: Port> Session<'a, P> {
     fn attach(&mut self) {
         let Some(command) = self.attachment() else { return };
         let sent = self.tell(command);
-        if let Some(live) = &mut self.live {
+        if let Some(live) = &mut self.kept.live {
             live.attach_owed = !sent;
         }
     }
@@ -332,10 +322,10 @@ impl<'a, P: Port> Session<'a, P> {
         self.renew_control();
         // Makes room, too.
         self.hear_answers();
-        let Some(control) = &mut self.control else { return false };
+        let Some(control) = &mut self.kept.control else { return false };
         let sent = control.send(self.transport, command);
         if let Err(error) = &sent
-            && self.quiet.allows_line()
+            && self.kept.quiet.allows_line()
         {
             tracing::warn!(device = self.transport.name(), "control ring: {error}");
         }
@@ -345,29 +335,31 @@ impl<'a, P: Port> Session<'a, P> {
     /// 9.1: the mark is looked for before each command. To a ring that begins anew nobody is
     /// attached.
     fn renew_control(&mut self) {
-        if self.control.as_ref().is_none_or(ControlRing::is_current) {
+        if self.kept.control.as_ref().is_none_or(ControlRing::is_current) {
             return;
         }
-        self.control = ControlRing::new(self.transport).ok();
+        self.kept.control = ControlRing::new(self.transport).ok();
         let attachment = self.attachment();
-        if let (Some(control), Some(live), Some(attach)) = (&mut self.control, &mut self.live, attachment) {
+        if let (Some(control), Some(live), Some(attach)) =
+            (&mut self.kept.control, &mut self.kept.live, attachment)
+        {
             live.attach_owed = control.send(self.transport, attach).is_err();
         }
     }
 
     fn hear_answers(&mut self) {
-        let answers = self.control.as_mut().map_or(Ok(Vec::new()), ControlRing::answers);
+        let answers = self.kept.control.as_mut().map_or(Ok(Vec::new()), ControlRing::answers);
         match answers {
             Ok(answers) => {
                 // An attachment to a generation that has passed meanwhile is no news.
                 let news = |status| status != abi::CTRL_OK && status != abi::CTRL_STALE;
-                let quiet = &mut self.quiet;
+                let quiet = &mut self.kept.quiet;
                 for answer in answers.into_iter().filter(|answer| news(answer.status) && quiet.allows_line())
                 {
                     tracing::warn!(device = self.transport.name(), ?answer, "the device refuses a command");
                 }
             }
-            Err(error) if self.quiet.allows_line() => {
+            Err(error) if self.kept.quiet.allows_line() => {
                 tracing::warn!(device = self.transport.name(), "{error}")
             }
             Err(_) => {}
@@ -391,9 +383,9 @@ impl<'a, P: Port> Session<'a, P> {
             Armed { events, most, .. } => {
                 let input: Vec<_> = input.into_iter().collect();
                 let most = (*most).min(patience);
-                let mut sleeps = self.tally.sleeps;
+                let mut sleeps = self.kept.tally.sleeps;
                 sleeps.sleep(events, &input, most, || self.has_missed(&armed));
-                self.tally.sleeps = sleeps;
+                self.kept.tally.sleeps = sleeps;
             }
         }
         self.disarm(&armed);
@@ -411,7 +403,7 @@ impl<'a, P: Port> Session<'a, P> {
         self.renew_control();
         transport.follow_doorbell();
         let mut events = vec![control];
-        let Some(live) = &mut self.live else {
+        let Some(live) = &mut self.kept.live else {
             // A change of the link page interrupts; but look now and then.
             return Armed { events, watched: None, most: LINK_SLEEP, has_work: false };
         };
@@ -420,7 +412,7 @@ impl<'a, P: Port> Session<'a, P> {
         // What waits for the device to be asked again is no work yet.
         let pause = live.port.pause();
         let generation = live.port.generation();
-        let has_work = (work && pause.is_none()) || self.page.generation() != generation;
+        let has_work = (work && pause.is_none()) || self.kept.page.generation() != generation;
         // One eventfd a queue, where the device has them: none is shared by choice.
         events.extend(vrings.iter().flat_map(|vring| transport.interrupt_fds(queue_of_vring(*vring))));
         let most = pause.map_or(LONGEST_SLEEP, |pause| pause.min(LONGEST_PAUSE));
@@ -430,15 +422,15 @@ impl<'a, P: Port> Session<'a, P> {
 
     /// Whether there is work that was to be notified of.
     pub fn has_missed(&mut self, armed: &Armed<'_>) -> bool {
-        let (Some(live), Some(watched)) = (&mut self.live, &armed.watched) else { return false };
+        let (Some(live), Some(watched)) = (&mut self.kept.live, &armed.watched) else { return false };
         !watched.pauses
             && live.set_kicks(&watched.vrings, true)
-            && self.page.generation() == watched.generation
+            && self.kept.page.generation() == watched.generation
     }
 
     /// After a sleep: asks for no more kicks.
     pub fn disarm(&mut self, armed: &Armed<'_>) {
-        if let (Some(live), Some(watched)) = (&mut self.live, &armed.watched) {
+        if let (Some(live), Some(watched)) = (&mut self.kept.live, &armed.watched) {
             live.set_kicks(&watched.vrings, false);
         }
     }

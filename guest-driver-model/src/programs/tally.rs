@@ -1,6 +1,6 @@
 //! What the sessions with a device come to: their counts, summed over devices and links.
 
-use std::ops::{Add, AddAssign};
+use std::ops::AddAssign;
 
 use super::waiting::Sleeps;
 use crate::reach::Demand;
@@ -18,18 +18,7 @@ pub(super) struct Tally {
     pub sleeps: Sleeps,
 }
 
-impl Add for Tally {
-    type Output = Self;
-
-    fn add(self, other: Self) -> Self {
-        Self {
-            faults: self.faults + other.faults,
-            links: self.links + other.links,
-            demand: self.demand + other.demand,
-            sleeps: self.sleeps + other.sleeps,
-        }
-    }
-}
+counts!(Tally { faults, links, demand, sleeps });
 
 impl AddAssign for Tally {
     fn add_assign(&mut self, other: Self) {

@@ -4,8 +4,10 @@
 
 use std::os::fd::{AsFd, BorrowedFd};
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::thread;
 
 use guest_driver_model::net::{OwnerConfig, OwnerLayout, OwnerPort};
+use guest_driver_model::programs::stop::Stop;
 use guest_driver_model::shm::SharedMemory;
 use guest_driver_model::transport::{Transport, TransportError};
 use nix::sys::eventfd::{EfdFlags, EventFd};
@@ -109,4 +111,24 @@ impl Side {
             self.device.interrupt.write(1).unwrap();
         }
     }
+}
+
+/// Runs a program on the sides' devices while `test` plays their owners; then it is told to stop.
+pub fn beside<T: Send>(sides: &[&Side], program: impl FnOnce(&Stop) -> T + Send, test: impl FnOnce()) -> T {
+    // Also when the test fails: the scope waits for the program.
+    struct AtEnd<'a>(&'a Stop, &'a [&'a Side]);
+    impl Drop for AtEnd<'_> {
+        fn drop(&mut self) {
+            self.0.request();
+            self.1.iter().for_each(|side| assert!(side.device.interrupt.write(1).is_ok()));
+        }
+    }
+    let stop = Stop::default();
+    thread::scope(|scope| {
+        let program = scope.spawn(|| program(&stop));
+        let at_end = AtEnd(&stop, sides);
+        test();
+        drop(at_end);
+        program.join().unwrap()
+    })
 }

@@ -13,10 +13,10 @@ use std::time::{Duration, Instant};
 use anyhow::{Context, Result, ensure};
 use vhost_pci_tests::{Guest, Random, Sandbox, Usage};
 
-use crate::Scenario;
 use crate::beside::{Beside, Pings, Questions, RoundTrips};
 use crate::setup::{Iommu, Mode, OwnerDriver, Setup};
 use crate::testbed::{COMMAND, Testbed};
+use crate::{Scenario, option};
 
 pub const SCENARIO: Scenario = Scenario {
     name: "hostile",
@@ -45,12 +45,6 @@ const LET_GO: Duration = Duration::from_secs(10);
 const RESUME: u32 = 60;
 /// Longer than any attack lasts.
 const ATTACK: Duration = Duration::from_secs(120);
-
-fn option(name: &str) -> Option<String> {
-    let arguments: Vec<_> = std::env::args().collect();
-    let at = arguments.iter().position(|argument| argument == name)?;
-    Some(arguments.get(at + 1).cloned().unwrap_or_default())
-}
 
 fn run(sandbox: &Sandbox) -> Result<()> {
     let number = |name: &str| -> Result<Option<u64>> {
