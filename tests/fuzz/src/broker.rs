@@ -6,15 +6,13 @@ use std::sync::Once;
 use std::time::Duration;
 
 use crossbeam_channel::bounded;
-use vhost_pci_switch::config::{
-    Admission, DEFAULT_MEMORY_REGIONS, LinkConfig, OneWay, Rates, WiringPolicy,
-};
+use vhost_pci_switch::config::{Admission, DEFAULT_MEMORY_REGIONS, LinkConfig, OneWay, Rates, WiringPolicy};
 use vhost_pci_switch::kind;
 use vhost_pci_switch::link::report::LinkReport;
 use vhost_pci_switch::link::{Link, Side};
 use vhost_pci_switch::runtime::driver::LinkDriver;
 use vhost_pci_switch::runtime::relay::Relay;
-use vhost_pci_switch::runtime::{Pass, Input, LinkPort};
+use vhost_pci_switch::runtime::{Input, LinkPort, Pass};
 
 use crate::census::Census;
 use crate::front::Pool;

@@ -70,8 +70,10 @@ pub mod request {
 pub const FEATURES: u64 = 1 << 32 | 1 << 30;
 /// VIRTIO_F_ACCESS_PLATFORM.
 pub const PLATFORM: u64 = 1 << 33;
-/// MQ, REPLY_ACK, CONFIGURE_MEM_SLOTS.
-pub const OWNER_PROTOCOL: u64 = 1 | 1 << 3 | 1 << 15;
+/// VHOST_F_LOG_ALL.
+pub const LOG_ALL: u64 = 1 << 26;
+/// MQ, LOG_SHMFD, REPLY_ACK, CONFIGURE_MEM_SLOTS.
+pub const OWNER_PROTOCOL: u64 = 1 | 1 << 1 | 1 << 3 | 1 << 15;
 /// BACKEND_REQ; the project's own push of IOMMU mappings.
 pub const CHANNEL: u64 = 1 << 5;
 /// See `docs/vhost-user-extensions.md`.

@@ -4,8 +4,8 @@
 use std::os::fd::{AsFd, BorrowedFd};
 
 use crate::front::{
-    CHANNEL, FEATURES, FRONTEND, Front, MEMORY, NEED_REPLY, OWNER_PROTOCOL, PEER_PROTOCOL, PLATFORM, PUSH,
-    Pool, STRICT_WIRING, longs, message, request as r, words,
+    CHANNEL, FEATURES, FRONTEND, Front, LOG_ALL, MEMORY, NEED_REPLY, OWNER_PROTOCOL, PEER_PROTOCOL, PLATFORM,
+    PUSH, Pool, STRICT_WIRING, longs, message, request as r, words,
 };
 use crate::input::Input;
 
@@ -150,8 +150,15 @@ pub fn natural(number: u32, input: &mut Input<'_>) -> (Vec<u8>, Vec<BorrowedFd<'
     match number {
         r::SET_FEATURES => {
             let packed = 1 << 34 | 1 << 35;
-            let known =
-                [FEATURES, FEATURES | PLATFORM, FEATURES | packed, FEATURES | PLATFORM | packed, 1 << 32];
+            let known = [
+                FEATURES,
+                FEATURES | PLATFORM,
+                FEATURES | packed,
+                FEATURES | PLATFORM | packed,
+                1 << 32,
+                FEATURES | LOG_ALL,
+                FEATURES | PLATFORM | LOG_ALL,
+            ];
             let features = if input.byte() < 0xe0 { input.pick(&known) } else { input.quad() };
             (longs(&[features]), none())
         }
@@ -235,7 +242,11 @@ pub fn natural(number: u32, input: &mut Input<'_>) -> (Vec<u8>, Vec<BorrowedFd<'
             payload.extend(std::iter::repeat_n(0, len.into()));
             (payload, none())
         }
-        r::SET_LOG_BASE => (longs(&[4096, 0]), vec![file(input)]),
+        r::SET_LOG_BASE => {
+            let (len, offset) =
+                if input.byte() < 0xe0 { (4096, 0) } else { (input.field(0), input.field(0)) };
+            (longs(&[len, offset]), vec![file(input)])
+        }
         _ => (Vec::new(), none()),
     }
 }

@@ -1,10 +1,11 @@
 //! The control socket: any bytes. The answer is one line of JSON, or none, and the client's thread ends.
 #![no_main]
 
+use std::cell::RefCell;
 use std::io::{Read, Write};
 use std::net::Shutdown;
 use std::os::unix::net::UnixStream;
-use std::sync::{Arc, OnceLock};
+use std::sync::Arc;
 use std::time::Duration;
 
 use libfuzzer_sys::fuzz_target;
@@ -14,19 +15,35 @@ use vhost_pci_switch::config::parse;
 use vhost_pci_switch::confine::Confinement;
 use vhost_pci_switch::control::server::About;
 use vhost_pci_switch::control::{Answer, server};
+use vhost_pci_switch::runtime::Pass;
 use vhost_pci_switch::runtime::links::Links;
 
+/// A broker with one link.
+fn broker() -> (Running, Arc<About>) {
+    let link = Running::start(config());
+    let text =
+        "control_socket = \"/c\"\n[[link]]\nname = \"fuzz\"\nowner_socket = \"/o\"\npeer_socket = \"/p\"\n";
+    let links = vec![(config(), link.port().clone())];
+    let links = Links::of(&parse(text).expect("a configuration"), links).expect("descriptors");
+    let about = About { links: Arc::new(links), confinement: Confinement::unconfined() };
+    (link, Arc::new(about))
+}
+
+thread_local! {
+    static BROKER: RefCell<(Running, Arc<About>)> = RefCell::new(broker());
+}
+
 fuzz_target!(|bytes: &[u8]| {
-    static BROKER: OnceLock<(Running, Arc<About>)> = OnceLock::new();
-    let (_, about) = BROKER.get_or_init(|| {
-        let link = Running::start(config());
-        let text =
-            "control_socket = \"/c\"\n[[link]]\nname = \"l\"\nowner_socket = \"/o\"\npeer_socket = \"/p\"\n";
-        let links = vec![(config(), link.port().clone())];
-        let links = Links::of(&parse(text).expect("a configuration"), links).expect("descriptors");
-        let about = About { links: Arc::new(links), confinement: Confinement::unconfined() };
-        (link, Arc::new(about))
+    BROKER.with_borrow_mut(|place| {
+        // A client has unplugged it.
+        if place.1.links.ports().is_empty() {
+            *place = broker();
+        }
+        ask(&place.1, bytes);
     });
+});
+
+fn ask(about: &Arc<About>, bytes: &[u8]) {
     let before = Census::take();
     let (mut client, ours) = UnixStream::pair().expect("descriptors");
     server::serve(ours, Pass::default(), about);
@@ -46,4 +63,4 @@ fuzz_target!(|bytes: &[u8]| {
     }
     drop(client);
     before.is_as_before();
-});
+}

@@ -1,23 +1,29 @@
 //! The peer's driver against an owner, and a device, that write what they like: link page, mapping
 //! table, rings, descriptors and headers, between its calls and, by another thread, during them.
-//! Packets are received, lent, transmitted and forwarded. Nothing is written but what a mapping lets the
-//! peer write, and no packet is longer than one can be.
+//! Packets are received, lent, transmitted, forwarded and copied; or the owner has a disk, and its requests
+//! are served. Nothing is written but what a mapping lets the peer write, and the owner's dirty log; no packet
+//! is longer than one can be, and a disk is not reached beyond its end.
 #![no_main]
 
 #[path = "guest_port/device.rs"]
 mod device;
+#[path = "guest_port/disk.rs"]
+mod disk;
 
 use std::cell::RefCell;
 use std::mem::offset_of;
 use std::ops::Range;
 use std::time::Duration;
 
+use guest_driver_model::blk::BlkPort;
 use guest_driver_model::control::{Command, ControlExchange, ControlRing, Exchange, Nobody};
 use guest_driver_model::link::{Access, LinkPage, Mapping};
 use guest_driver_model::net::forward::End;
 use guest_driver_model::net::{
-    Lane, LentBurst, MAX_FRAME, PacketBurst, PeerPort, forward_burst, forward_burst_by,
+    Lane, LentBurst, MAX_FRAME, PacketBurst, PeerPort, Pick, copy_lent, forward_burst, forward_burst_by,
+    send_copies,
 };
+use guest_driver_model::port::Port;
 use guest_driver_model::ring::RingPlaces;
 use guest_driver_model::transport::check_config;
 use libfuzzer_sys::fuzz_target;
@@ -30,6 +36,7 @@ use vhost_pci_fuzz::scribbler::{Scribbling, scribble, words};
 use zerocopy::IntoBytes;
 
 use crate::device::{Fake, Fuzzed, Stores, store};
+use crate::disk::{CAPACITY, Disk};
 
 /// The window: link area, control area, the owner's memory. Shorter than a real one.
 const LINK: u64 = 0;
@@ -53,6 +60,13 @@ const TABLES: u64 = DATA + (28 << 10);
 /// VIRTIO_F_VERSION_1, and what else a port serves.
 const VERSION_1: u64 = 1 << 32;
 const FEATURES: [u64; 12] = [0, 1, 7, 8, 9, 11, 12, 13, 15, 28, 29, 34];
+/// The same of a disk: SIZE_MAX, SEG_MAX, RO, BLK_SIZE, FLUSH, MQ.
+const DISK_FEATURES: [u64; 12] = [1, 2, 5, 6, 9, 12, 9, 9, 12, 28, 29, 34];
+/// Where the owner's dirty log is: in memory that it may have mapped as well.
+const LOG: u64 = DATA + DATA_LEN - PAGE;
+/// The device types of virtio 1.3, 5: a card, a disk.
+const NET: u32 = 1;
+const BLOCK: u32 = 2;
 /// Where the mapping table's generation is.
 const TABLE_GENERATION: u64 = LINK + offset_of!(abi::LinkHeader, table_generation) as u64;
 const STEPS: usize = 200;
@@ -79,6 +93,7 @@ struct Hostile<'a> {
     config: DeviceConfig,
     features: u64,
     status: u32,
+    device: u32,
     entries: Vec<Entry>,
     generation: u64,
     /// Of the mapping table: changes without the link's.
@@ -96,7 +111,9 @@ impl<'a> Hostile<'a> {
         let choice = input.byte();
         let mut features = VERSION_1;
         let bits = input.word();
-        FEATURES.iter().enumerate().for_each(|(at, bit)| features |= u64::from(bits >> at & 1) << bit);
+        let device = if choice & 8 == 0 { NET } else { BLOCK };
+        let known = if device == NET { &FEATURES } else { &DISK_FEATURES };
+        known.iter().enumerate().for_each(|(at, bit)| features |= u64::from(bits >> at & 1) << bit);
         if bits & 0xf000 == 0xf000 {
             features |= 1 << 35;
         }
@@ -125,7 +142,8 @@ impl<'a> Hostile<'a> {
         let status = abi::LINK_S_OWNER
             | abi::LINK_S_UP
             | if choice & 1 == 0 { 0 } else { abi::LINK_S_IOMMU }
-            | if choice & 2 == 0 { 0 } else { abi::LINK_S_COPY };
+            | if choice & 2 == 0 { 0 } else { abi::LINK_S_COPY }
+            | if choice & 4 == 0 { 0 } else { abi::LINK_S_LOG };
         if choice & 1 != 0 {
             features |= 1 << 33;
         }
@@ -146,6 +164,7 @@ impl<'a> Hostile<'a> {
             config,
             features,
             status,
+            device,
             entries: vec![(0, DATA_LEN / PAGE, 0, 3)],
             generation: 2,
             table_generation: 2,
@@ -185,15 +204,20 @@ impl<'a> Hostile<'a> {
             header_len: (size_of::<abi::LinkHeader>() as u16).into(),
             generation: self.generation.into(),
             status: self.status.into(),
-            owner_device: 1.into(),
+            owner_device: self.device.into(),
             features: self.features.into(),
             mapping_count: (self.entries.len() as u32).into(),
             mapping_table: abi::MAPPING_TABLE.into(),
             vring_count: (VRINGS as u32).into(),
             vring_table: abi::VRING_TABLE.into(),
             table_generation: self.table_generation.into(),
+            config_len: 8.into(),
+            config: abi::OWNER_CONFIG.into(),
+            log: if self.logs() { LOG } else { 0 }.into(),
+            log_len: if self.logs() { PAGE } else { 0 }.into(),
             ..Default::default()
         };
+        self.window.put(LINK + u64::from(abi::OWNER_CONFIG), &(CAPACITY / 512).to_le_bytes());
         for (at, bytes) in self.table() {
             self.window.put(at, &bytes);
         }
@@ -219,6 +243,10 @@ impl<'a> Hostile<'a> {
         }
     }
 
+    fn logs(&self) -> bool {
+        self.status & abi::LINK_S_LOG != 0
+    }
+
     /// The mapping table's bytes, and where they go.
     fn table(&self) -> Stores {
         let entries = self.entries.iter().enumerate().map(|(at, (start, len, place, access))| {
@@ -227,7 +255,7 @@ impl<'a> Hostile<'a> {
                 len: (len * PAGE).into(),
                 window_offset: (DATA + place * PAGE).into(),
                 access: (*access).into(),
-                ..Default::default()
+                log_page: (*start as u32).into(),
             };
             (LINK + u64::from(abi::MAPPING_TABLE) + 32 * at as u64, mapping.as_bytes().to_vec())
         });
@@ -280,6 +308,43 @@ impl<'a> Hostile<'a> {
         self.window.put(writer.places.avail + 2, &self.offered[vring].to_le_bytes());
     }
 
+    /// A request of a disk's driver: header, data and status, each a descriptor.
+    fn ask(&mut self, input: &mut Input<'_>) {
+        let choice = input.byte();
+        let vring = usize::from(choice & 3);
+        let writer = self.writers[vring];
+        let size = writer.places.size;
+        // Read, write, flush, name; and what there is not.
+        let kind = [0_u32, 1, 0, 1, 4, 8, 2, 99][usize::from(choice >> 2 & 7)];
+        let len = if choice & 0x20 == 0 { 512 * (1 + input.below(4)) } else { input.below(9000) };
+        let place = BUFFERS + PAGE * input.below(12);
+        let sector = input.below(CAPACITY / 512 + 2);
+        self.window.put(place, &[&kind.to_le_bytes()[..], &[0; 4], &sector.to_le_bytes()].concat());
+        let (next, write) = (1_u16, 2_u16);
+        let room = if kind == 0 || kind == 8 { write } else { 0 };
+        let parts = [(place, 16, next), (place + 64, len, next | room), (place + 64 + len, 1, write)];
+        let first = if writer.is_packed { self.offered[vring] } else { self.offered[vring].wrapping_mul(3) };
+        for (number, (place, len, flags)) in (0..).zip(parts) {
+            let position = first.wrapping_add(number);
+            let at = writer.places.desc + 16 * u64::from(position % size);
+            let address = place.wrapping_add(writer.base).to_le_bytes();
+            let head = [&address[..], &(len as u32).to_le_bytes()].concat();
+            let wrap = if position / size & 1 == 0 { 1 << 7 } else { 1 << 15 };
+            let (third, fourth) = match writer.is_packed {
+                true => (first % size, flags | wrap),
+                false => (flags, position.wrapping_add(1) % size),
+            };
+            self.window.put(at, &[&head[..], &third.to_le_bytes(), &fourth.to_le_bytes()].concat());
+        }
+        let chains = self.offered[vring];
+        self.offered[vring] = chains.wrapping_add(if writer.is_packed { 3 } else { 1 });
+        if !writer.is_packed {
+            let entry = writer.places.avail + 4 + 2 * u64::from(chains % size);
+            self.window.put(entry, &(first % size).to_le_bytes());
+            self.window.put(writer.places.avail + 2, &self.offered[vring].to_le_bytes());
+        }
+    }
+
     /// Anything may be written where a mapping of the snapshot allows it.
     fn note(&mut self, mappings: &[Mapping]) {
         for mapping in mappings {
@@ -311,8 +376,19 @@ impl<'a> Hostile<'a> {
         for _ in 0..3 {
             let Ok(snapshot) = page.snapshot() else { return self.check() };
             self.note(&snapshot.mappings);
-            let Ok(port) = PeerPort::new(self.window.memory(), &page, &snapshot) else { return self.check() };
-            driver.port = Some(port);
+            if let Some(log) = &snapshot.log {
+                assert!(log.offset.checked_add(log.len).is_some_and(|end| end <= LEN));
+                self.writable.push(log.offset..log.offset + log.len);
+            }
+            if self.device == BLOCK {
+                let port = BlkPort::open(self.window.memory(), &page, &snapshot);
+                let Ok(port) = port else { return self.check() };
+                driver.disk = Some((port, Disk::default()));
+            } else {
+                let port = PeerPort::new(self.window.memory(), &page, &snapshot);
+                let Ok(port) = port else { return self.check() };
+                driver.port = Some(port);
+            }
             for _ in 0..STEPS {
                 if input.is_empty() {
                     return self.check();
@@ -369,6 +445,7 @@ impl<'a> Hostile<'a> {
         let writer = self.writers[input.below(VRINGS as u64) as usize];
         match input.byte() % 8 {
             // What the device answers on the control ring.
+            0 if self.device == BLOCK && input.coin() => self.ask(input),
             0 => {
                 let at = CONTROL + abi::CONTROL_USED + u64::from(input.byte());
                 let value = input.double().to_le_bytes();
@@ -396,8 +473,10 @@ impl<'a> Hostile<'a> {
 struct Driver<'t> {
     transport: &'t Fake,
     port: Option<PeerPort>,
+    disk: Option<(BlkPort, Disk)>,
     control: Option<ControlRing>,
     burst: PacketBurst,
+    pieces: PacketBurst,
     lent: LentBurst,
     lane: Lane,
 }
@@ -406,11 +485,10 @@ impl<'t> Driver<'t> {
     fn new(transport: &'t Fake) -> Self {
         let control = ControlRing::new(transport).ok();
         let (burst, lent, lane) = Default::default();
-        Self { transport, port: None, control, burst, lent, lane }
+        Self { transport, port: None, disk: None, control, burst, pieces: PacketBurst::default(), lent, lane }
     }
 
     fn step(&mut self, input: &mut Input<'_>, fuzzed: &mut Fuzzed) {
-        let Some(port) = &mut self.port else { return };
         let choice = input.byte();
         let pair = u16::from(choice >> 4 & 1);
         let budget = usize::from(input.byte());
@@ -426,6 +504,10 @@ impl<'t> Driver<'t> {
             3 => &mut by_ring,
             _ => &mut Nobody,
         };
+        if let Some((port, disk)) = &mut self.disk {
+            return disk::step(port, disk, exchange, choice, budget);
+        }
+        let Some(port) = &mut self.port else { return };
         match choice % 16 {
             0..=3 => {
                 self.burst.clear();
@@ -450,9 +532,23 @@ impl<'t> Driver<'t> {
                     assert!(count <= packets.len());
                 }
             }
-            // What was received, to the other pair, headers and all.
-            7 => {
+            // What was received, to the other pair, headers and all; or what was lent, as a bridge does.
+            7 if budget & 2 == 0 => {
                 let _ = port.tx_burst_by(exchange, 1 - pair, self.burst.iter());
+            }
+            7 => {
+                let [first, second] = port.queues_mut() else { return };
+                let (from, to) = if pair == 0 { (first, second) } else { (second, first) };
+                let count = self.lent.len().min(budget);
+                let picks: Vec<_> = (0..count).map(|at| Pick { at, header: Default::default() }).collect();
+                let end = End { queue: &mut *to, exchange: &mut *exchange };
+                let copied = copy_lent(&self.lent, &picks, from, end);
+                assert!(copied.is_ok_and(|copied| copied.done <= count) || copied.is_err());
+                // And what was received before, from private memory.
+                let picks: Vec<_> = picks.into_iter().filter(|pick| pick.at < self.burst.len()).collect();
+                let end = End { queue: to, exchange };
+                let sent = send_copies(&self.burst, &picks, end, &mut self.pieces);
+                assert!(sent.is_ok_and(|sent| sent.done <= picks.len()) || sent.is_err());
             }
             8 | 9 => {
                 if let Ok(count) = port.rx_lend_by(exchange, pair, &mut self.lent, budget) {

@@ -14,18 +14,19 @@ use libfuzzer_sys::fuzz_target;
 use vhost_pci_device::abi;
 use vhost_pci_fuzz::broker::{TIMEOUT, WINDOW, config};
 use vhost_pci_fuzz::front::{
-    CHANNEL, FEATURES, FRONTEND, MEMORY, OWNER_PROTOCOL, PEER_PROTOCOL, PLATFORM, PUSH, STRICT_WIRING,
+    CHANNEL, FEATURES, FRONTEND, LOG_ALL, MEMORY, OWNER_PROTOCOL, PEER_PROTOCOL, PLATFORM, PUSH,
+    STRICT_WIRING,
 };
 use vhost_pci_fuzz::input::Input;
 use vhost_pci_switch::config::{LinkConfig, OneWay};
 use vhost_pci_switch::kind;
 use vhost_pci_switch::link::message::{
-    CommandId, Content, MissId, OpId, PushEntry, RegionRequest, Request, WindowOp,
+    CommandId, Content, MissId, OpId, PushEntry, RegionRequest, Request, WaitingEvent, WindowOp,
 };
 use vhost_pci_switch::link::wiring::WireId;
 use vhost_pci_switch::link::{Effect, Event, Fault, Link, Side, report};
 
-use crate::requests::{channel, eventfd, region, request};
+use crate::requests::{channel, eventfd, log, region, request};
 
 /// Steps of one input at most.
 const STEPS: usize = 400;
@@ -46,7 +47,7 @@ fuzz_target!(|bytes: &[u8]| {
         ..config()
     });
     for _ in 0..STEPS {
-        if input.is_empty() {
+        if input.is_empty() || bench.unplugged {
             break;
         }
         bench.step(&mut input);
@@ -60,21 +61,34 @@ enum Asked {
     Wire(WireId),
 }
 
+/// A VMM of the owner's side.
+#[derive(Default)]
+struct Owner {
+    /// It waits for an answer.
+    waits: bool,
+    asked: VecDeque<MissId>,
+    /// Its memory table: file, offset, length.
+    regions: Vec<Region>,
+}
+
 struct Bench {
     link: Link,
     now: Instant,
-    connected: [bool; 2],
-    /// The owner's front-end waits for an answer.
-    waits: bool,
+    owner: Option<Owner>,
+    /// Another one, which does not have the link.
+    waiting: Option<Owner>,
+    peer: bool,
     peer_asked: VecDeque<Asked>,
-    owner_asked: VecDeque<MissId>,
     watching: bool,
     doorbell: bool,
     next_command: u64,
     open: BTreeSet<CommandId>,
-    /// The owner's memory table: file, offset, length.
-    regions: Vec<Region>,
     generation: u64,
+    /// Where the window has the owner's memory and its log.
+    shown: Vec<(u64, u64)>,
+    /// The link ends; it has ended.
+    unplugs: bool,
+    unplugged: bool,
 }
 
 #[derive(Clone, Copy)]
@@ -86,104 +100,21 @@ struct Region {
     file: (u64, u64),
 }
 
-impl Bench {
-    fn new(config: LinkConfig) -> Self {
-        let mut bench = Self {
-            link: Link::new(config, TIMEOUT, 1000).expect("a configuration that can be run"),
-            now: Instant::now(),
-            connected: [false; 2],
-            waits: false,
-            peer_asked: VecDeque::new(),
-            owner_asked: VecDeque::new(),
-            watching: false,
-            doorbell: false,
-            next_command: 0,
-            open: BTreeSet::new(),
-            regions: Vec::new(),
-            generation: 998,
-        };
-        let first = bench.link.publication();
-        bench.run(vec![first]);
-        bench
-    }
-
-    fn step(&mut self, input: &mut Input<'_>) {
-        match input.byte() % 20 {
-            0 => self.connect(if input.coin() { Side::Owner } else { Side::Peer }),
-            1 if input.byte() < 64 => {
-                self.leave(if input.coin() { Side::Owner } else { Side::Peer }, input.coin());
-            }
-            2..=6 => {
-                let request = request(input);
-                self.ask(Side::Owner, request);
-            }
-            7 | 8 => {
-                let request = request(input);
-                self.ask(Side::Peer, request);
-            }
-            9 | 10 => {
-                let choice = input.byte();
-                (0..=choice >> 2).for_each(|_| self.peer_answers(choice & 3 != 3));
-            }
-            11 => {
-                if let Some(id) = self.owner_asked.pop_front() {
-                    self.apply(Event::MissDone(id, input.coin()));
-                }
-            }
-            12 => self.witness_goes(),
-            13 => self.doorbell(input),
-            14 | 15 => self.command(input),
-            16 => self.wait(Duration::from_millis(u64::from(input.byte()))),
-            17 | 18 => self.bring_up(input),
-            _ => self.apply(Event::ControlRingBroken("the fuzzer".into())),
+impl Owner {
+    /// Whether it asks this now: one question at a time.
+    fn takes(&mut self, request: &Request) -> bool {
+        if std::mem::replace(&mut self.waits, true) {
+            return false;
         }
-    }
-
-    fn connect(&mut self, side: Side) {
-        if std::mem::replace(&mut self.connected[side as usize], true) {
-            return self.apply(Event::TurnedAway(side));
-        }
-        self.apply(Event::Connected(side));
-    }
-
-    fn leave(&mut self, side: Side, fault: bool) {
-        if self.connected[side as usize] {
-            self.closed(side);
-            self.apply(Event::Disconnected(side, fault.then(|| Fault::Message("the fuzzer".into()))));
-        }
-    }
-
-    fn closed(&mut self, side: Side) {
-        self.connected[side as usize] = false;
-        match side {
-            Side::Owner => {
-                self.waits = false;
-                self.owner_asked.clear();
-                self.regions.clear();
-            }
-            Side::Peer => self.peer_asked.clear(),
-        }
-    }
-
-    fn ask(&mut self, side: Side, request: Request) {
-        if !self.connected[side as usize] || (side == Side::Owner && self.waits) {
-            return;
-        }
-        if side == Side::Owner {
-            self.waits = true;
-            self.note(&request);
-        }
+        self.note(request);
         if matches!(request, Request::SetBackendChannel(_)) {
-            // What the one before was asked, nobody answers.
-            match side {
-                Side::Owner => self.owner_asked.clear(),
-                Side::Peer => {}
-            }
+            // What was asked on the one before, nobody answers.
+            self.asked.clear();
         }
-        self.apply(Event::Request(side, request));
+        true
     }
 
-    /// What the owner shares, if this is taken. If not, the owner is gone.
+    /// What it shares, if this is taken. If not, it is gone.
     fn note(&mut self, request: &Request) {
         let region = |request: &RegionRequest| Region {
             guest: request.guest,
@@ -199,6 +130,131 @@ impl Bench {
                 .regions
                 .retain(|region| (region.guest, region.frontend, region.len) != (*guest, *frontend, *len)),
             _ => {}
+        }
+    }
+}
+
+impl Bench {
+    fn new(config: LinkConfig) -> Self {
+        let mut bench = Self {
+            link: Link::new(config, TIMEOUT, 1000).expect("a configuration that can be run"),
+            now: Instant::now(),
+            owner: None,
+            waiting: None,
+            peer: false,
+            peer_asked: VecDeque::new(),
+            watching: false,
+            doorbell: false,
+            next_command: 0,
+            open: BTreeSet::new(),
+            generation: 998,
+            shown: Vec::new(),
+            unplugs: false,
+            unplugged: false,
+        };
+        let first = bench.link.publication();
+        bench.run(vec![first]);
+        bench
+    }
+
+    fn step(&mut self, input: &mut Input<'_>) {
+        match input.byte() % 20 {
+            0 => self.connect(if input.coin() { Side::Owner } else { Side::Peer }),
+            1 => match input.byte() {
+                0..64 => self.leave(if input.coin() { Side::Owner } else { Side::Peer }, input.coin()),
+                64..80 => self.waiting_leaves(input.coin()),
+                80..84 => {
+                    self.unplugs = true;
+                    self.apply(Event::Unplug);
+                }
+                _ => {}
+            },
+            2..=5 => {
+                let request = request(input);
+                self.ask(Side::Owner, request);
+            }
+            6 => {
+                let request = request(input);
+                self.ask_waiting(request);
+            }
+            7 | 8 => {
+                let request = request(input);
+                self.ask(Side::Peer, request);
+            }
+            9 | 10 => {
+                let choice = input.byte();
+                (0..=choice >> 2).for_each(|_| self.peer_answers(choice & 3 != 3));
+            }
+            11 => {
+                if let Some(id) = self.owner.as_mut().and_then(|owner| owner.asked.pop_front()) {
+                    self.apply(Event::MissDone(id, input.coin()));
+                }
+            }
+            12 => self.witness_goes(),
+            13 => self.doorbell(input),
+            14 | 15 => self.command(input),
+            16 => self.wait(Duration::from_millis(u64::from(input.byte()))),
+            17 | 18 => self.bring_up(input),
+            _ => self.apply(Event::ControlRingBroken("the fuzzer".into())),
+        }
+    }
+
+    fn connect(&mut self, side: Side) {
+        match side {
+            Side::Owner if self.owner.is_some() && self.waiting.is_none() => {
+                self.waiting = Some(Owner::default());
+                return self.apply(Event::Waiting(WaitingEvent::Connected));
+            }
+            Side::Owner if self.owner.is_none() => self.owner = Some(Owner::default()),
+            Side::Peer if !self.peer => self.peer = true,
+            Side::Owner | Side::Peer => return self.apply(Event::TurnedAway(side)),
+        }
+        self.apply(Event::Connected(side));
+    }
+
+    fn leave(&mut self, side: Side, fault: bool) {
+        if self.is_connected(side) {
+            self.closed(side);
+            self.apply(Event::Disconnected(side, fault.then(|| Fault::Message("the fuzzer".into()))));
+        }
+    }
+
+    fn waiting_leaves(&mut self, fault: bool) {
+        if self.waiting.take().is_some() {
+            let fault = fault.then(|| Fault::Message("the fuzzer".into()));
+            self.apply(Event::Waiting(WaitingEvent::Disconnected(fault)));
+        }
+    }
+
+    fn is_connected(&self, side: Side) -> bool {
+        match side {
+            Side::Owner => self.owner.is_some(),
+            Side::Peer => self.peer,
+        }
+    }
+
+    fn closed(&mut self, side: Side) {
+        match side {
+            Side::Owner => self.owner = None,
+            Side::Peer => {
+                self.peer = false;
+                self.peer_asked.clear();
+                self.shown.clear();
+            }
+        }
+    }
+
+    fn ask(&mut self, side: Side, request: Request) {
+        match side {
+            Side::Owner if !self.owner.as_mut().is_some_and(|owner| owner.takes(&request)) => {}
+            Side::Peer if !self.peer => {}
+            Side::Owner | Side::Peer => self.apply(Event::Request(side, request)),
+        }
+    }
+
+    fn ask_waiting(&mut self, request: Request) {
+        if self.waiting.as_mut().is_some_and(|waiting| waiting.takes(&request)) {
+            self.apply(Event::Waiting(WaitingEvent::Request(request)));
         }
     }
 
@@ -284,32 +340,39 @@ impl Bench {
             3 | 4 => (Side::Peer, PEER_PROTOCOL, FEATURES),
             _ => (Side::Peer, PEER_PROTOCOL | STRICT_WIRING, FEATURES),
         };
-        if !self.connected[side as usize] {
+        // One that comes while another has the link, as in a migration.
+        let waits = side == Side::Owner && choice & 0x40 != 0 && self.owner.is_some();
+        if !self.is_connected(side) || waits && self.waiting.is_none() {
             self.connect(side);
         }
-        self.ask(side, Request::SetProtocolFeatures(protocol));
+        let ask = |bench: &mut Self, request| match waits {
+            true => bench.ask_waiting(request),
+            false => bench.ask(side, request),
+        };
+        ask(self, Request::SetProtocolFeatures(protocol));
         if side == Side::Peer || features & PLATFORM != 0 {
-            self.ask(side, Request::SetBackendChannel(channel()));
+            ask(self, Request::SetBackendChannel(channel()));
         }
-        self.ask(side, Request::SetFeatures(features));
+        ask(self, Request::SetFeatures(features));
         if side == Side::Owner {
-            self.ask(side, Request::SetMemTable(vec![region(0, 0)]));
+            ask(self, Request::SetMemTable(vec![region(0, 0)]));
             if protocol & PUSH != 0 {
                 let all = PushEntry { iova: 0, size: MEMORY, frontend: FRONTEND, perm: 3 };
-                self.ask(side, Request::IommuPush { reset: true, entries: vec![all] });
+                ask(self, Request::IommuPush { reset: true, entries: vec![all] });
             }
         }
         let base = if features & PLATFORM == 0 { FRONTEND } else { 0 };
         for index in 0..if side == Side::Owner { 2 } else { 3 } {
             let page = base + 4096 * u64::from(index);
-            self.ask(side, Request::SetVringNum { index, num: 64 });
-            self.ask(
-                side,
-                Request::SetVringAddr { index, desc: page, avail: page + 0x400, used: page + 0x600 },
-            );
-            self.ask(side, Request::SetVringCall { index, fd: Some(eventfd(index)) });
-            self.ask(side, Request::SetVringKick { index, fd: Some(eventfd(index + 3)) });
-            self.ask(side, Request::SetVringEnable { index, enable: true });
+            ask(self, Request::SetVringNum { index, num: 64 });
+            ask(self, Request::SetVringAddr { index, desc: page, avail: page + 0x400, used: page + 0x600 });
+            ask(self, Request::SetVringCall { index, fd: Some(eventfd(index)) });
+            ask(self, Request::SetVringKick { index, fd: Some(eventfd(index + 3)) });
+            ask(self, Request::SetVringEnable { index, enable: true });
+        }
+        if side == Side::Owner && choice & 0x20 != 0 {
+            ask(self, log(MEMORY / 4096 / 8));
+            ask(self, Request::SetFeatures(features | LOG_ALL));
         }
         if choice & 0x80 != 0 {
             for _ in 0..30 {
@@ -328,21 +391,30 @@ impl Bench {
         for effect in effects {
             match effect {
                 Effect::Reply(Side::Owner, _) => {
-                    assert!(std::mem::take(&mut self.waits), "an answer to no question");
+                    let owner = self.owner.as_mut().expect("an answer to nobody");
+                    assert!(std::mem::take(&mut owner.waits), "an answer to no question");
+                }
+                Effect::ReplyWaiting(_) => {
+                    let waiting = self.waiting.as_mut().expect("an answer to nobody");
+                    assert!(std::mem::take(&mut waiting.waits), "an answer to no question");
+                }
+                Effect::SwapOwners => std::mem::swap(&mut self.owner, &mut self.waiting),
+                Effect::DisconnectWaiting => self.waiting = None,
+                Effect::Unplugged(_) => {
+                    assert!(self.unplugs && !std::mem::replace(&mut self.unplugged, true));
                 }
                 Effect::Disconnect(side) => self.closed(side),
                 Effect::Window(op, change) => {
-                    assert!(self.connected[Side::Peer as usize], "{change:?} of nobody");
+                    assert!(self.peer, "{change:?} of nobody");
                     self.check_change(&change);
                     self.peer_asked.push_back(Asked::Window(op));
                 }
                 Effect::WirePeer(id, _) => {
-                    assert!(self.connected[Side::Peer as usize]);
+                    assert!(self.peer);
                     self.peer_asked.push_back(Asked::Wire(id));
                 }
                 Effect::Miss(id, ..) => {
-                    assert!(self.connected[Side::Owner as usize]);
-                    self.owner_asked.push_back(id);
+                    self.owner.as_mut().expect("a miss of nobody").asked.push_back(id);
                 }
                 Effect::WatchWitness => self.watching = true,
                 Effect::StopWatching => self.watching = false,
@@ -365,11 +437,24 @@ impl Bench {
     }
 
     /// Only what the owner shares at this moment is mapped, and where there is room for it.
-    fn check_change(&self, change: &WindowOp) {
+    fn check_change(&mut self, change: &WindowOp) {
         let (WindowOp::Map(content) | WindowOp::Unmap(content)) = change;
         let (offset, len) = content.place(WINDOW);
         let end = offset.raw().checked_add(len).expect("inside the window");
         assert!(len > 0 && end <= 2 * WINDOW);
+        match change {
+            // The first of a window that has nothing.
+            WindowOp::Map(Content::LinkArea) => self.shown.clear(),
+            WindowOp::Map(Content::Owner(_) | Content::Log(_)) => {
+                let apart = |(at, other): &(u64, u64)| *at >= end || at + other <= offset.raw();
+                assert!(self.shown.iter().all(apart), "{change:?} over what is shown: {:?}", self.shown);
+                self.shown.push((offset.raw(), len));
+            }
+            WindowOp::Unmap(Content::Owner(_) | Content::Log(_)) => {
+                self.shown.retain(|shown| *shown != (offset.raw(), len));
+            }
+            _ => {}
+        }
         if let (WindowOp::Map(_), Content::Owner(placement)) = (change, content) {
             assert!(offset.raw() >= abi::DATA_OFFSET);
             let backing = placement.range().backing();
@@ -380,7 +465,8 @@ impl Bench {
                 let holds = |region: &&Region| {
                     (region.offset..region.offset.saturating_add(region.len)).contains(&at)
                 };
-                let region = self.regions.iter().filter(of_file).find(holds);
+                let regions = &self.owner.as_ref().expect("memory of nobody").regions;
+                let region = regions.iter().filter(of_file).find(holds);
                 let region = region.unwrap_or_else(|| panic!("{placement:?} is mapped and not shared"));
                 at = region.offset + region.len;
             }
@@ -389,6 +475,7 @@ impl Bench {
 
     /// Everybody leaves, and nothing is left to wait for.
     fn end(&mut self) {
+        self.waiting_leaves(false);
         self.leave(Side::Owner, false);
         self.leave(Side::Peer, false);
         for _ in 0..8 {
@@ -397,6 +484,10 @@ impl Bench {
         }
         if self.doorbell {
             self.apply(Event::DoorbellGone);
+        }
+        assert_eq!(self.unplugs, self.unplugged, "a link that ends, without end");
+        if self.unplugged {
+            return;
         }
         let report = report::of(&self.link);
         assert_eq!((report.window.phase.as_str(), self.link.deadline()), ("closed", None));

@@ -7,7 +7,8 @@ use std::os::unix::net::UnixStream;
 use std::sync::OnceLock;
 
 use vhost_pci_fuzz::front::{
-    CHANNEL, FEATURES, FRONTEND, MEMORY, OWNER_PROTOCOL, PEER_PROTOCOL, PLATFORM, PUSH, Pool, STRICT_WIRING,
+    CHANNEL, FEATURES, FRONTEND, LOG_ALL, MEMORY, OWNER_PROTOCOL, PEER_PROTOCOL, PLATFORM, PUSH, Pool,
+    STRICT_WIRING,
 };
 use vhost_pci_fuzz::input::Input;
 use vhost_pci_switch::link::descriptor::{Eventfd, MemoryFile};
@@ -54,6 +55,11 @@ pub fn region(slot: u64, file: usize) -> RegionRequest {
     }
 }
 
+/// A log that can be.
+pub fn log(len: u64) -> Request {
+    Request::SetLogBase { file: memory(0), file_len: MEMORY, offset: 0, len }
+}
+
 fn any_region(input: &mut Input<'_>) -> RegionRequest {
     let choice = input.byte();
     let usual = region(u64::from(choice & 7), usize::from(choice >> 3 & 3));
@@ -90,8 +96,10 @@ pub fn request(input: &mut Input<'_>) -> Request {
         2 => Request::GetFeatures,
         3 => Request::SetFeatures(match input.byte() {
             few @ 0..0xe0 => {
-                [FEATURES, FEATURES | PLATFORM, FEATURES | 3 << 34, FEATURES | PLATFORM | 3 << 34]
-                    [usize::from(few % 4)]
+                let log = if few & 0x40 == 0 { 0 } else { LOG_ALL };
+                let features =
+                    [FEATURES, FEATURES | PLATFORM, FEATURES | 3 << 34, FEATURES | PLATFORM | 3 << 34];
+                features[usize::from(few % 4)] | log
             }
             _ => input.quad(),
         }),
@@ -130,7 +138,14 @@ pub fn request(input: &mut Input<'_>) -> Request {
         21 => Request::SetVringCall { index, fd: any_fd(input) },
         22 => Request::SetVringErr { index, fd: any_fd(input) },
         23 | 24 => Request::SetVringEnable { index, enable: input.coin() },
-        25 => match input.byte() % 4 {
+        25 => match input.byte() % 6 {
+            4 => log(1 + input.below(MEMORY)),
+            5 => Request::SetLogBase {
+                file: memory(usize::from(input.byte())),
+                file_len: MEMORY,
+                offset: input.field(0),
+                len: input.field(0),
+            },
             0 => Request::GetConfig { offset: input.field(0) as u32, len: input.field(0) as u32 },
             1 => Request::SetConfig,
             2 => Request::GetShmemConfig,
