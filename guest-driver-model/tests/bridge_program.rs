@@ -21,6 +21,7 @@ use guest_driver_model::programs::waiting::{Wait, WaitArgs};
 use guest_driver_model::transport::Transport;
 use net_support::frame;
 use net_support::side::{Side, beside};
+use vhost_pci_device::abi;
 
 const PATIENCE: Duration = Duration::from_secs(20);
 const WAITS: [Wait; 3] = [Wait::Poll, Wait::Interrupt, Wait::Adaptive(Duration::from_micros(20))];
@@ -186,6 +187,48 @@ fn an_owner_that_takes_nothing_holds_up_nobody() {
         });
         assert_eq!((traffic.dropped, ports[2].counters.dropped.full), (84, 84));
         assert_eq!(traffic.rescued, 0);
+    }
+}
+
+/// What the third one's VMM is asked it does not answer, or says after a long time that it cannot. Each time the
+/// others go on: if they waited for it, this would take longer than anybody has patience.
+#[test]
+fn an_owner_whose_vmm_does_not_answer_holds_up_nobody() {
+    for wait in WAITS {
+        let sides = [Side::new(CONFIG), Side::new(CONFIG), Side::behind_iommu(CONFIG)];
+        let device = &sides[2].device;
+        let (traffic, ports) = run(&args(wait), &sides.each_ref(), || {
+            let mut owners: Vec<_> = sides.iter().map(|side| Owner::start(side, 2)).collect();
+            thread::sleep(Duration::from_millis(20));
+            let start = Instant::now();
+            for ask in 0..8 {
+                while device.asked() == 0 {
+                    for (from, to) in [(0, 1), (1, 0)] {
+                        owners[from].send(&[from_to(from as u8, ALL, ask, 60)]);
+                        assert_eq!(owners[to].take(1).len(), 1);
+                    }
+                    assert!(start.elapsed() < PATIENCE, "it is not asked");
+                }
+                cross(&mut owners, 0, 1, 50);
+                cross(&mut owners, 1, 0, 50);
+                assert!(device.asked() > 0, "nobody has answered");
+                device.answer(abi::CTRL_FAILED);
+            }
+            assert!(start.elapsed() < PATIENCE, "{:?}", start.elapsed());
+            // It is found when its VMM answers, after all.
+            sides[2].show_all(2);
+            device.answer(abi::CTRL_OK);
+            let hello = from_to(0, ALL, 99, 60);
+            while owners[2].received.is_empty() {
+                owners[0].send(std::slice::from_ref(&hello));
+                owners[2].receive();
+                assert!(start.elapsed() < PATIENCE, "it gets nothing any more");
+            }
+            assert_eq!(owners[2].take(1)[0], hello);
+        });
+        assert_eq!((traffic.faults, traffic.links), (0, 3));
+        assert!(traffic.put_off > 0 && ports[2].counters.dropped.full > 0, "{traffic:?} {ports:?}");
+        assert_eq!(ports[0].counters.dropped.full, 0, "{ports:?}");
     }
 }
 

@@ -20,6 +20,7 @@ use guest_driver_model::programs::waiting::{Wait, WaitArgs};
 use guest_driver_model::transport::Transport;
 use net_support::frame;
 use net_support::side::{Side, beside};
+use vhost_pci_device::abi;
 
 /// Sends frames by a pair of one owner, and takes them from a pair of the other.
 fn cross(
@@ -109,6 +110,43 @@ fn pairs_pass_to_those_that_the_other_owner_has() {
         }
     });
     assert_eq!((traffic.rx_packets, traffic.tx_packets), (250, 250));
+}
+
+/// What one's VMM is asked it does not answer, or says after a long time that it cannot. The program sees to the
+/// other's link meanwhile: if it waited, this would take longer than anybody has patience.
+#[test]
+fn a_vmm_that_does_not_answer_keeps_nobody_from_the_other_link() {
+    let config = OwnerConfig { ring_size: 64, ..OwnerConfig::default() };
+    let (left, right) = (Side::behind_iommu(config), Side::new(config));
+    let bytes = frame(1, 60);
+    let traffic = run(Wait::Poll, [&left, &right], || {
+        let (mut one, mut other) = (left.start(2), right.start(2));
+        let (start, most) = (Instant::now(), Duration::from_secs(20));
+        let wait_until = |done: &dyn Fn() -> bool, what: &str| {
+            while !done() {
+                assert!(start.elapsed() < most, "{what}");
+                thread::yield_now();
+            }
+        };
+        assert_eq!(one.tx_burst(0, [bytes.as_slice()]), Ok(1));
+        for _ in 0..8 {
+            wait_until(&|| left.device.asked() > 0, "it is not asked");
+            let looks = right.device.looks.load(Ordering::Relaxed);
+            wait_until(&|| right.device.looks.load(Ordering::Relaxed) > looks + 20, "nobody looks");
+            assert!(left.device.asked() > 0, "nobody has answered");
+            left.device.answer(abi::CTRL_FAILED);
+        }
+        // It is found when its VMM answers, after all.
+        left.show_all(2);
+        left.device.answer(abi::CTRL_OK);
+        let mut burst = PacketBurst::default();
+        while other.rx_burst(0, &mut burst, 8).unwrap() == 0 {
+            assert!(start.elapsed() < most, "it does not come");
+            thread::yield_now();
+        }
+        assert_eq!(burst.packet(0).unwrap().frame, bytes);
+    });
+    assert_eq!((traffic.rx_packets, traffic.dropped, traffic.faults), (1, 0, 0));
 }
 
 /// A ring that stands still, because nobody takes what is in it, is waited for, not looked at; and

@@ -115,7 +115,9 @@ pub struct ControlExchange<'a> {
     ring: &'a mut ControlRing,
     transport: &'a dyn Transport,
     interrupt: bool,
+    /// What is left of it.
     patience: Duration,
+    waited: Option<&'a mut Duration>,
     /// The link that jobs are about, by the link page's generation.
     link: Option<u64>,
 }
@@ -124,12 +126,17 @@ impl<'a> ControlExchange<'a> {
     /// Over a control ring of this device. `interrupt`: the program sleeps until it is
     /// interrupted.
     pub fn new(ring: &'a mut ControlRing, transport: &'a dyn Transport, interrupt: bool) -> Self {
-        Self { ring, transport, interrupt, patience: PATIENCE, link: None }
+        Self { ring, transport, interrupt, patience: PATIENCE, waited: None, link: None }
     }
 
-    /// The same, waiting at most so long.
+    /// The same, waiting at most so long, for all batches together.
     pub fn patience(self, patience: Duration) -> Self {
         Self { patience, ..self }
+    }
+
+    /// The same, adding to `waited` how long was waited.
+    pub fn counting(self, waited: &'a mut Duration) -> Self {
+        Self { waited: Some(waited), ..self }
     }
 
     /// The same, for jobs about the link of this generation: when the link page has another, nobody waits for
@@ -145,8 +152,7 @@ impl<'a> ControlExchange<'a> {
     }
 
     /// Sends all jobs, as the ring takes them, and waits for their answers.
-    fn run(&mut self, jobs: &[Job]) -> Result<(), super::ControlError> {
-        let start = Instant::now();
+    fn run(&mut self, jobs: &[Job], start: Instant) -> Result<(), super::ControlError> {
         let mut left = jobs.iter();
         let mut next = left.next();
         loop {
@@ -200,8 +206,14 @@ impl Exchange for ControlExchange<'_> {
             return;
         }
         self.ring.batch.sent.clear();
+        let start = Instant::now();
         // What was answered before the ring broke, or the time was over, counts.
-        let _: Result<(), super::ControlError> = self.run(jobs);
+        let _: Result<(), super::ControlError> = self.run(jobs, start);
+        let waited = start.elapsed();
+        self.patience = self.patience.saturating_sub(waited);
+        if let Some(all) = &mut self.waited {
+            **all += waited;
+        }
         for (job, sent) in jobs.iter_mut().zip(&self.ring.batch.sent) {
             job.outcome = sent.status.map_or(Outcome::Later, Outcome::of_status);
         }

@@ -324,6 +324,26 @@ fn a_batch_that_is_not_answered_is_given_up_and_its_room_kept() {
     assert_eq!(jobs[0].outcome, Outcome::Done);
 }
 
+#[test]
+fn what_was_waited_is_counted_for_all_batches_together() {
+    let device = Fake::new(|_| {
+        std::thread::sleep(Duration::from_millis(2));
+        Some(abi::CTRL_OK)
+    });
+    let mut ring = ControlRing::new(&device).unwrap();
+    let mut waited = Duration::ZERO;
+    let mut exchange = ControlExchange::new(&mut ring, &device, false).counting(&mut waited);
+    for _ in 0..2 {
+        exchange.clear();
+        let mut jobs = jobs(&mut exchange, [Request::Fetch { iova: 0, len: 100 }]);
+        exchange.carry_out(&mut jobs);
+        assert_eq!(jobs[0].outcome, Outcome::Done);
+    }
+    let left = exchange.patience;
+    assert!(waited >= Duration::from_millis(4), "{waited:?}");
+    assert_eq!(left, PATIENCE - waited);
+}
+
 /// Nothing else would end it: the broker that was asked has been killed.
 #[test]
 fn a_link_page_of_another_generation_ends_the_wait() {

@@ -7,6 +7,7 @@
 use std::time::Instant;
 
 use super::ProgramError;
+use super::allowance::Allowance;
 use super::device::{DeviceArgs, TwoDevicesArgs};
 use super::live::Live;
 use super::run::{LONGEST_SLEEP, ROUNDS, RunArgs, stop_on_signals, until_gone};
@@ -116,7 +117,11 @@ impl<'a> Forwarder<'a> {
     fn drive(&mut self, transports: [&dyn Transport; 2]) -> Result<(), ProgramError> {
         let interrupt = self.args.run.wait.wait.needs_interrupts();
         let [one, other] = transports;
-        let mut both = [Session::new(one, interrupt)?, Session::new(other, interrupt)?];
+        // Who does not answer keeps its own packets, and not the program from the other's link.
+        let session = |transport| -> Result<_, ProgramError> {
+            Ok(Session::new(transport, interrupt)?.allowing(Allowance::of_one()))
+        };
+        let mut both = [session(one)?, session(other)?];
         let result = self.serve(&mut both);
         for side in 0..2 {
             self.drop_held(side);

@@ -26,6 +26,7 @@
 //! means that the program did what it was asked until it was asked to end; packets
 //! lost or corrupted are in the counters, not in the status.
 
+mod allowance;
 pub mod blk;
 pub mod bridge;
 pub mod confine;

@@ -7,6 +7,7 @@ use std::time::{Duration, Instant};
 use vhost_pci_device::abi::{self, queue_of_vring};
 
 use super::ProgramError;
+use super::allowance::Allowance;
 use super::live::Live;
 use super::quiet::Quiet;
 use super::run::LONGEST_SLEEP;
@@ -82,6 +83,8 @@ pub(super) struct Paused<P = PeerPort> {
     tally: Tally,
     /// For lines that the owner can cause.
     quiet: Quiet,
+    /// How long the owner's answers are waited for, where others wait meanwhile.
+    allowance: Option<Allowance>,
 }
 
 /// A port for one round.
@@ -117,8 +120,16 @@ impl<'a, P: Port> Session<'a, P> {
             refused: None,
             tally: Tally::default(),
             quiet: Quiet::default(),
+            allowance: None,
         };
         Ok(Self { transport, interrupt, kept })
+    }
+
+    /// The same, waiting no longer for what the device is asked: others wait meanwhile, and the owner's VMM
+    /// may not answer. What comes later is found when it is looked for again.
+    pub fn allowing(mut self, allowance: Allowance) -> Self {
+        self.kept.allowance = Some(allowance);
+        self
     }
 
     /// What was counted.
@@ -142,8 +153,17 @@ impl<'a, P: Port> Session<'a, P> {
         }
         let Some(live) = &mut self.kept.live else { return Ok(None) };
         let control = self.kept.control.as_mut().filter(|_| live.asks);
+        let allowance = &mut self.kept.allowance;
         let exchange = control.map(|ring| {
-            ControlExchange::new(ring, self.transport, self.interrupt).of_link(live.port.generation())
+            let exchange = ControlExchange::new(ring, self.transport, self.interrupt);
+            let exchange = exchange.of_link(live.port.generation());
+            match allowance {
+                Some(allowance) => {
+                    let left = allowance.left(Instant::now);
+                    exchange.patience(left).counting(&mut allowance.waited)
+                }
+                None => exchange,
+            }
         });
         Ok(Some(Turn { port: &mut live.port, transport: self.transport, exchange }))
     }

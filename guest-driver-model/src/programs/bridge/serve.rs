@@ -1,7 +1,8 @@
 //! Moves the packets of a bridge, and waits for them.
 //!
 //! Owns: the sessions with the devices. Nothing is held from one burst to the next: an owner
-//! that has no room for a packet does not get it, so that no port waits for another.
+//! that has no room for a packet does not get it, so that no port waits for another. Nor does any for an owner's
+//! VMM, but for a moment.
 
 use std::time::{Duration, Instant};
 
@@ -13,6 +14,7 @@ use super::switch::{Event, Switch, Verdict};
 use super::table::{HOLD, PortId};
 use crate::net::transmit_vring;
 use crate::programs::ProgramError;
+use crate::programs::allowance::Allowance;
 use crate::programs::live::Live;
 use crate::programs::quiet::Quiet;
 use crate::programs::run::{LONGEST_SLEEP, ROUNDS};
@@ -85,7 +87,7 @@ impl<'a> Bridge<'a> {
                 (None, _) => None,
                 (Some(transport), Some(paused)) => Some(Session::resume(*transport, interrupt, paused)),
                 (Some(transport), None) => match Session::new(*transport, interrupt) {
-                    Ok(session) => Some(session),
+                    Ok(session) => Some(session.allowing(Allowance::of_many())),
                     Err(error) => return self.pause(ports, Ended::Gone(at, error)),
                 },
             };
