@@ -7,7 +7,7 @@ mod net_support;
 
 use std::os::fd::BorrowedFd;
 
-use guest_driver_model::control::Nobody;
+use guest_driver_model::control::{Exchange, Job, Nobody, Outcome};
 use guest_driver_model::link::{Access, LinkPage, Mapping};
 use guest_driver_model::net::{HEADER_LEN, OwnerConfig, OwnerLayout, OwnerPort, PacketBurst};
 use guest_driver_model::nic::{Lent, Nic, NicError, Pass, PassError, Piece, Round, Way};
@@ -198,6 +198,11 @@ struct Bed {
 
 impl Bed {
     fn new(config: OwnerConfig) -> Self {
+        Self::with_status(config, 0)
+    }
+
+    /// Of a link with more in its status than that it is up.
+    fn with_status(config: OwnerConfig, status: u32) -> Self {
         let len = OwnerLayout::new(config, 0, u64::MAX >> 8).unwrap().end();
         // Twice the memory: the second half is mapped, and nobody's.
         let views = TwoViews::new(2 * len);
@@ -209,7 +214,8 @@ impl Bed {
             window_offset: abi::DATA_OFFSET + at,
             access: Access::READ_WRITE,
         });
-        let writer = LinkWriter::new(config.features(), halves.to_vec(), layout.infos(IOVA));
+        let mut writer = LinkWriter::new(config.features(), halves.to_vec(), layout.infos(IOVA));
+        writer.status |= status;
         writer.write(&views.window);
         let page = link_page(&views.window);
         let mut card = Card::new(&views.window);
@@ -219,7 +225,27 @@ impl Bed {
     }
 
     fn round(&mut self) -> Round {
-        self.pass.round(&mut self.card, &mut Nobody).unwrap()
+        self.round_by(&mut Nobody)
+    }
+
+    fn round_by(&mut self, exchange: &mut dyn Exchange) -> Round {
+        self.pass.round(&mut self.card, exchange).unwrap()
+    }
+
+    /// All of the owner's memory in three mappings: the page in which the card's buffer to receive into at a
+    /// place in its queue starts, with what is before and behind it.
+    fn apart(&self, buffer: usize) -> [Mapping; 3] {
+        let start = self.card.held[0][buffer].pieces[0].bus - BUS - abi::DATA_OFFSET;
+        let at = start / abi::PAGE_SIZE * abi::PAGE_SIZE;
+        let end = self.views.owner.len();
+        let part = |range: std::ops::Range<u64>| Mapping {
+            iova: IOVA + range.start,
+            len: range.end - range.start,
+            window_offset: abi::DATA_OFFSET + range.start,
+            access: Access::READ_WRITE,
+        };
+        let behind = at + abi::PAGE_SIZE;
+        [part(0..at), part(at..behind), part(behind..end)]
     }
 
     /// The device shows these mappings from now on.
@@ -233,6 +259,34 @@ impl Bed {
         self.received.clear();
         self.owner.rx_burst(0, &mut self.received, 64).unwrap();
         self.received.frames().map(<[u8]>::to_vec).collect()
+    }
+}
+
+/// A device that does not do yet what it is asked for.
+#[derive(Default)]
+struct Later {
+    asked: usize,
+    /// The generation of the table that is gone by.
+    followed: Option<u64>,
+    /// It may not be asked.
+    is_deaf: bool,
+}
+
+impl Exchange for Later {
+    fn clear(&mut self) {}
+
+    fn reserve(&mut self, _: u32) -> Option<u64> {
+        Some(0)
+    }
+
+    fn carry_out(&mut self, jobs: &mut [Job]) {
+        assert!(!self.is_deaf, "the device was asked for {jobs:?} before it was told of the release");
+        self.asked += jobs.len();
+        jobs.iter_mut().for_each(|job| job.outcome = Outcome::Later);
+    }
+
+    fn follow(&mut self, table_generation: u64) {
+        self.followed = Some(table_generation);
     }
 }
 
@@ -323,12 +377,33 @@ fn a_range_that_the_card_uses_goes_when_it_has_stopped_and_the_rest_is_lent_anew
         let counts = bed.pass.counts();
         assert_eq!((bed.card.starts, counts.quiesced, counts.tx_packets), (2, 1, 1));
         assert!(counts.given_back >= 9);
+        bed.round();
         while !bed.card.held[1].is_empty() {
             bed.card.sends(0);
         }
         bed.round();
         assert_eq!(bed.owner.reap_transmitted(0), Ok(0));
         assert_eq!(bed.card.sent, sent, "each once, in order");
+    }
+}
+
+/// The device maps nothing before it was told, so nobody may wait for that.
+#[test]
+fn the_device_is_told_of_a_release_before_it_is_asked_for_anything() {
+    let statuses = [abi::LINK_S_IOMMU, abi::LINK_S_IOMMU | abi::LINK_S_COPY];
+    for (config, status) in kinds().flat_map(|config| statuses.map(|status| (config, status))) {
+        let mut bed = Bed::with_status(config, status);
+        bed.round();
+        let [before, _, behind] = bed.apart(0);
+        bed.shows(vec![before, behind]);
+        let mut device = Later { is_deaf: true, ..Later::default() };
+        let round = bed.round_by(&mut device);
+        assert_eq!((round.release, round.moved > 0), (Some(4), true), "and nobody sleeps now");
+        device.is_deaf = false;
+        let round = bed.round_by(&mut device);
+        assert_eq!((round.release, device.asked > 0), (None, true));
+        assert_eq!(device.followed, Some(4), "nor waits for what a later table needs");
+        assert!(bed.card.held[0].is_empty(), "each in its turn");
     }
 }
 

@@ -24,6 +24,9 @@ const PATIENCE: Duration = Duration::from_secs(3);
 /// A nap, where no interrupt tells of answers; and the longest sleep where one does.
 const NAP: Duration = Duration::from_micros(50);
 const SLEEP: Duration = Duration::from_millis(5);
+/// How late the next answer is that waits for what the driver has to let go of. What is mapped for an answer is in
+/// the table just before.
+const LATE: Duration = Duration::from_millis(1);
 
 /// Marks the tokens of jobs.
 pub(super) const JOB: u64 = 1 << 32;
@@ -120,13 +123,15 @@ pub struct ControlExchange<'a> {
     waited: Option<&'a mut Duration>,
     /// The link that jobs are about, by the link page's generation.
     link: Option<u64>,
+    /// The mapping table of which a device has been lent what it shows.
+    lent: Option<u64>,
 }
 
 impl<'a> ControlExchange<'a> {
     /// Over a control ring of this device. `interrupt`: the program sleeps until it is
     /// interrupted.
     pub fn new(ring: &'a mut ControlRing, transport: &'a dyn Transport, interrupt: bool) -> Self {
-        Self { ring, transport, interrupt, patience: PATIENCE, waited: None, link: None }
+        Self { ring, transport, interrupt, patience: PATIENCE, waited: None, link: None, lent: None }
     }
 
     /// The same, waiting at most so long, for all batches together.
@@ -145,16 +150,39 @@ impl<'a> ControlExchange<'a> {
         Self { link: Some(generation), ..self }
     }
 
+    /// Whether the link page has another value than this in the field of 8 bytes at an offset, if there is one to
+    /// have.
+    fn differs(&self, field: usize, value: Option<u64>) -> bool {
+        let at = self.transport.config().link_offset.value() + field as u64;
+        value.is_some_and(|value| self.transport.window().load_u64(at) != Ok(value))
+    }
+
     /// Whether the link page has another generation than that of the jobs' link.
     fn is_of_another_link(&self) -> bool {
-        let at = self.transport.config().link_offset.value() + offset_of!(abi::LinkHeader, generation) as u64;
-        self.link.is_some_and(|link| self.transport.window().load_u64(at) != Ok(link))
+        self.differs(offset_of!(abi::LinkHeader, generation), self.link)
+    }
+
+    /// Whether the mapping table is another one than that of which something is lent, and no answer has come for
+    /// a while since. `last`: how many were waited for when the last one came, and when.
+    fn waits_for_driver(&self, last: &mut Option<(usize, Instant)>) -> bool {
+        if !self.differs(offset_of!(abi::LinkHeader, table_generation), self.lent) {
+            return false;
+        }
+        let waiting = self.ring.batch.waiting;
+        match *last {
+            Some((before, since)) if before == waiting => since.elapsed() >= LATE,
+            _ => {
+                *last = Some((waiting, Instant::now()));
+                false
+            }
+        }
     }
 
     /// Sends all jobs, as the ring takes them, and waits for their answers.
     fn run(&mut self, jobs: &[Job], start: Instant) -> Result<(), super::ControlError> {
         let mut left = jobs.iter();
         let mut next = left.next();
+        let mut last = None;
         loop {
             let mut fresh = false;
             while let Some(job) = next
@@ -174,7 +202,7 @@ impl<'a> ControlExchange<'a> {
             let waited = start.elapsed();
             // 9.1: in another area nobody answers, nor does a device that is gone.
             let over = !self.ring.is_current() || self.is_of_another_link() || self.transport.is_over();
-            if waited >= self.patience || over {
+            if waited >= self.patience || over || self.waits_for_driver(&mut last) {
                 return Ok(());
             }
             if waited < SPIN {
@@ -182,6 +210,7 @@ impl<'a> ControlExchange<'a> {
             } else {
                 let interrupt = self.transport.interrupt_fd(abi::QUEUE_CONTROL).filter(|_| self.interrupt);
                 let most = if interrupt.is_some() { SLEEP } else { NAP };
+                let most = if last.is_some() { most.min(LATE) } else { most };
                 wait(interrupt, most.min(self.patience - waited));
             }
         }
@@ -217,6 +246,10 @@ impl Exchange for ControlExchange<'_> {
         for (job, sent) in jobs.iter_mut().zip(&self.ring.batch.sent) {
             job.outcome = sent.status.map_or(Outcome::Later, Outcome::of_status);
         }
+    }
+
+    fn follow(&mut self, table_generation: u64) {
+        self.lent = Some(table_generation);
     }
 }
 

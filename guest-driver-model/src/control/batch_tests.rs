@@ -33,6 +33,8 @@ struct State {
     doorbells: usize,
     /// Answers the newest command first.
     reversed: bool,
+    /// Answers when it is looked after, and not from within the doorbell.
+    at_look: bool,
     /// Bytes that a FETCH says it wrote too few.
     short: u32,
 }
@@ -60,6 +62,7 @@ impl Fake {
             seen: Vec::new(),
             doorbells: 0,
             reversed: false,
+            at_look: false,
             short: 0,
         };
         Self { config, window, state: Mutex::new(state), over: AtomicBool::new(false) }
@@ -162,13 +165,22 @@ impl Transport for Fake {
     }
     fn doorbell(&self, queue: u16) {
         assert_eq!(queue, abi::QUEUE_CONTROL);
-        self.state.lock().unwrap().doorbells += 1;
-        self.answer();
+        let at_look = {
+            let mut state = self.state.lock().unwrap();
+            state.doorbells += 1;
+            state.at_look
+        };
+        if !at_look {
+            self.answer();
+        }
     }
     fn interrupt_fd(&self, _: u16) -> Option<BorrowedFd<'_>> {
         None
     }
     fn is_over(&self) -> bool {
+        if self.state.lock().unwrap().at_look {
+            self.answer();
+        }
         self.over.load(Ordering::Relaxed)
     }
     fn check(&self) -> Result<(), TransportError> {
@@ -357,6 +369,41 @@ fn a_link_page_of_another_generation_ends_the_wait() {
     exchange.carry_out(&mut jobs);
     assert_eq!(jobs[0].outcome, Outcome::Later);
     assert_eq!(device.state.lock().unwrap().doorbells, 1, "it was asked");
+}
+
+/// It waits for what a device of the driver's was lent: the driver has to let go of that first (9.5).
+#[test]
+fn a_table_that_is_not_the_one_that_was_lent_ends_the_wait_once_no_more_answers_come() {
+    let at = offset_of!(abi::LinkHeader, table_generation) as u64;
+    // Three of five are answered while the table changes.
+    let mut count = 0;
+    let device = Fake::new(move |_| {
+        count += 1;
+        (count <= 3).then_some(abi::CTRL_OK)
+    });
+    device.window.store_u64(at, 8).unwrap();
+    let mut ring = ControlRing::new(&device).unwrap();
+    let ever = Duration::from_secs(1 << 20);
+    let mut exchange = ControlExchange::new(&mut ring, &device, false).patience(ever);
+    exchange.follow(6);
+    let mut jobs = jobs(&mut exchange, [Request::Fetch { iova: 0, len: 100 }; 5]);
+    exchange.carry_out(&mut jobs);
+    let outcomes: Vec<_> = jobs.iter().map(|job| job.outcome).collect();
+    assert_eq!(outcomes, [Outcome::Done, Outcome::Done, Outcome::Done, Outcome::Later, Outcome::Later]);
+}
+
+/// What is mapped for an answer is in the table before the answer comes.
+#[test]
+fn an_answer_that_comes_behind_its_table_is_waited_for() {
+    let device = Fake::new(|_| Some(abi::CTRL_OK));
+    device.window.store_u64(offset_of!(abi::LinkHeader, table_generation) as u64, 8).unwrap();
+    device.state.lock().unwrap().at_look = true;
+    let mut ring = ControlRing::new(&device).unwrap();
+    let mut exchange = ControlExchange::new(&mut ring, &device, false);
+    exchange.follow(6);
+    let mut jobs = jobs(&mut exchange, [Request::Fetch { iova: 0, len: 100 }]);
+    exchange.carry_out(&mut jobs);
+    assert_eq!(jobs[0].outcome, Outcome::Done);
 }
 
 #[test]

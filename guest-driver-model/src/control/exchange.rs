@@ -108,6 +108,11 @@ pub trait Exchange {
     /// Has the device carry out all jobs, and waits until it has, for a limited time.
     /// Each has room of its own.
     fn carry_out(&mut self, jobs: &mut [Job]);
+
+    /// From now on who asks goes by the mapping table of this generation, and has lent what it shows to a
+    /// device: of another table something may have to be let go of first, and the answers wait for that (9.5).
+    /// So they are waited for no longer.
+    fn follow(&mut self, _table_generation: u64) {}
 }
 
 /// Nobody: no device is asked for anything.
@@ -138,6 +143,12 @@ impl<X: Exchange> Exchange for Option<X> {
     fn carry_out(&mut self, jobs: &mut [Job]) {
         if let Some(exchange) = self {
             exchange.carry_out(jobs);
+        }
+    }
+
+    fn follow(&mut self, table_generation: u64) {
+        if let Some(exchange) = self {
+            exchange.follow(table_generation);
         }
     }
 }

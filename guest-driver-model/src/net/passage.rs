@@ -169,8 +169,12 @@ impl Passage {
         chains: &mut ChainBurst,
         pass: &mut dyn FnMut(u64, &Chain<'_>) -> Passed,
     ) -> Result<Burst, Fault> {
+        if !self.tables.is_at(table_generation) {
+            return Ok(Burst { moved: true, ..Burst::default() });
+        }
         let mut both_ways = BothWays(exchange);
         let exchange: &mut dyn Exchange = if self.both_ways { &mut both_ways } else { both_ways.0 };
+        exchange.follow(table_generation);
         let (tables, demand) = (&mut self.tables, &mut self.demand);
         let mut reach = Reach { window: &self.window, tables, exchange, demand };
         let popped = reach.pop(&mut self.live, 1, budget, self.direction, chains)?;
@@ -321,5 +325,9 @@ impl Exchange for BothWays<'_> {
             }
         }
         self.0.carry_out(jobs);
+    }
+
+    fn follow(&mut self, table_generation: u64) {
+        self.0.follow(table_generation);
     }
 }

@@ -247,14 +247,21 @@ impl Pass {
         nic.bus(end.unwrap_or(0))
     }
 
-    /// Completes what the card has given back, follows the mapping table, and lends what the owner has
-    /// made available. Nothing, if the link is another one.
+    /// Follows the mapping table, completes what the card has given back, and lends what the owner has
+    /// made available. Nothing, if the link is another one; and nothing is lent before the device was told of
+    /// what was let go of, as it answers nothing else before.
     ///
     /// # Errors
     /// Why the link cannot be served any more.
     pub fn round(&mut self, nic: &mut dyn Nic, exchange: &mut dyn Exchange) -> Result<Round, PassError> {
         let mut round = Round::default();
         if !self.follow(nic, &mut round)? {
+            return Ok(round);
+        }
+        if round.release.is_some() {
+            // There is more to do, whatever has moved.
+            round.moved = round.moved.max(1);
+            round.calls = self.calls();
             return Ok(round);
         }
         if let Err(error) = self.collect(nic, &mut round) {
@@ -283,8 +290,12 @@ impl Pass {
                 return Err(PassError::NotShown { iova });
             }
         }
-        round.calls = [self.receive.needs_call(), self.send.needs_call()];
+        round.calls = self.calls();
         Ok(round)
+    }
+
+    fn calls(&mut self) -> [bool; 2] {
+        [self.receive.needs_call(), self.send.needs_call()]
     }
 
     /// For once in a while: starts the card again if it does not work any more.
