@@ -49,7 +49,7 @@ const DOWNTIME: u64 = 100;
 const HELD: u64 = 60;
 /// The driver that leaves out marking one kind of write.
 fn unlogged(kind: &str) -> String {
-    format!("VHOST_PCI_UNLOGGED={kind} vhost-pci-guest-unlogged")
+    format!("VHOST_PCI_UNLOGGED={kind} vhost-pci-guest")
 }
 
 /// Of `datagrams`, in a guest.
@@ -66,7 +66,7 @@ struct Datagrams {
 fn run(sandbox: &Sandbox) -> Result<()> {
     let broken = option("--break");
     // Packed rings: of split ones QEMU copies what a device writes to them by itself.
-    let setup = Setup { owner_mib: 256, packed: true, unlogged: true, ..Mode::Interrupt.into() };
+    let setup = Setup { owner_mib: 256, packed: true, ..Mode::Interrupt.into() };
     let mut bed = Testbed::boot(sandbox, setup)?;
     bed.start_owner_network()?;
     match &broken {

@@ -96,8 +96,6 @@ pub struct Setup {
     pub reconnect: bool,
     /// Whether the broker has a second link, for who carries on beside the first.
     pub beside: bool,
-    /// Whether the peer has a driver, too, that leaves out marking what it writes.
-    pub unlogged: bool,
     /// Whether the peer has a network card with a virtual function, whose far side is the test; the
     /// broker then waits long for a peer.
     pub vf: bool,
@@ -116,7 +114,6 @@ impl From<Mode> for Setup {
             packed: false,
             reconnect: false,
             beside: false,
-            unlogged: false,
             vf: false,
         }
     }
@@ -136,7 +133,6 @@ impl Setup {
             packed: false,
             reconnect: false,
             beside: false,
-            unlogged: false,
             vf: false,
         }
     }
@@ -212,11 +208,6 @@ impl Setup {
             .guest("peer")
             .args(["-chardev", &chardev])
             .file("/bin/vhost-pci-guest", sandbox.guest_program("vhost-pci-guest")?);
-        let guest = match self.unlogged {
-            true => guest
-                .file("/bin/vhost-pci-guest-unlogged", sandbox.guest_program("vhost-pci-guest-unlogged")?),
-            false => guest,
-        };
         match self.mode {
             Mode::Poll => self.with_port(guest).args(["-device", &device]).modules(["tun"]).spawn(),
             Mode::Interrupt => self
