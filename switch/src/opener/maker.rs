@@ -95,6 +95,7 @@ impl Maker {
                 }
                 Err(error) => {
                     made.into_iter().for_each(Made::remove);
+                    listeners.into_iter().for_each(socket::abandon);
                     return Err(error.into());
                 }
             }
