@@ -35,6 +35,8 @@ mod full_eventfd;
 mod iommu;
 #[path = "bad_input/iommu_owner.rs"]
 mod iommu_owner;
+#[path = "bad_input/lingering.rs"]
+mod lingering;
 #[path = "bad_input/random.rs"]
 mod random;
 #[path = "bad_input/raw.rs"]

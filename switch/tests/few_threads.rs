@@ -1,23 +1,32 @@
 //! A broker whose host gives it no thread: what it owes others it does all the same, a little later.
 #![allow(clippy::unwrap_used, clippy::panic, dead_code)]
 
+#[path = "bad_input/lingering.rs"]
+mod lingering;
 #[path = "bad_input/raw.rs"]
 mod raw;
 
 use std::fs;
 use std::io::{BufRead, BufReader};
-use std::os::unix::fs::chown;
+use std::os::unix::fs::{MetadataExt, chown};
 use std::os::unix::net::UnixStream;
 use std::process::{Child, Command, Stdio};
+use std::sync::atomic::{AtomicU32, Ordering};
 use std::sync::mpsc;
 use std::thread;
 use std::time::{Duration, Instant};
 
+use nix::sys::signal::{Signal, kill};
+use nix::unistd::Pid;
 use raw::{PEER_PROTOCOL, Raw, SET_BACKEND_REQ_FD, SET_VRING_CALL, SET_VRING_ENABLE, SET_VRING_KICK, words};
+use vhost_pci_switch::control::client;
 
 const TIMEOUT: Duration = Duration::from_millis(500);
-/// The opener, the guardian, the program, its signals, the acceptor, the peer's session and its channel: no more.
+/// The opener, the guardian, the program, the acceptor, the peer's session, its channel and one more.
 const THREADS: u32 = 7;
+
+/// The number of a broker in this process.
+static NEXT: AtomicU32 = AtomicU32::new(0);
 
 struct Broker(Child);
 
@@ -31,10 +40,10 @@ impl Drop for Broker {
 /// A broker with one link, of a user that nobody else is and that may have so many threads.
 fn broker(threads: u32, folder: &std::path::Path) -> (Broker, mpsc::Receiver<String>) {
     // A user of its own: the limit counts all of a user's threads on the machine.
-    let user = 200_000 + std::process::id() % 100_000;
+    let user = 200_000 + (2 * std::process::id() + NEXT.fetch_add(1, Ordering::Relaxed)) % 100_000;
     let at = |name: &str| folder.join(name).display().to_string();
     let text = format!(
-        "control_socket = \"{}\"\nconfirm_timeout_ms = {}\n[[link]]\nname = \"one\"\nowner_socket = \"{}\"\npeer_socket = \"{}\"\n",
+        "control_socket = \"{}\"\nconfirm_timeout_ms = {}\n[[link]]\nname = \"one\"\nowner_socket = \"{}\"\npeer_socket = \"{}\"\nconnections_per_second = 1\n",
         at("control"),
         TIMEOUT.as_millis(),
         at("owner"),
@@ -65,11 +74,19 @@ fn hear(log: &mpsc::Receiver<String>, what: &str) {
     }
 }
 
-#[test]
-fn a_silent_vmm_is_sent_away_in_time_although_the_link_gets_no_thread_for_its_clock() {
-    if !nix::unistd::geteuid().is_root() {
+/// Whether a test is skipped.
+fn needs_root() -> bool {
+    let skipped = !nix::unistd::geteuid().is_root();
+    if skipped {
         println!("skipped: a limit of threads binds no other user than the tests', which needs root");
         assert!(std::env::var("CI").as_deref() != Ok("true"), "needs root");
+    }
+    skipped
+}
+
+#[test]
+fn a_silent_vmm_is_sent_away_in_time_although_the_link_gets_no_thread_for_its_clock() {
+    if needs_root() {
         return;
     }
     let folder = tempfile::tempdir().unwrap();
@@ -90,4 +107,30 @@ fn a_silent_vmm_is_sent_away_in_time_although_the_link_gets_no_thread_for_its_cl
     let waited = start.elapsed();
     assert!(waited >= TIMEOUT, "{waited:?}");
     hear(&log, "did not confirm within 500 ms");
+}
+
+#[test]
+fn who_gets_no_thread_and_has_sent_what_is_slow_to_close_holds_up_no_other() {
+    if needs_root() {
+        return;
+    }
+    let folder = tempfile::tempdir().unwrap();
+    let (broker, log) = broker(1000, folder.path());
+    hear(&log, "the broker listens");
+    // It has what the broker has: without it the broker's descriptor of a connection is the last.
+    let guardian = client::status(&folder.path().join("control")).unwrap().guardian.unwrap();
+    kill(Pid::from_raw(guardian.cast_signed()), Signal::SIGKILL).unwrap();
+    let user = fs::metadata(folder.path()).unwrap().uid();
+    let mut limit = Command::new("setpriv");
+    limit.args([format!("--reuid={user}"), format!("--regid={user}"), "--clear-groups".into()]);
+    limit.args(["prlimit".into(), format!("--pid={}", broker.0.id()), "--nproc=1".into()]);
+    assert!(limit.status().unwrap().success());
+    let owner = folder.path().join("owner");
+    assert!(Raw::connect(&owner).closed().is_empty());
+    hear(&log, "a connection cannot be served");
+    // One a second: it has been sent before the broker takes the connection.
+    let _slow = lingering::sent_to(&owner);
+    hear(&log, "a connection cannot be served");
+    assert!(Raw::connect(&owner).closed().is_empty());
+    hear(&log, "a connection cannot be served");
 }

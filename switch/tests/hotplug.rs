@@ -4,6 +4,8 @@
 
 #[path = "confinement/bench.rs"]
 mod bench;
+#[path = "bad_input/lingering.rs"]
+mod lingering;
 #[path = "bad_input/raw.rs"]
 mod raw;
 #[path = "guardian/vmm.rs"]
@@ -152,6 +154,23 @@ fn a_link_is_unplugged_under_traffic_and_another_loses_nothing() {
     );
     let peer = peer.terminate();
     assert_eq!((&peer["lost"], &peer["corrupted"]), (&json!(0), &json!(0)), "{peer}");
+    broker.terminate(&place);
+}
+
+#[test]
+fn who_waits_at_a_door_with_what_is_slow_to_close_holds_up_no_other_link_when_it_is_closed() {
+    let place = Place::of(Who::Nobody);
+    let broker = start(&place, &[("link", ""), ("slow", "connections_per_second = 1")]);
+    thread::scope(|scope| {
+        // Most of them wait when the link is unplugged.
+        let _waiting: Vec<_> = (0..12).map(|_| lingering::sent_to(&place.at("slow-owner"))).collect();
+        let unplugs = scope.spawn(|| done(&place, &["unplug", "slow"]));
+        place.wait_until("without it", |report| names(report) == ["link"]);
+        let (peer, owner) = traffic(&place, "link");
+        assert_eq!(unplugs.join().unwrap(), "slow is unplugged\n");
+        peer.kill();
+        owner.kill();
+    });
     broker.terminate(&place);
 }
 

@@ -6,8 +6,7 @@ use std::io::{self, BufRead, BufReader, Read, Write};
 use std::os::unix::net::UnixStream;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicUsize, Ordering};
-use std::thread;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use crossbeam_channel::bounded;
 use tracing::warn;
@@ -19,10 +18,10 @@ use crate::confine::hook;
 use crate::link::report::LinkReport;
 use crate::runtime::Input;
 use crate::runtime::admission::Caller;
-use crate::runtime::closing::{Pass, turn_away};
+use crate::runtime::closing::{self, Pass, turn_away};
 use crate::runtime::links::{ChangeError, Links};
 
-/// How long a client may take for its question and for taking the answer.
+/// How long a client may take for its question, and then for taking the answer.
 const CLIENT_TIMEOUT: Duration = Duration::from_secs(2);
 /// How long a link may take for its report.
 const LINK_TIMEOUT: Duration = Duration::from_secs(2);
@@ -40,6 +39,10 @@ pub struct About {
 
 /// Clients that are served at once. More are turned away: each has a thread.
 const MAX_CLIENTS: usize = 32;
+/// How many more of those who may change links: whoever looks does not keep them from it.
+const MORE_CLIENTS: usize = 8;
+/// As much of an answer as the kernel takes at once: it counts the time anew for each of its pieces.
+const PIECE: usize = 32 << 10;
 
 /// One of those that are served.
 struct Served;
@@ -47,9 +50,10 @@ struct Served;
 static SERVED: AtomicUsize = AtomicUsize::new(0);
 
 impl Served {
-    fn one_more() -> Option<Self> {
+    fn one_more(may_change: bool) -> Option<Self> {
+        let most = if may_change { MAX_CLIENTS + MORE_CLIENTS } else { MAX_CLIENTS };
         // Relaxed: a count, ordered with nothing.
-        let more = |served| (served < MAX_CLIENTS).then_some(served + 1);
+        let more = |served| (served < most).then_some(served + 1);
         SERVED.fetch_update(Ordering::Relaxed, Ordering::Relaxed, more).ok().map(|_| Self)
     }
 }
@@ -62,7 +66,8 @@ impl Drop for Served {
 
 /// Serves one client.
 pub fn serve(mut stream: UnixStream, pass: Pass, about: &Arc<About>) {
-    let Some(served) = Served::one_more() else {
+    let may_change = Caller::of(&stream).is_ok_and(|caller| about.links.may_change(caller.uid));
+    let Some(served) = Served::one_more(may_change) else {
         let words = format!("{MAX_CLIENTS} others ask at the moment, and one more is not served; try again");
         let text = serde_json::to_vec(&Answer::Error(words)).unwrap_or_default();
         // It fits into the socket, or is lost: nobody is waited for.
@@ -70,25 +75,59 @@ pub fn serve(mut stream: UnixStream, pass: Pass, about: &Arc<About>) {
         return turn_away(stream, pass);
     };
     let about = Arc::clone(about);
-    let client = thread::Builder::new().name("control client".into()).spawn(move || {
+    let client = closing::spawn("control client".into(), stream, move |stream| {
         let _served = served;
         // A client that leaves early is no fault of anybody's.
-        drop(answer(stream, &about));
+        drop(answer(&stream, &about));
     });
-    if let Err(error) = client {
+    if let Err((error, stream)) = client {
         warn!(%error, "a control client cannot be served");
+        turn_away(stream, pass);
     }
 }
 
-fn answer(mut stream: UnixStream, about: &About) -> io::Result<()> {
-    stream.set_read_timeout(Some(CLIENT_TIMEOUT))?;
-    stream.set_write_timeout(Some(CLIENT_TIMEOUT))?;
+/// A client's connection for so long: what it has not said or taken by then it never will.
+struct Until<'s> {
+    stream: &'s UnixStream,
+    end: Instant,
+}
+
+impl<'s> Until<'s> {
+    fn after(stream: &'s UnixStream, time: Duration) -> Self {
+        Self { stream, end: Instant::now() + time }
+    }
+
+    fn left(&self) -> io::Result<Duration> {
+        let left = self.end.saturating_duration_since(Instant::now());
+        if left.is_zero() { Err(io::ErrorKind::TimedOut.into()) } else { Ok(left) }
+    }
+}
+
+impl Read for Until<'_> {
+    fn read(&mut self, bytes: &mut [u8]) -> io::Result<usize> {
+        self.stream.set_read_timeout(Some(self.left()?))?;
+        self.stream.read(bytes)
+    }
+}
+
+impl Write for Until<'_> {
+    fn write(&mut self, bytes: &[u8]) -> io::Result<usize> {
+        self.stream.set_write_timeout(Some(self.left()?))?;
+        self.stream.write(&bytes[..bytes.len().min(PIECE)])
+    }
+
+    fn flush(&mut self) -> io::Result<()> {
+        Ok(())
+    }
+}
+
+fn answer(stream: &UnixStream, about: &About) -> io::Result<()> {
     let mut line = String::new();
-    BufReader::new(stream.try_clone()?.take(MAX_QUERY)).read_line(&mut line)?;
+    BufReader::new(Until::after(stream, CLIENT_TIMEOUT).take(MAX_QUERY)).read_line(&mut line)?;
     let answer = match serde_json::from_str(&line) {
         Ok(Query::Status) => Answer::Status(status(about)),
         Ok(query @ (Query::Plug { .. } | Query::Unplug { .. } | Query::Reload)) => {
-            change(&stream, &about.links, query)
+            change(stream, &about.links, query)
         }
         #[cfg(debug_assertions)]
         Ok(Query::Forbidden { call }) => Answer::Forbidden(hook::commit(call)),
@@ -96,7 +135,7 @@ fn answer(mut stream: UnixStream, about: &About) -> io::Result<()> {
     };
     let mut text = serde_json::to_vec(&answer)?;
     text.push(b'\n');
-    stream.write_all(&text)
+    Until::after(stream, CLIENT_TIMEOUT).write_all(&text)
 }
 
 /// Changes links, if who asks may.
@@ -185,7 +224,53 @@ fn foreign_shared_bytes(line: &str) -> Option<u64> {
 
 #[cfg(test)]
 mod tests {
+    #![allow(clippy::unwrap_used)]
     use super::*;
+    use std::thread;
+
+    /// Far longer than a client has.
+    const STEPS: u32 = 100;
+    const STEP: Duration = Duration::from_millis(100);
+    const TIME: Duration = Duration::from_millis(300);
+
+    #[test]
+    fn who_asks_byte_by_byte_has_no_longer_than_others() {
+        let (mut client, stream) = UnixStream::pair().unwrap();
+        let dribbles = thread::spawn(move || {
+            let mut steps = (0..STEPS).map(|_| {
+                thread::sleep(STEP);
+                client.write(b" ")
+            });
+            steps.all(|step| step.is_ok())
+        });
+        let mut line = String::new();
+        BufReader::new(Until::after(&stream, TIME)).read_line(&mut line).unwrap_err();
+        drop(stream);
+        assert!(!dribbles.join().unwrap(), "the connection is closed before it has said all");
+    }
+
+    #[test]
+    fn who_takes_the_answer_piece_by_piece_has_no_longer_than_others() {
+        let (mut client, stream) = UnixStream::pair().unwrap();
+        let takes = thread::spawn(move || {
+            let mut piece = vec![0; PIECE];
+            let steps = (0..STEPS).map(|_| {
+                thread::sleep(STEP);
+                client.read(&mut piece).unwrap()
+            });
+            steps.take_while(|len| *len > 0).sum::<usize>()
+        });
+        let answer = vec![0; 2 * PIECE * STEPS as usize];
+        Until::after(&stream, TIME).write_all(&answer).unwrap_err();
+        drop(stream);
+        assert!(takes.join().unwrap() < PIECE * STEPS as usize, "it had as long as it liked");
+    }
+
+    #[test]
+    fn who_may_change_links_is_served_though_as_many_as_there_may_be_look() {
+        let _others: Vec<_> = std::iter::from_fn(|| Served::one_more(false)).collect();
+        assert!(Served::one_more(true).is_some());
+    }
 
     #[test]
     fn only_shared_memory_of_others_counts_as_guest_memory() {

@@ -119,7 +119,7 @@ fn take(links: &mut BTreeMap<u32, Held>, received: Received, most: u32) {
 /// One may hold what takes long to close. The broker has ended it already.
 fn close(connections: impl IntoIterator<Item = Option<OwnedFd>>) {
     for connection in connections.into_iter().flatten() {
-        turn_away(connection.into(), Pass::default());
+        turn_away(connection, Pass::default());
     }
 }
 

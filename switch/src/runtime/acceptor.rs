@@ -4,6 +4,7 @@
 
 use std::collections::BTreeMap;
 use std::io;
+use std::mem;
 use std::os::fd::{AsFd, AsRawFd};
 use std::os::unix::net::UnixStream;
 use std::sync::Arc;
@@ -16,7 +17,7 @@ use nix::sys::eventfd::{EfdFlags, EventFd};
 use tracing::warn;
 
 use super::admission::{Caller, Rule};
-use super::closing::{Unclosed, turn_away};
+use super::closing::{Pass, Unclosed, turn_away};
 use super::limits;
 use super::port::Substitute;
 use super::rate::Rate;
@@ -47,6 +48,17 @@ pub enum Purpose {
     Control,
 }
 
+impl Purpose {
+    /// The link's name, if it is a link's, and who comes.
+    fn names(&self) -> (Option<&str>, &'static str) {
+        match self {
+            Self::Link(port, side, _) => (Some(port.name()), side.name()),
+            Self::Doorbell(port, _) => (Some(port.name()), "doorbell"),
+            Self::Control => (None, "control"),
+        }
+    }
+}
+
 /// A listening socket.
 pub struct Door {
     listener: Listener,
@@ -68,6 +80,11 @@ impl Door {
             unclosed: Unclosed::default(),
             shut: None,
         }
+    }
+
+    /// Lets nobody through any more. Who waits at it may have sent what is slow to close.
+    fn close(self) {
+        turn_away(self.listener, Pass::default());
     }
 
     fn is_of(&self, link: &LinkPort) -> bool {
@@ -166,20 +183,17 @@ impl Acceptor {
                 Word::Open(door) => {
                     let event = EpollEvent::new(EpollFlags::EPOLLIN, self.next_door);
                     if let Err(error) = self.epoll.add(&door.listener, event) {
-                        warn!(%error, "a socket cannot be waited for: nobody can connect to it");
+                        let (link, door) = door.purpose.names();
+                        warn!(link, door, %error, "a socket cannot be waited for: nobody can connect to it");
                     }
                     self.doors.insert(self.next_door, *door);
                     self.next_door += 1;
                 }
                 Word::Close(port, done) => {
-                    let epoll = &self.epoll;
-                    self.doors.retain(|_, door| {
-                        let stays = !door.is_of(&port);
-                        if !stays {
-                            let _ = epoll.delete(&door.listener);
-                        }
-                        stays
-                    });
+                    for (_, door) in self.doors.extract_if(.., |_, door| door.is_of(&port)) {
+                        let _ = self.epoll.delete(&door.listener);
+                        door.close();
+                    }
                     let _ = done.send(());
                 }
                 Word::Stop => return false,
@@ -297,7 +311,8 @@ impl Acceptor {
                 thread::sleep(Duration::from_millis(100));
             }
             (Err(error), _) => {
-                warn!(%error, "a connection cannot be accepted");
+                let (link, door) = purpose.names();
+                warn!(link, door, %error, "a connection cannot be accepted");
                 thread::sleep(Duration::from_millis(100));
             }
         }
@@ -317,6 +332,12 @@ impl Acceptor {
     }
 }
 
+impl Drop for Acceptor {
+    fn drop(&mut self) {
+        mem::take(&mut self.doors).into_values().for_each(Door::close);
+    }
+}
+
 /// Whether who connected may join; the link is told of who may not.
 fn permits(port: &LinkPort, door: &'static str, rule: &Rule, stream: &UnixStream) -> bool {
     match Caller::of(stream) {
@@ -326,7 +347,7 @@ fn permits(port: &LinkPort, door: &'static str, rule: &Rule, stream: &UnixStream
             false
         }
         Err(error) => {
-            warn!(%error, door, "the kernel does not say who connected, who is turned away");
+            warn!(link = port.name(), door, %error, "the kernel does not say who connected, who is turned away");
             false
         }
     }

@@ -11,6 +11,7 @@
 //! asked to: the next eventfd gets another number.
 
 use std::collections::VecDeque;
+use std::fmt;
 use std::fs::File;
 use std::io::{self, IoSlice, Read};
 use std::mem::{MaybeUninit, offset_of};
@@ -19,7 +20,6 @@ use std::os::fd::{AsFd, BorrowedFd};
 use std::os::unix::net::UnixStream;
 use std::sync::Arc;
 use std::sync::atomic::{Ordering, fence};
-use std::{fmt, thread};
 
 use nix::errno::Errno;
 use nix::fcntl::SealFlag;
@@ -31,7 +31,7 @@ use zerocopy::IntoBytes;
 
 use super::areas::{map, sealed_memfd};
 use super::channel::is_passing;
-use super::closing::Pass;
+use super::closing::{self, Pass, turn_away};
 use super::sys;
 use crate::link::descriptor::Eventfd;
 
@@ -90,7 +90,8 @@ impl Doorbell {
     /// when the VMM has hung up.
     ///
     /// # Errors
-    /// When the host gives no memory, descriptor or thread, or the VMM has gone already.
+    /// When the host gives no memory, descriptor or thread, or the VMM has gone already. The connection
+    /// is turned away then: the VMM may have sent what is slow to close.
     pub fn new(
         stream: UnixStream,
         pass: Pass,
@@ -98,10 +99,30 @@ impl Doorbell {
         name: &str,
         heard: impl Fn(Word) + Send + 'static,
     ) -> io::Result<Self> {
+        let stream = Arc::new(stream);
+        let doorbell = match Self::greet(Arc::clone(&stream), link_id) {
+            Ok(doorbell) => doorbell,
+            Err(error) => {
+                turn_away(stream, pass);
+                return Err(error);
+            }
+        };
+        let name = format!("{name} doorbell");
+        let given = (stream, pass);
+        match closing::spawn(name, given, move |(stream, pass)| listen(stream, pass, heard)) {
+            Ok(()) => Ok(doorbell),
+            Err((error, (stream, pass))) => {
+                // The last to have it is who turns it away.
+                drop(doorbell);
+                turn_away(stream, pass);
+                Err(error)
+            }
+        }
+    }
+
+    fn greet(stream: Arc<UnixStream>, link_id: u64) -> io::Result<Self> {
         let fd = sealed_memfd(c"vhost-pci doorbell", abi::DOORBELL_PAGE_LEN, SealFlag::F_SEAL_SEAL)?;
         let page = map(&fd, 0, abi::DOORBELL_PAGE_LEN)?;
-        let stream = Arc::new(stream);
-        let heard_on = Arc::clone(&stream);
         let mut doorbell = Self { stream, page, link_id, generation: 0, unsent: VecDeque::new() };
         doorbell.publish(&[], 0)?;
         // QEMU waits for these three before its VM goes on.
@@ -109,19 +130,6 @@ impl Doorbell {
         doorbell.queue(OWN_ID.into(), Attached::Nothing);
         doorbell.queue(SHARED_MEMORY, Attached::Page(fd));
         doorbell.send()?;
-        thread::Builder::new().name(format!("{name} doorbell")).spawn(move || {
-            // The connection goes first.
-            let (_pass, heard_on) = (pass, heard_on);
-            if matches!((&*heard_on).read(&mut [0]), Ok(1..)) {
-                heard(Word::Spoke);
-            }
-            // Not the end of what it sends: who says no more can still hold, unread, the
-            // descriptors that it was sent. POLLHUP comes when it has closed its end.
-            while poll(&mut [PollFd::new(heard_on.as_fd(), PollFlags::empty())], PollTimeout::NONE)
-                == Err(Errno::EINTR)
-            {}
-            heard(Word::HungUp);
-        })?;
         Ok(doorbell)
     }
 
@@ -225,6 +233,22 @@ impl Drop for Doorbell {
     }
 }
 
+/// Waits until the VMM has hung up, and says what is heard of it. `pass` goes when the connection is closed.
+fn listen(stream: Arc<UnixStream>, pass: Pass, heard: impl Fn(Word)) {
+    if matches!((&*stream).read(&mut [0]), Ok(1..)) {
+        heard(Word::Spoke);
+    }
+    // Not the end of what it sends: who says no more can still hold, unread, the
+    // descriptors that it was sent. POLLHUP comes when it has closed its end.
+    while poll(&mut [PollFd::new(stream.as_fd(), PollFlags::empty())], PollTimeout::NONE) == Err(Errno::EINTR)
+    {
+    }
+    heard(Word::HungUp);
+    // In this order.
+    drop(stream);
+    drop(pass);
+}
+
 /// What a guest stores to the doorbell register to ring what [`Doorbell::peer_vector`] gave
 /// this number.
 pub fn value(id: u16) -> u32 {
@@ -263,7 +287,9 @@ mod tests {
     use std::sync::mpsc;
     use std::time::Duration;
 
+    use super::closing::tests::{is_closed_elsewhere, slow_to_close};
     use nix::sys::eventfd::{EfdFlags, EventFd};
+    use nix::sys::socket::MsgFlags;
     use rustix::net::{RecvAncillaryBuffer, RecvAncillaryMessage, RecvFlags, recvmsg};
 
     fn connected() -> (Doorbell, UnixStream, mpsc::Receiver<Word>) {
@@ -403,6 +429,16 @@ mod tests {
         assert!(heard.recv_timeout(Duration::from_millis(100)).is_err());
         drop(vmm);
         assert_eq!(heard.recv_timeout(SOON), Ok(Word::HungUp));
+    }
+
+    #[test]
+    fn what_a_vmm_sent_that_has_gone_already_is_not_closed_by_who_greets_it() {
+        let (slow, other) = slow_to_close();
+        let (ours, vmm) = UnixStream::pair().unwrap();
+        closing::tests::send(&vmm, slow, MsgFlags::empty()).unwrap();
+        drop(vmm);
+        let greet = |pass| drop(Doorbell::new(ours, pass, 7, "test", |_| {}).unwrap_err());
+        is_closed_elsewhere(greet, other);
     }
 
     #[test]

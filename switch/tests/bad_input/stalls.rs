@@ -1,15 +1,11 @@
 //! A front-end that stops in the middle stalls itself and nothing else.
 
-use std::io::Write;
-use std::net::{TcpListener, TcpStream};
-use std::os::fd::AsRawFd;
 use std::os::unix::net::UnixStream;
 use std::path::Path;
 use std::time::Duration;
 
-use vmm_sys_util::sock_ctrl_msg::ScmSocket;
-
 use crate::bench::{Bench, settled_descriptors};
+use crate::lingering::sent_to;
 use crate::raw::{
     GET_FEATURES, NEED_REPLY, OWNER_PROTOCOL, PEER_PROTOCOL, REPLY, Raw, SET_BACKEND_REQ_FD, SET_FEATURES,
     SET_VRING_ENABLE, VERSION, VERSION_1, longs, message, words,
@@ -112,17 +108,6 @@ fn a_vmm_too_many_is_turned_away_and_the_first_goes_on() {
     bench.descriptors_are(open);
 }
 
-/// A connection whose last close takes a minute, as its other end, which comes second, reads nothing.
-fn lingering() -> (TcpStream, TcpStream) {
-    let listener = TcpListener::bind("127.0.0.1:0").unwrap();
-    let mut slow = TcpStream::connect(listener.local_addr().unwrap()).unwrap();
-    let (other, _) = listener.accept().unwrap();
-    rustix::net::sockopt::set_socket_linger(&slow, Some(Duration::from_secs(60))).unwrap();
-    slow.set_nonblocking(true).unwrap();
-    while slow.write(&[0; 65536]).is_ok() {}
-    (slow, other)
-}
-
 #[test]
 fn descriptors_whose_close_takes_its_time_stall_nobody_though_their_sender_is_turned_away() {
     let bench = Bench::start();
@@ -131,15 +116,7 @@ fn descriptors_whose_close_takes_its_time_stall_nobody_though_their_sender_is_tu
     let mut first = Raw::connect(&owner_socket);
     first.negotiate(OWNER_PROTOCOL);
     // Some are sent before the broker has closed.
-    let mut others = Vec::new();
-    for _ in 0..30 {
-        let (slow, other) = lingering();
-        let second = UnixStream::connect(&owner_socket).unwrap();
-        let _ = second.send_with_fds(&[[0; 12].as_slice()], &[slow.as_raw_fd()]);
-        others.push(other);
-        // Where it was not sent, this one's own close takes its time.
-        std::thread::spawn(move || drop(slow));
-    }
+    let others: Vec<_> = (0..30).map(|_| sent_to(&owner_socket).1).collect();
     assert_eq!(first.question(GET_FEATURES, &[]).len(), 8);
     bench.right_link_works();
     drop((first, others));

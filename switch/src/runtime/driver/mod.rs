@@ -10,7 +10,6 @@ use std::os::fd::AsFd;
 use std::os::unix::net::UnixStream;
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
-use std::thread;
 use std::time::{Duration, Instant};
 
 use crossbeam_channel::Sender;
@@ -26,7 +25,7 @@ use crate::link::{Event, Fault, Link, Side};
 use crate::runtime::admission::Caller;
 use crate::runtime::areas::{AreaFile, ControlArea, LinkArea, Witness};
 use crate::runtime::channel::{Asked, Channel};
-use crate::runtime::closing::{Pass, turn_away};
+use crate::runtime::closing::{self, Pass, turn_away};
 use crate::runtime::control_ring::ControlRing;
 use crate::runtime::doorbell::{Doorbell, Word};
 use crate::runtime::rate::Rate;
@@ -256,14 +255,15 @@ impl LinkDriver {
         let connection = Connection::new(stream, Arc::clone(&decoder));
         let line = connection.line();
         let rate = Rate::new(self.rates.messages, Instant::now());
-        let started =
-            thread::Builder::new().name(format!("{} {}", self.name, side.name())).spawn(move || {
-                serve(connection, &decoder, &port, rate, (side, id));
-                // Closed, whatever came on it last and was not read.
-                drop(pass);
-            });
-        if let Err(error) = started {
+        let name = format!("{} {}", self.name, side.name());
+        let started = closing::spawn(name, (connection, pass), move |(connection, pass)| {
+            serve(connection, &decoder, &port, rate, (side, id));
+            // Closed, whatever came on it last and was not read.
+            drop(pass);
+        });
+        if let Err((error, (connection, pass))) = started {
             warn!(link = %self.name, side = side.name(), %error, "a connection cannot be served");
+            turn_away(connection, pass);
             if waits {
                 self.close_waiting()
             } else {
