@@ -24,6 +24,7 @@ use vhost_pci_switch::demo;
 use vhost_pci_switch::guardian::{self, Guardian};
 use vhost_pci_switch::opener::{self, Opener};
 use vhost_pci_switch::runtime::broker::Broker;
+use vhost_pci_switch::runtime::links::Links;
 use vhost_pci_switch::runtime::one_heap;
 use vhost_pci_switch::vm::{self, VmArgs};
 
@@ -221,15 +222,20 @@ fn run(path: &Path) -> anyhow::Result<()> {
         if signal != SIGHUP {
             break;
         }
-        reload_by_signal(&broker);
+        // It may wait for VMMs, and who ends the broker meanwhile is not to.
+        let links = broker.links();
+        let reload = thread::Builder::new().name("reload".into()).spawn(move || reload_by_signal(&links));
+        if let Err(error) = reload {
+            error!(%error, "the host gives no thread to reload with: the links are as before; send SIGHUP again");
+        }
     }
     broker.leave();
     Ok(())
 }
 
 /// What `reload` would say goes to the log.
-fn reload_by_signal(broker: &Broker) {
-    match broker.reload() {
+fn reload_by_signal(links: &Links) {
+    match links.reload() {
         Ok(difference) => difference.problems.iter().for_each(|problem| warn!("{problem}")),
         Err(refused) => {
             refused.mistakes().iter().for_each(|mistake| error!("{mistake}"));

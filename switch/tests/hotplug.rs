@@ -175,6 +175,28 @@ fn who_waits_at_a_door_with_what_is_slow_to_close_holds_up_no_other_link_when_it
 }
 
 #[test]
+fn a_broker_that_is_told_to_end_does_not_wait_for_a_reload() {
+    let place = Place::of(Who::Nobody);
+    let mut broker = place.start("confirm_timeout_ms = 60000", "");
+    let vmm = Vmm::start(&place);
+    let _owner = Raw::owner(&place.at("link-owner"));
+    place.wait_until("up", |report| report["links"][0]["state"] == "up");
+    place.config("confirm_timeout_ms = 60000", &[("other", "")]);
+    // It waits for a VMM that does not let go of the owner's memory.
+    broker.signal(Signal::SIGHUP);
+    let end = Instant::now() + bench::PATIENCE;
+    while place.at("link-owner").exists() {
+        assert!(Instant::now() < end, "the link stays:\n{}", broker.log());
+        thread::sleep(Duration::from_millis(5));
+    }
+    broker.signal(Signal::SIGTERM);
+    assert_eq!(broker.ends().code(), Some(0), "{}", broker.log());
+    assert!(!place.at("other-owner").exists() && !place.at("control").exists());
+    // For the guardian.
+    vmm.may.send(()).unwrap();
+}
+
+#[test]
 fn only_what_the_configuration_names_is_plugged_and_each_once() {
     let place = Place::of(Who::Nobody);
     let broker = start(&place, &[("link", "")]);

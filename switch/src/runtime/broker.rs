@@ -13,7 +13,7 @@ use tracing::{info, warn};
 
 use super::acceptor::{Acceptor, CONTROL_RATE, Door, Doorkeeper, Purpose, Words};
 use super::limits;
-use super::links::{ChangeError, Difference, Links};
+use super::links::{ChangeError, Links};
 use super::port::Substitute;
 use crate::config::Config;
 use crate::confine::Confinement;
@@ -129,12 +129,9 @@ impl Bound {
 }
 
 impl Broker {
-    /// Reads the configuration again and makes up the difference.
-    ///
-    /// # Errors
-    /// When it has mistakes, or a new link cannot be opened. Nothing has changed then.
-    pub fn reload(&self) -> Result<Difference, ChangeError> {
-        self.links.reload()
+    /// Its links, which can be changed while it runs.
+    pub fn links(&self) -> Arc<Links> {
+        Arc::clone(&self.links)
     }
 
     /// Removes the sockets and leaves the sessions as they are, for a process that ends right after
