@@ -215,8 +215,12 @@ impl Table {
         self.retain(|entry| entry.is_fresh(ageing, now))
     }
 
-    /// Forgets the stations behind a port. Returns how many.
+    /// Forgets the stations behind a port, and of others that they were there. Returns how many stations.
     pub fn forget(&mut self, port: PortId) -> usize {
+        for entry in self.entries.values_mut().filter(|entry| entry.origin == port) {
+            // Nobody is put back there.
+            (entry.origin, entry.moves, entry.floods) = (entry.port, 0, 0);
+        }
         self.retain(|entry| entry.port != port)
     }
 

@@ -47,6 +47,29 @@ fn a_station_that_moves_is_followed_at_once_and_its_share_goes_with_it() {
     assert_eq!(table.changes(), before, "no other answer");
 }
 
+/// A station that has moved from a port whose link goes down then has nowhere to be put back to.
+#[test]
+fn nobody_is_put_back_to_a_port_that_is_down() {
+    let start = Instant::now();
+    let flood = |table: &mut Table| (0..20).find_map(|_| table.floods(&station(1), start));
+    let moved = || {
+        let mut table = Table::new(LIMITS, 3);
+        table.learn(station(1), 1, start);
+        assert_eq!(table.learn(station(1), 2, start), Learned::Moved(1));
+        table
+    };
+    assert_eq!(flood(&mut moved()), Some((1, 2)), "as long as it is up");
+    let mut table = moved();
+    assert_eq!(table.forget(1), 0);
+    assert_eq!((flood(&mut table), table.port_of(&station(1), start)), (None, Some(2)));
+    // Nor if it goes on to move.
+    let mut table = moved();
+    table.forget(1);
+    let learned = (0..FLAPS).map(|n| table.learn(station(1), if n % 2 == 0 { 0 } else { 2 }, start));
+    assert_eq!(learned.last(), Some(Learned::Flaps { at: 2, other: 0 }));
+    assert_eq!((table.stations(0), table.stations(1), table.stations(2)), (0, 0, 1));
+}
+
 /// Who makes up addresses pushes out nobody else's, and takes no more room than its share.
 #[test]
 fn a_port_that_has_used_up_its_share_learns_no_more_until_entries_age() {
