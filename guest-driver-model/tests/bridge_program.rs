@@ -4,7 +4,8 @@
 
 mod net_support;
 
-use std::sync::atomic::Ordering;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::mpsc;
 use std::thread;
 use std::time::{Duration, Instant};
 
@@ -13,14 +14,15 @@ use guest_driver_model::net::{
 };
 use guest_driver_model::programs::ProgramError;
 use guest_driver_model::programs::bridge::counters::PortReport;
-use guest_driver_model::programs::bridge::{BridgeArgs, run_on, run_until};
+use guest_driver_model::programs::bridge::{BridgeArgs, run_until, run_with};
 use guest_driver_model::programs::run::RunArgs;
 use guest_driver_model::programs::stop::Stop;
 use guest_driver_model::programs::traffic::Traffic;
 use guest_driver_model::programs::waiting::{Wait, WaitArgs};
-use guest_driver_model::transport::Transport;
+use guest_driver_model::transport::sysfs::Kind;
+use guest_driver_model::transport::{Transport, TransportError};
 use net_support::frame;
-use net_support::side::{Side, beside};
+use net_support::side::{Opened, Side, beside};
 use vhost_pci_device::abi;
 
 const PATIENCE: Duration = Duration::from_secs(20);
@@ -45,10 +47,24 @@ fn args(wait: Wait) -> BridgeArgs {
 
 /// Runs the program while `test` plays the owners.
 fn run(args: &BridgeArgs, sides: &[&Side], test: impl FnOnce()) -> (Traffic, Vec<PortReport>) {
-    let program = |stop: &Stop| {
-        let transports: Vec<_> = sides.iter().map(|side| &side.device as &dyn Transport).collect();
-        run_on(&transports, args, stop)
+    run_plugged(args, sides, &|_| true, test)
+}
+
+/// The same, where a device can be had when it is plugged.
+fn run_plugged(
+    args: &BridgeArgs,
+    sides: &[&Side],
+    is_plugged: &(dyn Fn(usize) -> bool + Sync),
+    test: impl FnOnce(),
+) -> (Traffic, Vec<PortReport>) {
+    let open = |port: usize| -> Result<Box<dyn Transport + '_>, ProgramError> {
+        match is_plugged(port) {
+            true => Ok(Box::new(Opened::of(sides[port]))),
+            false => Err(TransportError::NotFound { kind: Kind::VhostPci, tried: Vec::new() }.into()),
+        }
     };
+    let names = (0..sides.len()).map(|port| port.to_string()).collect();
+    let program = |stop: &Stop| run_with(names, &open, args, stop);
     let (result, traffic, ports) = beside(sides, program, test);
     result.unwrap();
     (traffic, ports)
@@ -265,6 +281,130 @@ fn links_and_devices_come_and_go_and_the_others_go_on() {
         assert_eq!(ports.iter().map(|port| port.up).collect::<Vec<_>>(), [true, true, true, false]);
         assert_eq!((ports[3].stations, ports[2].counters.learned), (0, 2));
     }
+}
+
+fn wait_until(what: &str, mut is_so: impl FnMut() -> bool) {
+    let start = Instant::now();
+    while !is_so() {
+        assert!(start.elapsed() < PATIENCE, "{what}");
+        thread::sleep(Duration::from_millis(1));
+    }
+}
+
+/// Its window is in nobody's hands then, though nothing has come by another port since it sent.
+#[test]
+fn a_device_that_is_gone_is_let_go_at_once_with_all_that_is_mapped_of_it() {
+    let sides = [CONFIG; 3].map(Side::new);
+    run(&args(Wait::Interrupt), &sides.each_ref(), || {
+        let mut owners: Vec<_> = sides.iter().map(|side| Owner::start(side, 2)).collect();
+        thread::sleep(Duration::from_millis(20));
+        introduce(&mut owners);
+        cross(&mut owners, 2, 1, 1);
+        // The owner's memory, its window, and the bridge's.
+        assert_eq!(sides[2].views.mappings(), 3);
+        sides[2].device.gone.store(true, Ordering::Relaxed);
+        sides[2].device.interrupt.write(1).unwrap();
+        wait_until("its window is held", || sides[2].views.mappings() == 2);
+        assert_eq!(sides[2].device.opened.load(Ordering::Relaxed), 0);
+    });
+}
+
+/// Each says so once: who was not looked after then would not be until the kernel says it again.
+#[test]
+fn two_devices_that_are_wanted_back_at_once_are_both_let_go() {
+    let sides = [CONFIG; 4].map(Side::new);
+    let (_, ports) = run(&args(Wait::Interrupt), &sides.each_ref(), || {
+        let mut owners: Vec<_> = sides.iter().map(|side| Owner::start(side, 2)).collect();
+        thread::sleep(Duration::from_millis(20));
+        introduce(&mut owners);
+        for wanted in [&sides[1], &sides[3]] {
+            wanted.device.wanted.store(true, Ordering::Relaxed);
+        }
+        for side in [&sides[1], &sides[3]] {
+            wait_until("it is kept", || side.device.opened.load(Ordering::Relaxed) == 0);
+        }
+        cross(&mut owners, 0, 2, 100);
+        cross(&mut owners, 2, 0, 100);
+    });
+    assert_eq!(ports.iter().map(|port| port.up).collect::<Vec<_>>(), [true, false, true, false]);
+    assert_eq!((ports[1].stations, ports[3].stations), (0, 0));
+}
+
+/// A bridge in a chain may be started before its links are plugged.
+#[test]
+fn a_device_that_is_not_there_yet_is_waited_for_if_that_is_asked_for() {
+    let sides = [CONFIG; 3].map(Side::new);
+    let is_plugged = AtomicBool::new(false);
+    let opens = |port: usize| port != 1 || is_plugged.load(Ordering::Relaxed);
+    let mut args = args(Wait::Interrupt);
+    args.run.wait_for_device = true;
+    run_plugged(&args, &sides.each_ref(), &opens, || {
+        let mut owners: Vec<_> = sides.iter().map(|side| Owner::start(side, 2)).collect();
+        let hello = [from_to(2, ALL, 1, 60)];
+        wait_until("nothing goes on", || {
+            owners[2].send(&hello);
+            owners[0].receive();
+            !owners[0].received.is_empty()
+        });
+        owners[0].send(&[from_to(0, ALL, 1, 60)]);
+        owners[2].take(1);
+        cross(&mut owners, 0, 2, 50);
+        is_plugged.store(true, Ordering::Relaxed);
+        wait_until("it is not found", || sides[1].device.opened.load(Ordering::Relaxed) == 1);
+        let hello = [from_to(0, ALL, 2, 60)];
+        wait_until("it gets nothing", || {
+            owners[0].send(&hello);
+            owners[1].receive();
+            !owners[1].received.is_empty()
+        });
+    });
+    // Otherwise its address is a mistake.
+    args.run.wait_for_device = false;
+    let open = |_| Err(TransportError::NotFound { kind: Kind::VhostPci, tried: Vec::new() }.into());
+    let (result, ..) = run_with(vec!["0".to_owned()], &open, &args, &Stop::default());
+    assert!(matches!(result, Err(ProgramError::Transport(TransportError::NotFound { .. }))));
+}
+
+/// What was sent by a link that is gone has taken its verdicts along: the packets of the next link go where they
+/// are to go, and nowhere else.
+#[test]
+fn packets_of_a_new_link_go_nowhere_by_the_verdicts_of_the_old_one() {
+    let (from, denied, open, other) =
+        (Side::new(CONFIG), Side::behind_iommu(CONFIG), Side::behind_open_iommu(CONFIG), Side::new(CONFIG));
+    let sides = [&from, &denied, &open, &other];
+    let (traffic, _) = run(&args(Wait::Interrupt), &sides, || {
+        let [mut sender, mut reader, mut receiver] = [&from, &open, &other].map(|side| Owner::start(side, 2));
+        thread::sleep(Duration::from_millis(20));
+        reader.send(&[from_to(2, ALL, 1, 60)]);
+        assert_eq!((sender.take(1).len(), receiver.take(1).len()), (1, 1));
+        receiver.send(&[from_to(3, ALL, 1, 60)]);
+        assert_eq!((sender.take(1).len(), reader.take(1).len()), (1, 1));
+        let _denied = Owner::start(&denied, 2);
+        thread::sleep(Duration::from_millis(20));
+        let (asks, asked) = mpsc::channel();
+        let (go_on, goes_on) = mpsc::channel::<()>();
+        *denied.device.on_control.lock().unwrap() = Some(Box::new(move || {
+            if asks.send(()).is_ok() {
+                let _ = goes_on.recv_timeout(PATIENCE);
+            }
+        }));
+        let broadcast = from_to(0, ALL, 2, 60);
+        assert_eq!(sender.port.tx_burst(0, [broadcast.as_slice()]), Ok(1));
+        from.kick(&mut sender.port, transmit_vring(0));
+        // While the second one's VMM is asked where its buffers are, the first one starts anew.
+        asked.recv_timeout(PATIENCE).unwrap();
+        assert!(denied.device.asked() > 0);
+        let mut sender = Owner::start(&from, 4);
+        let secret = from_to(0, station(3), 7, 99);
+        assert_eq!(sender.port.tx_burst(0, [secret.as_slice()]), Ok(1));
+        from.kick(&mut sender.port, transmit_vring(0));
+        denied.device.answer(abi::CTRL_DENIED);
+        drop((asked, go_on));
+        assert_eq!(receiver.take(1), [secret]);
+        reader.receive();
+        assert_eq!(reader.received.len(), 0, "it was not for this one");
+    });
+    assert_eq!((traffic.faults, traffic.links), (1, 5));
 }
 
 #[test]

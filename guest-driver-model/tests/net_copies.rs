@@ -4,12 +4,15 @@
 
 mod net_support;
 
+use std::cell::Cell;
+use std::rc::Rc;
+
 use allocation_counter::measure;
 use guest_driver_model::control::{Exchange, Nobody, Outcome, Request};
 use guest_driver_model::net::forward::End;
 use guest_driver_model::net::{
     Copied, LentBurst, NetHeader, OwnerConfig, OwnerPort, Packet, PacketBurst, PeerPort, PeerQueue, Pick,
-    copy_lent, send_copies,
+    copy_lent, receive_lent, send_copies,
 };
 use net_support::device::{Apart, Mode, PAGE, apart};
 use net_support::{IOVA, Joined, LinkWriter, frame, join};
@@ -91,7 +94,7 @@ impl Burst {
             if !is_private {
                 copied = copy_lent(&self.lent, &self.picks, end.queue, side.end(&mut other)).unwrap();
                 if copied.done < self.picks.len() {
-                    end.queue.rx_burst_by(end.exchange, &mut self.private, self.picks.len()).unwrap();
+                    receive_lent(&mut self.private, end, self.picks.len()).unwrap();
                     is_private = true;
                 }
             }
@@ -281,6 +284,49 @@ fn a_mapping_that_goes_while_packets_are_copied_costs_none() {
     assert_eq!((copied.done, copied.packets), (4, 4));
     assert_eq!((first_side.take(), second_side.take()), (frames.clone(), frames));
     assert_eq!(from.owner.reap_transmitted(0), Ok(0));
+}
+
+/// What is received for one owner after another one has it in place comes in pieces: it is all received, and nothing of
+/// it comes again.
+#[test]
+fn packets_that_are_received_in_pieces_go_to_each_owner_once() {
+    let config = OwnerConfig { ring_size: 64, ..OwnerConfig::default() };
+    let frames: Vec<_> = (0..10).map(|seed| frame(seed, 300)).collect();
+    let (is_shown, mut fetched) = (Rc::new(Cell::new(true)), 0);
+    let shown = is_shown.clone();
+    let mut from = apart(
+        config,
+        Mode::Map,
+        Box::new(move |request| match request {
+            Request::Map { .. } if shown.get() => Outcome::Done,
+            Request::Map { .. } => Outcome::Copy,
+            // One in five is not answered in time.
+            _ => {
+                fetched += 1;
+                if fetched % 5 == 0 { Outcome::Later } else { Outcome::Done }
+            }
+        }),
+    );
+    let rings: Vec<_> = from.device.table.keys().copied().collect();
+    let [mut one, mut two] = [Side::new(config, None, 0), Side::new(config, None, 0)];
+    let (mut lent, mut private, mut pieces) = Default::default();
+    from.owner.tx_burst(0, frames.iter().map(Vec::as_slice)).unwrap();
+    assert_eq!(first(&mut from.peer).rx_lend_by(&mut from.device, &mut lent, 64), Ok(10));
+    let picks: Vec<_> = (0..10).map(|at| Pick { at, header: NetHeader::default() }).collect();
+    let copied = copy_lent(&lent, &picks, first(&mut from.peer), one.end(&mut Nobody)).unwrap();
+    assert_eq!((copied.done, copied.packets), (10, 10));
+    // Its buffers can be copied only from now on.
+    is_shown.set(false);
+    from.device.hide_all_but(|page| rings.contains(&page));
+    let copied = copy_lent(&lent, &picks, first(&mut from.peer), two.end(&mut Nobody)).unwrap();
+    assert_eq!(copied, Copied::default());
+    let end = End { queue: first(&mut from.peer), exchange: &mut from.device };
+    assert_eq!(receive_lent(&mut private, end, 10), Ok(10));
+    let copied = send_copies(&private, &picks, two.end(&mut Nobody), &mut pieces).unwrap();
+    assert_eq!((copied.done, copied.packets), (10, 10));
+    assert_eq!((one.take(), two.take()), (frames.clone(), frames));
+    assert_eq!(from.owner.reap_transmitted(0), Ok(0));
+    assert_eq!(first(&mut from.peer).rx_lend_by(&mut from.device, &mut lent, 64), Ok(0));
 }
 
 #[test]

@@ -18,7 +18,7 @@ use vhost_pci_device::abi::FaultKind;
 
 mod copies;
 
-pub use copies::{Copied, Pick, copy_lent, send_copies};
+pub use copies::{Copied, Pick, copy_lent, receive_lent, send_copies};
 
 use super::Counters;
 use super::burst::PacketBurst;

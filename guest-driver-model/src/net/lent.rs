@@ -87,6 +87,8 @@ struct Loan {
 /// **The owner can change the bytes at any moment.** Two reads of the same byte may differ:
 /// read what decides something once, and decide by the copy. There is one burst of a pair at a
 /// time, and it is not `Clone`.
+///
+/// The window that it was lent of last stays mapped while there is the burst.
 #[derive(Default)]
 pub struct LentBurst {
     /// While there is something to return.

@@ -43,7 +43,8 @@ mod vring;
 
 pub use burst::{Packet, PacketBurst};
 pub use forward::{
-    Copied, ForwardFault, Forwarded, Lane, Pick, copy_lent, forward_burst, forward_burst_by, send_copies,
+    Copied, ForwardFault, Forwarded, Lane, Pick, copy_lent, forward_burst, forward_burst_by, receive_lent,
+    send_copies,
 };
 pub use header::{HEADER_LEN, MAX_FRAME, NetHeader};
 pub use layout::{LayoutError, OwnerConfig, OwnerLayout};

@@ -94,72 +94,95 @@ pub fn run(args: &BridgeArgs) -> Result<(), ProgramError> {
 /// As [`run`].
 pub fn run_until(args: &BridgeArgs, stop: &Stop) -> Result<(), ProgramError> {
     let devices = args.devices.all(MAX_PORTS)?;
-    // All have to be there at first: one that is not is a mistake in its address.
-    let mut transports = Vec::new();
-    for device in &devices {
-        let transport = device.open()?;
-        tracing::info!(device = transport.name(), port = transports.len(), "the device is started");
-        transports.push(Some(transport));
-    }
-    let names = transports.iter().flatten().map(|transport| transport.name().to_owned()).collect();
+    let name = |device: &DeviceArgs| {
+        let socket = device.socket.as_ref().map(|path| path.display().to_string());
+        device.device.clone().or(socket).unwrap_or_default()
+    };
+    let open = |port: usize| devices.get(port).ok_or(ProgramError::NoDevice)?.open();
+    let mut bridge = Bridge::new(args, stop, devices.iter().map(name).collect());
+    let transports = start(devices.len(), &open, args, &mut bridge)?;
+    let result = serve(transports, &open, args, &mut bridge);
+    bridge.end();
+    result
+}
+
+/// Starts the device of a port.
+pub type Open<'o, 'd> = dyn Fn(usize) -> Result<Box<dyn Transport + 'd>, ProgramError> + 'o;
+
+/// As [`run_until`], for ports of these names, whose devices `open` starts. Returns what was moved, and each
+/// port's part of that, and prints it nowhere at the end.
+///
+/// # Errors
+/// As [`run`].
+pub fn run_with<'d>(
+    names: Vec<String>,
+    open: &Open<'_, 'd>,
+    args: &BridgeArgs,
+    stop: &Stop,
+) -> (Result<(), ProgramError>, Traffic, Vec<PortReport>) {
+    let ports = names.len();
     let mut bridge = Bridge::new(args, stop, names);
-    let result = loop {
+    let result = start(ports, open, args, &mut bridge)
+        .and_then(|transports| serve(transports, open, args, &mut bridge));
+    let (traffic, reports) = bridge.report();
+    (result, traffic, reports)
+}
+
+/// What each port has, if its device is there.
+type Transports<'d> = Vec<Option<Box<dyn Transport + 'd>>>;
+
+fn start<'d>(
+    ports: usize,
+    open: &Open<'_, 'd>,
+    args: &BridgeArgs,
+    bridge: &mut Bridge<'_>,
+) -> Result<Transports<'d>, ProgramError> {
+    let mut transports = Vec::with_capacity(ports);
+    for port in 0..ports {
+        transports.push(match open(port) {
+            Ok(transport) => {
+                tracing::info!(device = transport.name(), port, "the device is started");
+                bridge.is_called(port, transport.name());
+                Some(transport)
+            }
+            Err(error) if args.run.wait_for_device && error.is_gone(true) => {
+                tracing::warn!(port, "{error}; waiting for one");
+                None
+            }
+            // One that is not there is a mistake in its address.
+            Err(error) => return Err(error),
+        });
+    }
+    Ok(transports)
+}
+
+fn serve<'d>(
+    mut transports: Transports<'d>,
+    open: &Open<'_, 'd>,
+    args: &BridgeArgs,
+    bridge: &mut Bridge<'_>,
+) -> Result<(), ProgramError> {
+    // It is tried again: why it is not there says nothing new.
+    let reopen = |port: usize| open(port).ok();
+    loop {
         let borrowed: Vec<_> = transports.iter().map(Option::as_deref).collect();
-        let reopen = |port: usize| reopen(devices.get(port)?);
         let ended = bridge.drive(&borrowed, args.run.reconnects().then_some(&reopen));
         match ended {
-            Ended::Asked => break Ok(()),
+            Ended::Asked => return Ok(()),
             // Let go of at once: the kernel may be waiting for that.
             Ended::Gone(port, error) => {
                 transports.iter_mut().skip(port).take(1).for_each(|transport| *transport = None);
                 let is_last = transports.iter().all(Option::is_none) && !args.run.reconnects();
                 if is_last || matches!(error, ProgramError::NoInterrupts { .. }) {
-                    break Err(error);
+                    return Err(error);
                 }
                 tracing::warn!("{error}; the other ports go on");
             }
             Ended::Back(port, back) => {
                 tracing::info!(device = back.name(), port, "the device is started again");
+                bridge.is_called(port, back.name());
                 transports.iter_mut().skip(port).take(1).zip([back]).for_each(|(at, back)| *at = Some(back));
             }
         }
-    };
-    bridge.end();
-    result
-}
-
-fn reopen(device: &DeviceArgs) -> Option<Box<dyn Transport>> {
-    // It is tried again: why it is not there says nothing new.
-    device.open().ok()
-}
-
-/// Bridges devices that are started already, until `stop` is requested. Returns what it has moved, and each port's
-/// part of that.
-///
-/// # Errors
-/// If all devices are gone, or are not what their config spaces say.
-pub fn run_on(
-    transports: &[&dyn Transport],
-    args: &BridgeArgs,
-    stop: &Stop,
-) -> (Result<(), ProgramError>, Traffic, Vec<PortReport>) {
-    let names = transports.iter().map(|transport| transport.name().to_owned()).collect();
-    let mut bridge = Bridge::new(args, stop, names);
-    let mut there: Vec<_> = transports.iter().copied().map(Some).collect();
-    let result = loop {
-        match bridge.drive(&there, None) {
-            Ended::Asked => break Ok(()),
-            Ended::Gone(port, error) => {
-                there.iter_mut().skip(port).take(1).for_each(|transport| *transport = None);
-                if there.iter().all(Option::is_none) {
-                    break Err(error);
-                }
-                tracing::warn!("{error}; the other ports go on");
-            }
-            // Nobody looks for it.
-            Ended::Back(..) => {}
-        }
-    };
-    let (traffic, ports) = bridge.report();
-    (result, traffic, ports)
+    }
 }

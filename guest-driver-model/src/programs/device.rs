@@ -51,7 +51,7 @@ pub struct TwoDevicesArgs {
 #[derive(Clone, Debug, Default, clap::Args)]
 pub struct ManyDevicesArgs {
     /// The PCI address of a vhost-pci device (as 0000:00:03.0). To be given once for each owner; or `all`,
-    /// for all that there are
+    /// for all that there are now
     #[arg(long, value_name = "ADDRESS")]
     pub device: Vec<String>,
     /// Reach the PCI devices through VFIO, with interrupts (needs an IOMMU in the guest);

@@ -11,8 +11,9 @@ use crate::control::ControlExchange;
 use crate::net::forward::{End, ForwardFault, forward_burst_by};
 use crate::net::{
     Copied, Counters, Forwarded, Lane, LentBurst, Offloads, Packet, PacketBurst, PeerPort, PeerQueue, Pick,
-    copy_lent, receive_vring, send_copies, transmit_vring,
+    copy_lent, receive_lent, receive_vring, send_copies, transmit_vring,
 };
+use crate::ring::Fault;
 use crate::transport::Transport;
 
 /// Packets moved at a time.
@@ -144,13 +145,20 @@ impl<'a> Wire<'a> {
     /// Receives up to [`BURST`] packets of a pair into `burst`, which is cleared first.
     /// Returns how many; none from a broken vring.
     pub fn receive(&mut self, pair: u16, burst: &mut PacketBurst) -> usize {
-        self.receive_up_to(pair, burst, BURST)
+        burst.clear();
+        let received = self.port.rx_burst_by(&mut self.exchange, pair, burst, BURST);
+        self.has_received(pair, received)
     }
 
-    /// The same, of so many packets.
-    pub fn receive_up_to(&mut self, pair: u16, burst: &mut PacketBurst, count: usize) -> usize {
-        burst.clear();
-        match self.port.rx_burst_by(&mut self.exchange, pair, burst, count) {
+    /// The same, of so many packets that were lent: all of them, if they can be had now.
+    pub fn receive_lent(&mut self, pair: u16, burst: &mut PacketBurst, count: usize) -> usize {
+        let Some(queue) = self.port.queue(pair) else { return 0 };
+        let received = receive_lent(burst, End { queue, exchange: &mut self.exchange }, count);
+        self.has_received(pair, received)
+    }
+
+    fn has_received(&mut self, pair: u16, received: Result<usize, Fault>) -> usize {
+        match received {
             Ok(0) => 0,
             Ok(received) => {
                 self.has_completed(transmit_vring(pair));

@@ -36,6 +36,8 @@ pub fn shared(len: u64) -> SharedMemory {
 pub struct TwoViews {
     pub owner: SharedMemory,
     pub window: SharedMemory,
+    /// To map it once more.
+    file: Option<OwnedFd>,
 }
 
 impl TwoViews {
@@ -43,13 +45,27 @@ impl TwoViews {
         let len = abi::DATA_OFFSET + owner_len;
         if cfg!(miri) {
             let window = shared(len);
-            return Self { owner: window.part(abi::DATA_OFFSET, owner_len).unwrap(), window };
+            return Self { owner: window.part(abi::DATA_OFFSET, owner_len).unwrap(), window, file: None };
         }
         let fd = memfd(len);
         Self {
             owner: SharedMemory::map(fd.as_fd(), abi::DATA_OFFSET, owner_len as usize).unwrap(),
             window: SharedMemory::map(fd.as_fd(), 0, len as usize).unwrap(),
+            file: Some(fd),
         }
+    }
+
+    /// The window, mapped once more.
+    pub fn another_window(&self) -> SharedMemory {
+        let file = self.file.as_ref().unwrap();
+        SharedMemory::map(file.as_fd(), 0, self.window.len() as usize).unwrap()
+    }
+
+    /// How often the process has it mapped.
+    pub fn mappings(&self) -> usize {
+        let inode = nix::sys::stat::fstat(self.file.as_ref().unwrap()).unwrap().st_ino.to_string();
+        let maps = std::fs::read_to_string("/proc/self/maps").unwrap();
+        maps.lines().filter(|line| line.split_whitespace().nth(4) == Some(&inode)).count()
     }
 
     pub fn mapping(&self) -> Mapping {

@@ -32,6 +32,10 @@ pub struct SilentDevice {
     pub looks: AtomicU64,
     /// It was unplugged.
     pub gone: AtomicBool,
+    /// The kernel wants it back, and says so once.
+    pub wanted: AtomicBool,
+    /// How often it is open now.
+    pub opened: AtomicU64,
     control: Mutex<ControlEnd>,
     pub on_control: Mutex<Option<Hook>>,
 }
@@ -85,7 +89,7 @@ impl Transport for SilentDevice {
         self.looks.fetch_add(1, Ordering::Relaxed);
     }
     fn check(&self) -> Result<(), TransportError> {
-        match self.gone.load(Ordering::Relaxed) {
+        match self.gone.load(Ordering::Relaxed) || self.wanted.swap(false, Ordering::Relaxed) {
             true => Err(TransportError::Gone { device: self.name().to_owned(), why: "unplugged" }),
             false => Ok(()),
         }
@@ -147,6 +151,8 @@ impl Side {
             interrupt,
             looks: AtomicU64::new(0),
             gone: AtomicBool::new(false),
+            wanted: AtomicBool::new(false),
+            opened: AtomicU64::new(0),
             control: Mutex::default(),
             on_control: Mutex::default(),
         };
@@ -218,6 +224,52 @@ impl Side {
         if owner.needs_kick(vring) {
             self.device.interrupt.write(1).unwrap();
         }
+    }
+}
+
+/// A device from its start on until the program lets it go, with a mapping of its window of its own.
+pub struct Opened<'a> {
+    device: &'a SilentDevice,
+    window: SharedMemory,
+}
+
+impl<'a> Opened<'a> {
+    pub fn of(side: &'a Side) -> Self {
+        side.device.opened.fetch_add(1, Ordering::Relaxed);
+        Self { device: &side.device, window: side.views.another_window() }
+    }
+}
+
+impl Drop for Opened<'_> {
+    fn drop(&mut self) {
+        self.device.opened.fetch_sub(1, Ordering::Relaxed);
+    }
+}
+
+impl Transport for Opened<'_> {
+    fn name(&self) -> &str {
+        self.device.name()
+    }
+    fn config(&self) -> &DeviceConfig {
+        self.device.config()
+    }
+    fn window(&self) -> &SharedMemory {
+        &self.window
+    }
+    fn doorbell(&self, queue: u16) {
+        self.device.doorbell(queue);
+    }
+    fn interrupt_fd(&self, queue: u16) -> Option<BorrowedFd<'_>> {
+        self.device.interrupt_fd(queue)
+    }
+    fn follow_doorbell(&self) {
+        self.device.follow_doorbell();
+    }
+    fn check(&self) -> Result<(), TransportError> {
+        self.device.check()
+    }
+    fn is_over(&self) -> bool {
+        self.device.is_over()
     }
 }
 

@@ -4,7 +4,7 @@
 //! Owns: nothing. Unlike a [`Lane`](super::Lane) nothing waits for room: what an owner has none for now is not
 //! for it, so that nobody waits for one who is slow. The loan goes back to its owner when all have their copies.
 //!
-//! What cannot be copied in place is left to [`send_copies`], from private memory: for an owner with an
+//! What cannot be copied in place is [received](receive_lent) and left to [`send_copies`], from private memory: for an owner with an
 //! IOMMU behind which a buffer can be stored to only, where mappings change while packets are copied, and
 //! where the receiver does not accept what the header leaves to it.
 
@@ -131,6 +131,31 @@ impl Destination<'_> {
         }
         (copied, pushed)
     }
+}
+
+/// So often it is tried again to receive what was there before.
+const TRIES: usize = 4;
+
+/// Receives the next `count` packets, which `from` had lent, into private memory, which is cleared first: for
+/// [`send_copies`]. All of them, though mappings change meanwhile; those that cannot be had now stay with their
+/// owner. Returns how many came.
+///
+/// # Errors
+/// If `from`'s vring is broken: nothing was done.
+#[cold]
+pub fn receive_lent(burst: &mut PacketBurst, from: End<'_>, count: usize) -> Result<usize, Fault> {
+    burst.clear();
+    let mut tries = TRIES;
+    while burst.len() < count && tries > 0 {
+        match from.queue.rx_burst_by(from.exchange, burst, count - burst.len()) {
+            Ok(0) => tries -= 1,
+            Ok(_) => {}
+            Err(fault) if burst.is_empty() => return Err(fault),
+            // It shows again with the next burst.
+            Err(_) => break,
+        }
+    }
+    Ok(burst.len())
 }
 
 /// Sends what is picked of packets in private memory into the next receive buffers of `to`. `pieces` is

@@ -5,24 +5,60 @@
 use super::frame::HEAD;
 use crate::net::{Copied, LentBurst, NetHeader, PacketBurst, Pick};
 use crate::programs::ProgramError;
-use crate::programs::session::Session;
+use crate::programs::session::{Paused, Session};
 use crate::programs::wire::{BURST, Wire};
+use crate::transport::Transport;
 
 /// A port while its device is there.
 pub(super) struct Port<'a> {
     pub session: Session<'a>,
-    /// The link that was up before is gone.
-    pub lost: bool,
-    /// So is the device.
+    /// The link that was up before is gone. What it was to have, or has sent, is not the next one's.
+    lost: bool,
+    /// The device is gone.
     pub gone: Option<ProgramError>,
 }
 
-impl Port<'_> {
-    /// Follows the link. If it is up, its port; faults found by it are to be reported.
+/// A port without its device for a moment.
+pub(super) struct Rest {
+    session: Paused,
+    lost: bool,
+    gone: Option<ProgramError>,
+}
+
+impl<'a> Port<'a> {
+    /// With a session that begins.
+    pub fn new(session: Session<'a>) -> Self {
+        Self { session, lost: false, gone: None }
+    }
+
+    /// Lets the device go, to [go on](Self::resume) with it at once.
+    pub fn pause(self) -> Rest {
+        Rest { session: self.session.pause(), lost: self.lost, gone: self.gone }
+    }
+
+    /// Goes on where it was.
+    pub fn resume(transport: &'a dyn Transport, interrupt: bool, rest: Rest) -> Self {
+        let session = Session::resume(transport, interrupt, rest.session);
+        Self { session, lost: rest.lost, gone: rest.gone }
+    }
+
+    /// Follows the link, for a round: whether one was lost since the last round began, and whether one is up.
+    pub fn begin_round(&mut self) -> (bool, bool) {
+        let was_lost = std::mem::take(&mut self.lost);
+        let is_live = self.wire().is_some();
+        match std::mem::take(&mut self.lost) {
+            // It may be up again.
+            true => (true, self.wire().is_some()),
+            false => (was_lost, is_live),
+        }
+    }
+
+    /// Follows the link. If it is up, and the one with which the round began, its port; faults found by it are
+    /// to be reported.
     pub fn wire(&mut self) -> Option<Wire<'_>> {
         let Self { session, lost, gone } = self;
         match session.wire(|| *lost = true) {
-            Ok(wire) => wire,
+            Ok(wire) => wire.filter(|_| !*lost),
             Err(error) => {
                 *gone = Some(error);
                 None
@@ -84,6 +120,11 @@ impl Burst {
         }
     }
 
+    /// Keeps no owner's memory mapped any more.
+    pub fn release(&mut self) {
+        self.lent = LentBurst::with_capacity(BURST);
+    }
+
     /// Looks at each packet's addresses, and where it is of use at its header: once. Whether there is any.
     pub fn look(&mut self, is_private: bool, has_headers: bool) -> bool {
         let Self { lent, private, seen, picks, .. } = self;
@@ -125,14 +166,14 @@ impl Burst {
         let mut moved = Moved::default();
         let mut done = 0;
         if !*is_private {
-            // Its link has changed: so it has taken its packets with it.
+            // Its link has changed: it has taken its packets with it, and what comes now is not looked at.
             let Some(mut from) = source.wire() else { return none };
             let copied = from.copy((pair, lent), picks, &mut wire, to_pair);
             done = copied.done;
             moved.add(copied);
             if done < picks.len() {
                 // They are the same packets: the owner has not got them back.
-                from.receive_up_to(pair, private, seen.len());
+                from.receive_lent(pair, private, seen.len());
                 *is_private = true;
                 moved.private_bytes = private.frames().map(|frame| frame.len() as u64).sum();
             }

@@ -7,7 +7,7 @@
 use std::time::{Duration, Instant};
 
 use super::BridgeArgs;
-use super::burst::{Burst, Port};
+use super::burst::{Burst, Port, Rest};
 use super::counters::PortReport;
 use super::frame;
 use super::switch::{Event, Switch, Verdict};
@@ -18,7 +18,7 @@ use crate::programs::allowance::Allowance;
 use crate::programs::live::Live;
 use crate::programs::quiet::Quiet;
 use crate::programs::run::{LONGEST_SLEEP, ROUNDS};
-use crate::programs::session::{Paused, Session};
+use crate::programs::session::Session;
 use crate::programs::stop::Stop;
 use crate::programs::tally::Tally;
 use crate::programs::traffic::{Reporter, Traffic};
@@ -27,16 +27,16 @@ use crate::programs::waiting::{Idle, Sleeps, sleep};
 use crate::transport::Transport;
 
 /// Looks for a device that is gone.
-pub(super) type Reopen<'a> = dyn Fn(usize) -> Option<Box<dyn Transport>> + 'a;
+pub(super) type Reopen<'a, 'd> = dyn Fn(usize) -> Option<Box<dyn Transport + 'd>> + 'a;
 
 /// Why the sessions ended.
-pub(super) enum Ended {
+pub(super) enum Ended<'d> {
     /// The program is to end.
     Asked,
     /// The device of a port is gone.
     Gone(usize, ProgramError),
     /// It is back.
-    Back(usize, Box<dyn Transport>),
+    Back(usize, Box<dyn Transport + 'd>),
 }
 
 /// What outlives the devices.
@@ -49,8 +49,8 @@ pub(super) struct Bridge<'a> {
     /// For lines that owners can cause.
     quiet: Quiet,
     ended: Tally,
-    /// Sessions by port, while another port's device goes or comes.
-    paused: Vec<Option<Paused>>,
+    /// By port, while another port's device goes or comes.
+    paused: Vec<Option<Rest>>,
     sleeps: Sleeps,
     copied_bytes: u64,
     /// What the sessions that there are came to when this was last asked.
@@ -78,27 +78,35 @@ impl<'a> Bridge<'a> {
         }
     }
 
+    /// The device of a port calls itself so.
+    pub fn is_called(&mut self, port: usize, name: &str) {
+        self.names.iter_mut().skip(port).take(1).for_each(|at| name.clone_into(at));
+    }
+
     /// Drives the devices that are there until the program is to end, or what is there changes.
-    pub fn drive(&mut self, transports: &[Option<&dyn Transport>], reopen: Option<&Reopen<'_>>) -> Ended {
+    pub fn drive<'d>(
+        &mut self,
+        transports: &[Option<&(dyn Transport + 'd)>],
+        reopen: Option<&Reopen<'_, 'd>>,
+    ) -> Ended<'d> {
         let interrupt = self.args.run.wait.wait.needs_interrupts();
         let mut ports = Vec::with_capacity(transports.len());
         for ((at, transport), paused) in transports.iter().enumerate().zip(&mut self.paused) {
-            let session = match (transport, paused.take()) {
+            ports.push(match (transport, paused.take()) {
                 (None, _) => None,
-                (Some(transport), Some(paused)) => Some(Session::resume(*transport, interrupt, paused)),
+                (Some(transport), Some(rest)) => Some(Port::resume(*transport, interrupt, rest)),
                 (Some(transport), None) => match Session::new(*transport, interrupt) {
-                    Ok(session) => Some(session.allowing(Allowance::of_many())),
+                    Ok(session) => Some(Port::new(session.allowing(Allowance::of_many()))),
                     Err(error) => return self.pause(ports, Ended::Gone(at, error)),
                 },
-            };
-            ports.push(session.map(|session| Port { session, lost: false, gone: None }));
+            });
         }
         let ended = self.serve(&mut ports, reopen);
         self.pause(ports, ended)
     }
 
     /// The sessions end, or go on as soon as the device that is gone is let go, or the one that is back there.
-    fn pause(&mut self, ports: Vec<Option<Port<'_>>>, ended: Ended) -> Ended {
+    fn pause<'d>(&mut self, ports: Vec<Option<Port<'_>>>, ended: Ended<'d>) -> Ended<'d> {
         let is_asked = matches!(ended, Ended::Asked);
         for ((at, port), paused) in ports.into_iter().enumerate().zip(&mut self.paused) {
             let Some(port) = port else { continue };
@@ -106,16 +114,22 @@ impl<'a> Bridge<'a> {
                 self.ended += port.session.tally();
                 port.session.end(is_asked);
             } else {
-                *paused = Some(port.session.pause());
+                *paused = Some(port.pause());
             }
         }
+        // It would keep the window of who sent last: the kernel waits for a device of which that is mapped.
+        self.burst.release();
         if is_asked {
             self.tally = self.ended;
         }
         ended
     }
 
-    fn serve(&mut self, ports: &mut [Option<Port<'_>>], reopen: Option<&Reopen<'_>>) -> Ended {
+    fn serve<'d>(&mut self, ports: &mut [Option<Port<'_>>], reopen: Option<&Reopen<'_, 'd>>) -> Ended<'d> {
+        // Of several that went at once the others are let go of now.
+        if let Some(ended) = self.gone(ports) {
+            return ended;
+        }
         let mut idle = Idle::new(self.args.run.wait);
         let mut unrest = Unrest::new(self.args.run.unrest);
         let mut rounds = 0_u32;
@@ -164,13 +178,18 @@ impl<'a> Bridge<'a> {
                     }
                 }
             }
-            for (at, port) in ports.iter_mut().enumerate() {
-                if let Some(error) = port.as_mut().and_then(|port| port.gone.take()) {
-                    self.switch.set_live(at as PortId, false);
-                    return Ended::Gone(at, error);
-                }
+            if let Some(ended) = self.gone(ports) {
+                return ended;
             }
         }
+    }
+
+    /// The first port whose device is gone.
+    fn gone<'d>(&mut self, ports: &mut [Option<Port<'_>>]) -> Option<Ended<'d>> {
+        let mut all = ports.iter_mut().enumerate();
+        let (at, error) = all.find_map(|(at, port)| Some((at, port.as_mut()?.gone.take()?)))?;
+        self.switch.set_live(at as PortId, false);
+        Some(Ended::Gone(at, error))
     }
 
     /// One burst of each port and pair. Returns how many packets moved.
@@ -178,8 +197,8 @@ impl<'a> Bridge<'a> {
         // Before anything moves: where a link was lost, and may be up again, its stations are forgotten.
         for (at, port) in ports.iter_mut().enumerate() {
             let Some(port) = port else { continue };
-            let is_live = port.wire().is_some();
-            if std::mem::take(&mut port.lost) {
+            let (was_lost, is_live) = port.begin_round();
+            if was_lost {
                 self.switch.set_live(at as PortId, false);
             }
             self.switch.set_live(at as PortId, is_live);
