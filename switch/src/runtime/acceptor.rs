@@ -184,7 +184,7 @@ impl Acceptor {
                     let event = EpollEvent::new(EpollFlags::EPOLLIN, self.next_door);
                     if let Err(error) = self.epoll.add(&door.listener, event) {
                         let (link, door) = door.purpose.names();
-                        warn!(link, door, %error, "a socket cannot be waited for: nobody can connect to it");
+                        warn!(link = link.map(display), door, %error, "a socket cannot be waited for: nobody can connect to it");
                     }
                     self.doors.insert(self.next_door, *door);
                     self.next_door += 1;
@@ -312,7 +312,7 @@ impl Acceptor {
             }
             (Err(error), _) => {
                 let (link, door) = purpose.names();
-                warn!(link, door, %error, "a connection cannot be accepted");
+                warn!(link = link.map(display), door, %error, "a connection cannot be accepted");
                 thread::sleep(Duration::from_millis(100));
             }
         }
@@ -347,7 +347,7 @@ fn permits(port: &LinkPort, door: &'static str, rule: &Rule, stream: &UnixStream
             false
         }
         Err(error) => {
-            warn!(link = port.name(), door, %error, "the kernel does not say who connected, who is turned away");
+            warn!(link = %port.name(), door, %error, "the kernel does not say who connected, who is turned away");
             false
         }
     }
@@ -357,4 +357,51 @@ fn permits(port: &LinkPort, door: &'static str, rule: &Rule, stream: &UnixStream
 fn number(stream: &UnixStream) -> u64 {
     // It is never negative.
     stream.as_raw_fd().unsigned_abs().into()
+}
+
+#[cfg(test)]
+mod tests {
+    #![allow(clippy::unwrap_used)]
+    use super::*;
+    use std::fs::File;
+    use std::io::Write;
+    use std::os::fd::OwnedFd;
+    use std::sync::{Mutex, PoisonError};
+
+    use crate::config;
+
+    #[derive(Clone, Default)]
+    struct Log(Arc<Mutex<Vec<u8>>>);
+
+    impl Write for Log {
+        fn write(&mut self, bytes: &[u8]) -> io::Result<usize> {
+            self.0.lock().unwrap_or_else(PoisonError::into_inner).write(bytes)
+        }
+
+        fn flush(&mut self) -> io::Result<()> {
+            Ok(())
+        }
+    }
+
+    #[test]
+    fn of_whom_the_kernel_tells_nothing_the_log_says_at_which_links_door() {
+        let text = "[[link]]\nname = \"left\"\nowner_socket = \"/run/o\"\npeer_socket = \"/run/p\"\n";
+        let config = config::parse(&format!("control_socket = \"/run/c\"\n{text}")).unwrap();
+        let port = LinkPort::new("left", Substitute::new().unwrap());
+        let rule = Rule::new(&config.links[0], Side::Peer).unwrap();
+        // No socket at all.
+        let stream = UnixStream::from(OwnedFd::from(File::open("/dev/null").unwrap()));
+        let log = Log::default();
+        let writer = log.clone();
+        let subscriber =
+            tracing_subscriber::fmt().with_ansi(false).with_writer(move || writer.clone()).finish();
+        tracing::subscriber::with_default(subscriber, || {
+            assert!(!permits(&port, "doorbell", &rule, &stream));
+        });
+        let log = String::from_utf8(log.0.lock().unwrap().clone()).unwrap();
+        assert!(log.contains("link=left door=\"doorbell\""), "{log}");
+        let purpose = Purpose::Link(port.clone(), Side::Owner, rule.clone());
+        assert_eq!(purpose.names(), (Some("left"), "owner"));
+        assert_eq!(Purpose::Doorbell(port, rule).names(), (Some("left"), "doorbell"));
+    }
 }
