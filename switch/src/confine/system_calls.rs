@@ -172,7 +172,7 @@ const GROUPS: &[Group] = &[
                 "setsockopt",
                 libc::SYS_setsockopt,
                 When::Only(1, &[libc::SOL_SOCKET as c_long]),
-                "SOL_SOCKET: time limits of the control socket's clients",
+                "SOL_SOCKET: time limits of the control socket's clients, and whether what came out of band is looked at",
             ),
             any("shutdown", libc::SYS_shutdown),
             ("ioctl", libc::SYS_ioctl, When::Only(1, IOCTL), "FIONBIO, SIOCOUTQ: does the other side read?"),
