@@ -9,6 +9,7 @@
 //! | `stalls` | sessions that stop in the middle |
 //! | `answers` | wrong answers to each request on a back-end channel |
 //! | `descriptors` | too many descriptors, and of the wrong kinds |
+//! | `dirty_log` | dirty logs that pages cannot be marked in |
 //! | `disk` | the configuration space of a disk |
 //! | `full_eventfd` | a call on which a write would block |
 //! | `iommu_owner` | an owner with an IOMMU, and a peer's driver that gives commands |
@@ -25,6 +26,8 @@ mod bench;
 mod cve;
 #[path = "bad_input/descriptors.rs"]
 mod descriptors;
+#[path = "bad_input/dirty_log.rs"]
+mod dirty_log;
 #[path = "bad_input/disk.rs"]
 mod disk;
 #[path = "bad_input/faults.rs"]

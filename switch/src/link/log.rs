@@ -35,6 +35,13 @@ impl DirtyLog {
                     .into(),
             );
         }
+        if file.page_size() != PAGE_SIZE {
+            return fault(format!(
+                "its file has pages of {:#x} bytes (hugetlbfs), of which no smaller piece can be mapped, and which may \
+                 be missing when they are written: it is to be a memfd of ordinary pages, as QEMU's is",
+                file.page_size()
+            ));
+        }
         let end = len.checked_next_multiple_of(PAGE_SIZE).and_then(|len| offset.checked_add(len));
         if len == 0 || len > MAX_LEN || !offset.is_multiple_of(PAGE_SIZE) {
             return fault(format!(
@@ -177,6 +184,13 @@ mod tests {
                 .to_string()
                 .contains("SEAL_SHRINK")
         );
+    }
+
+    #[test]
+    fn a_log_in_huge_pages_is_refused() {
+        let huge = file().with_page_size(2 << 20);
+        let error = DirtyLog::new(huge, 2 << 20, 0, 4096).unwrap_err().to_string();
+        assert!(error.contains("0x200000") && error.contains("hugetlbfs"), "{error}");
     }
 
     #[test]

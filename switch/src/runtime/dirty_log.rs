@@ -1,7 +1,7 @@
 //! Marks pages in an owner's dirty log, in the few cases in which not the peer's driver has to: what the
 //! broker stored by the driver's command, and a vring's own memory when it stops. The log is mapped
 //! for that moment, as other programs set bits in it at the same time. It is memory of the owner's
-//! VMM, not of its guest, and cannot be shortened.
+//! VMM, not of its guest, in ordinary pages, and cannot be shortened: no access to it faults.
 
 use std::fs::File;
 use std::io;
