@@ -5,7 +5,8 @@
 use std::collections::VecDeque;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
-/// Files remembered of one window: those that it had last. One that it has no more cannot be told as memory.
+/// Files of others remembered of one window: those that were shown last. An owner that has more shown than that
+/// exposes nothing but its own memory.
 const MOST: usize = 4096;
 
 /// A file: its device and inode numbers.
@@ -15,7 +16,10 @@ pub type Identity = (u64, u64);
 struct Window {
     number: u64,
     process: i32,
+    /// The owner's.
     files: VecDeque<Identity>,
+    /// The broker's own, until they are forgotten: a window has a handful at a time.
+    own: Vec<Identity>,
 }
 
 #[derive(Debug, Default)]
@@ -38,14 +42,15 @@ impl Shown {
         let mut windows = self.windows();
         windows.next += 1;
         let number = windows.next;
-        windows.list.push(Window { number, process, files: VecDeque::new() });
+        windows.list.push(Window { number, process, files: VecDeque::new(), own: Vec::new() });
         ShownWindow { shown: self.clone(), number, process }
     }
 
     /// Whether this process has the file from us.
     pub fn has(&self, process: i32, file: Identity) -> bool {
         let windows = self.windows();
-        windows.list.iter().any(|window| window.process == process && window.files.contains(&file))
+        let has = |window: &Window| window.files.contains(&file) || window.own.contains(&file);
+        windows.list.iter().any(|window| window.process == process && has(window))
     }
 }
 
@@ -58,23 +63,41 @@ pub struct ShownWindow {
 }
 
 impl ShownWindow {
-    /// Notes, before it is shown, a file that came from `from`, or that is the broker's own. What a process
-    /// told us of itself is its own: it has several VMs, or the kernel does not say which process it is.
+    /// Notes, before it is shown, a file that came from `from`. What a process told us of itself is its own: it has
+    /// several VMs, or the kernel does not say which process it is.
     pub fn note(&self, file: Identity, from: i32) {
         if from == self.process {
             return;
         }
+        self.change(|window| {
+            // What is shown again is among the last.
+            window.files.retain(|noted| *noted != file);
+            if window.files.len() == MOST {
+                window.files.pop_front();
+            }
+            window.files.push_back(file);
+        });
+    }
+
+    /// Notes, before it is shown, a file of the broker's own, until it is forgotten.
+    pub fn note_own(&self, file: Identity) {
+        self.change(|window| {
+            if !window.own.contains(&file) {
+                window.own.push(file);
+            }
+        });
+    }
+
+    /// A file of the broker's own is in the window no more, and will not be again.
+    pub fn forget_own(&self, file: Identity) {
+        self.change(|window| window.own.retain(|noted| *noted != file));
+    }
+
+    fn change(&self, change: impl FnOnce(&mut Window)) {
         let mut windows = self.shown.windows();
-        let Some(window) = windows.list.iter_mut().find(|window| window.number == self.number) else {
-            return;
-        };
-        if window.files.contains(&file) {
-            return;
+        if let Some(window) = windows.list.iter_mut().find(|window| window.number == self.number) {
+            change(window);
         }
-        if window.files.len() == MOST {
-            window.files.pop_front();
-        }
-        window.files.push_back(file);
     }
 }
 
@@ -110,13 +133,34 @@ mod tests {
     }
 
     #[test]
-    fn a_window_remembers_so_many_files_and_the_last() {
+    fn a_window_remembers_so_many_files_and_those_that_were_shown_last() {
         let shown = Shown::default();
         let window = shown.window(7);
-        for inode in 0..2 * MOST as u64 {
-            window.note((1, inode), 6);
-        }
-        assert!(shown.has(7, (1, 2 * MOST as u64 - 1)) && !shown.has(7, (1, 0)));
+        let (again, once) = ((1, 0), (1, 1));
+        window.note(again, 6);
+        window.note(once, 6);
+        (2..MOST as u64).for_each(|inode| window.note((1, inode), 6));
+        window.note(again, 6);
+        (MOST as u64..2 * MOST as u64 - 1).for_each(|inode| window.note((1, inode), 6));
+        assert!(shown.has(7, again) && shown.has(7, (1, MOST as u64)) && !shown.has(7, once));
         assert_eq!(shown.windows().list.iter().map(|window| window.files.len()).sum::<usize>(), MOST);
+    }
+
+    #[test]
+    fn the_brokers_own_pages_that_come_and_go_displace_nothing_and_are_forgotten() {
+        let shown = Shown::default();
+        let window = shown.window(7);
+        let (owners, areas, last) = ((1, 0), (1, 1), (1, 2 * MOST as u64));
+        window.note(owners, 6);
+        window.note_own(areas);
+        window.note_own(areas);
+        for inode in 2..last.1 {
+            window.note_own((1, inode));
+            assert!(shown.has(7, (1, inode)));
+            window.forget_own((1, inode));
+        }
+        window.note_own(last);
+        assert!([owners, areas, last].into_iter().all(|file| shown.has(7, file)) && !shown.has(7, (1, 2)));
+        assert_eq!(shown.windows().list[0].own, [areas, last]);
     }
 }

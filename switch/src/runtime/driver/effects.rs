@@ -1,5 +1,6 @@
 //! Runs what a link's state asks for: answers, questions to VMMs, changes of the window, signals.
 
+use std::fs::File;
 use std::io;
 use std::os::fd::AsFd;
 use std::os::unix::fs::MetadataExt;
@@ -22,6 +23,7 @@ use crate::runtime::channel::{Asked, Channel, send_later, send_now};
 use crate::runtime::control_ring::ControlRing;
 use crate::runtime::copy::copy;
 use crate::runtime::rate::Rate;
+use crate::runtime::shown::Identity;
 use crate::runtime::{Answer, ChannelId, dirty_log};
 
 impl LinkDriver {
@@ -226,7 +228,13 @@ impl LinkDriver {
                 self.witnesses.push_back(witness);
                 (source, 0, true)
             }
-            Content::Fence => (Witness::new()?.source(), 0, true),
+            Content::Fence => {
+                let fence = match self.fence.take() {
+                    Some(fence) => fence,
+                    None => Witness::new()?,
+                };
+                (self.fence.insert(fence).source(), 0, true)
+            }
             Content::Log(placed) => (Source::Owner(placed.log.file().clone()), placed.log.offset(), true),
             Content::Owner(placement) => {
                 let backing = placement.range().backing();
@@ -237,13 +245,19 @@ impl LinkDriver {
         if let Some(window) = &self.shown_window {
             match &source {
                 Source::Owner(file) => window.note(file.identity(), file.sender()),
-                Source::Own(file) => {
-                    let metadata = file.metadata()?;
-                    window.note((metadata.dev(), metadata.ino()), std::process::id().cast_signed());
-                }
+                Source::Own(file) => window.note_own(identity(file)?),
             }
         }
         Ok(backend_message::map(offset.raw(), len, source, file_offset, writable))
+    }
+
+    /// A page of the broker's own has left the window for good. It is sealed: nobody can tell it as memory.
+    pub(super) fn forget_shown(&self, source: &Source) {
+        if let (Some(window), Source::Own(file)) = (&self.shown_window, source)
+            && let Ok(identity) = identity(file)
+        {
+            window.forget_own(identity);
+        }
     }
 
     fn reset_control_ring(&mut self) {
@@ -253,6 +267,11 @@ impl LinkDriver {
             _ => warn!(link = %self.name, "the control ring cannot be reset"),
         }
     }
+}
+
+fn identity(file: &File) -> io::Result<Identity> {
+    let metadata = file.metadata()?;
+    Ok((metadata.dev(), metadata.ino()))
 }
 
 /// Answers a session's open question. An error: it cannot be, and the session is to be closed.

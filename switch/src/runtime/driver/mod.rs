@@ -83,6 +83,9 @@ pub struct LinkDriver {
     control_ring: ControlRing,
     /// Those in the window, the oldest first.
     witnesses: VecDeque<Arc<Witness>>,
+    /// The page of this peer's VMM that comes and goes: one that is told anew each time would be a file more each
+    /// time.
+    fence: Option<Witness>,
     watch: Option<Watch>,
     doorbell_function: Option<(ChannelId, Doorbell)>,
     /// Whether its VMM has read what it was sent.
@@ -129,6 +132,7 @@ impl LinkDriver {
             areas,
             control_ring: ControlRing::new().map_err(io::Error::other)?,
             witnesses: VecDeque::new(),
+            fence: None,
             watch: None,
             doorbell_function: None,
             doorbell_watch: None,
@@ -358,7 +362,9 @@ impl LinkDriver {
         };
         if gone {
             self.watch = None;
-            self.witnesses.pop_front();
+            if let Some(witness) = self.witnesses.pop_front() {
+                self.forget_shown(&witness.source());
+            }
             self.apply(Event::WitnessGone);
         }
     }
@@ -462,6 +468,7 @@ impl LinkDriver {
             }
             Side::Peer => {
                 self.peer = None;
+                self.fence = None;
                 self.guard.peer_gone();
             }
         }
