@@ -51,12 +51,11 @@ impl Link {
                 WindowLayout::plan(&geometry, &owner.identity(), &WindowLayout::new())
                     .map_err(|error| Fault::Log(format!("the window has no room for it: {error}")))?;
             }
-            Ok((log, geometry))
+            Ok(log)
         };
         match log.and_then(fits) {
-            Ok((log, geometry)) => {
+            Ok(log) => {
                 owner.set_log(log);
-                self.geometry = geometry;
                 self.withdraws |= owner.logs();
             }
             // It is in the middle of a migration, and cannot be told otherwise.
@@ -183,11 +182,17 @@ impl Link {
         }
     }
 
-    /// The part of the window that the owner's memory may have.
+    /// The part of the window that the owner's memory may have. Of an owner with an IOMMU all that is shown gets
+    /// another place when this changes, which is when nothing of it is to be in the window; without one
+    /// the layout is worked out anew with each request.
     pub(super) fn take_geometry(&mut self) {
         let log = self.owner.as_ref().and_then(OwnerSession::log);
-        if let Ok(geometry) = geometry(self.config.window_len, log.map_or(0, high_len)) {
-            self.geometry = geometry;
+        let Ok(geometry) = geometry(self.config.window_len, log.map_or(0, high_len)) else { return };
+        if std::mem::replace(&mut self.geometry, geometry) != geometry
+            && self.owner.as_ref().is_some_and(OwnerSession::has_iommu)
+        {
+            self.layout = WindowLayout::new();
+            self.plan();
         }
     }
 

@@ -6,27 +6,34 @@ use std::os::fd::OwnedFd;
 use std::os::unix::fs::MetadataExt;
 use std::time::Duration;
 
+use iommu::LARGE_PAGE_SIZE;
 use nix::sys::memfd::{MFdFlags, memfd_create};
 use vhost_pci_device::abi;
+use vhost_pci_switch::config::LinkConfig;
 use vhost_pci_switch::link::descriptor::MemoryFile;
-use vhost_pci_switch::link::features::LOG_ALL;
+use vhost_pci_switch::link::features::{ACCESS_PLATFORM, LOG_ALL};
 use vhost_pci_switch::link::message::{Reply, Request, WaitingEvent, WindowOp};
 use vhost_pci_switch::link::{Effect, Event, Side};
 
-use crate::bench::{Bench, REGIONS, config};
+use crate::bench::{Bench, REGIONS, WINDOW_LEN, config};
 use crate::front_end::{Ask, FEATURES};
+use crate::iommu_owner::owner_vmm::{self, BEHIND, RINGS, RW};
+use crate::iommu_owner::page_table::PAGE;
 use crate::vmm::{Kind, Manner, kind};
 
 const REPLY_ACK: u64 = 1 << 3;
 /// [`REGIONS`] end at 5 MiB: 1280 pages.
 const LOG_LEN: u64 = 160;
+/// What the linear layout of an owner with an IOMMU begins with.
+const BASE: u64 = RINGS - RINGS % LARGE_PAGE_SIZE;
 
 fn log_of(len: u64) -> Request {
     let file = File::from(memfd_create(c"log", MFdFlags::MFD_CLOEXEC).unwrap());
-    file.set_len(4096).unwrap();
+    let file_len = len.next_multiple_of(4096);
+    file.set_len(file_len).unwrap();
     let metadata = file.metadata().unwrap();
     let file = MemoryFile::new(OwnedFd::from(file), metadata.dev(), metadata.ino());
-    Request::SetLogBase { file, file_len: 4096, offset: 0, len }
+    Request::SetLogBase { file, file_len, offset: 0, len }
 }
 
 /// Up, with a driver in the peer's guest if `driver`.
@@ -198,9 +205,64 @@ fn a_device_that_starts_in_the_middle_of_a_migration_is_not_served_before_the_lo
     assert!(bench.is_up() && logs(&bench));
 }
 
+/// The window's end, where such a log is, has been the memory's until then.
+#[test]
+fn a_long_log_and_the_memory_of_an_owner_with_an_iommu_have_each_their_own_place() {
+    for strict in [false, true] {
+        let mut bench = Bench::iommu_with(config(), owner_vmm::Kind::Pushes, strict);
+        // On one line with the vrings, and near the window's end.
+        let last = BASE + (WINDOW_LEN - abi::DATA_OFFSET) - (1 << 20);
+        bench.owner(Ask::Push(false, vec![(last, PAGE, BEHIND, RW)]));
+        let map = bench.map(last, PAGE, 3);
+        assert_eq!(bench.status(map), abi::CTRL_OK);
+        let place = |bench: &Bench| {
+            let entry = bench.published.0.mappings.iter().find(|entry| entry.iova.value() == last);
+            entry.map(|entry| entry.window_offset.value())
+        };
+        let log_at = WINDOW_LEN - (2 << 20);
+        assert!(place(&bench).unwrap() >= log_at, "{:x?}", place(&bench));
+        bench.owner_raw(log_of(abi::MAX_LOW_LOG + 1));
+        assert!(
+            place(&bench).unwrap() >= log_at && bench.is_up(),
+            "a log that is not used yet changes nothing"
+        );
+        // The model of the VMM takes nothing over anything else.
+        bench.owner(Ask::Features(FEATURES | ACCESS_PLATFORM | LOG_ALL));
+        bench.settle();
+        bench.attaches();
+        assert!(bench.is_up() && is_done(&bench));
+        assert_eq!(bench.published.0.log, (log_at, abi::MAX_LOW_LOG + 1));
+        assert!(place(&bench).unwrap() < log_at && bench.shows(RINGS) && bench.shows(RINGS + PAGE));
+        assert_eq!(bench.report().counters.mappings_evicted, 0);
+        bench.owner(Ask::Features(FEATURES | ACCESS_PLATFORM));
+        bench.settle();
+        assert!(bench.is_up() && is_done(&bench) && place(&bench).unwrap() >= log_at);
+    }
+}
+
+#[test]
+fn what_has_no_room_beside_a_long_log_goes_and_the_vrings_stay() {
+    let many = LinkConfig { max_mappings: 64, ..config() };
+    let mut bench = Bench::iommu_with(many, owner_vmm::Kind::Pushes, false);
+    // As much as there is room for behind the vrings, all of it the same memory.
+    let ranges: Vec<u64> = (1..=30).map(|index| BASE + index * LARGE_PAGE_SIZE).collect();
+    for iova in &ranges {
+        bench.owner(Ask::Push(false, vec![(*iova, LARGE_PAGE_SIZE, 0, RW)]));
+        let map = bench.map(*iova, PAGE, 3);
+        assert_eq!(bench.status(map), abi::CTRL_OK);
+    }
+    bench.owner_raw(log_of(abi::MAX_LOW_LOG + 1));
+    bench.owner(Ask::Features(FEATURES | ACCESS_PLATFORM | LOG_ALL));
+    bench.settle();
+    let gone: Vec<u64> = ranges.into_iter().filter(|iova| !bench.shows(*iova)).collect();
+    assert_eq!((gone, bench.is_up()), (vec![BASE + LARGE_PAGE_SIZE], true));
+    assert!(bench.shows(RINGS) && bench.shows(RINGS + PAGE));
+    assert_eq!(bench.report().counters.mappings_evicted, 1);
+}
+
 #[test]
 fn an_operator_can_say_that_an_owner_is_not_migrated() {
-    let mut bench = Bench::with(vhost_pci_switch::config::LinkConfig { migration: false, ..config() });
+    let mut bench = Bench::with(LinkConfig { migration: false, ..config() });
     bench.connect(Side::Owner);
     bench.owner_raw(Request::GetFeatures);
     assert!(matches!(bench.owner_reply, Some(Reply::Number(bits)) if bits & LOG_ALL == 0));

@@ -28,6 +28,8 @@ pub fn kind(content: &Content) -> Kind {
         abi::CONTROL_OFFSET => Kind::ControlArea,
         abi::FENCE_OFFSET => Kind::Fence,
         abi::LOG_OFFSET => Kind::Log,
+        // A long one is at the window's end.
+        _ if matches!(content, Content::Log(_)) => Kind::Log,
         abi::DATA_OFFSET.. => Kind::Owner,
         _ => Kind::Witness,
     }

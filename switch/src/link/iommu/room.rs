@@ -160,9 +160,10 @@ impl Link {
     }
 
     /// Works the layout out anew after something was taken out.
-    pub(super) fn plan(&mut self) {
+    pub(in crate::link) fn plan(&mut self) {
         while self.try_plan().is_err() {
-            // Only ranges that were added since the last plan can be too many.
+            // Ranges that were added since the last plan are too many; or there is less room, and vrings, which
+            // are asked for all the time, come back and make theirs.
             if !self.shown.drop_newest() {
                 return;
             }
