@@ -11,7 +11,7 @@ use std::time::Instant;
 use tracing::{info, warn};
 use vhost_pci_device::abi;
 
-use super::{FIRST_LOOK, LinkDriver, Session, Watch};
+use super::{FIRST_LOOK, Failure, LinkDriver, Session, Watch};
 use crate::link::doorbell::DoorbellMessage;
 use crate::link::iommu::demand::Task;
 use crate::link::iommu::iotlb::Piece;
@@ -24,14 +24,18 @@ use crate::runtime::control_ring::ControlRing;
 use crate::runtime::copy::copy;
 use crate::runtime::rate::Rate;
 use crate::runtime::shown::Identity;
-use crate::runtime::{Answer, ChannelId, dirty_log};
+use crate::runtime::{Answer, ChannelId, SessionId, dirty_log};
 
 impl LinkDriver {
     pub(super) fn run_effects(&mut self, effects: Vec<Effect>) {
         for effect in effects {
             self.run_effect(effect);
         }
-        while let Some(event) = self.failed.pop_front() {
+        while let Some(failure) = self.failed.pop_front() {
+            let event = match failure {
+                Failure::Session(side, id) => self.ended(side, id, None),
+            };
+            let Some(event) = event else { continue };
             for effect in self.link.apply(event, Instant::now()) {
                 self.run_effect(effect);
             }
@@ -54,14 +58,12 @@ impl LinkDriver {
                     Side::Owner => self.owner.as_mut(),
                     Side::Peer => self.peer.as_mut(),
                 };
-                if reply_to(&self.name, side.name(), session, reply).is_err() {
-                    self.close(side);
-                }
+                let unanswered = reply_to(&self.name, side.name(), session, reply).err();
+                self.failed.extend(unanswered.map(|id| Failure::Session(side, id)));
             }
             Effect::ReplyWaiting(reply) => {
-                if reply_to(&self.name, "waiting owner", self.waiting.as_mut(), reply).is_err() {
-                    self.close_waiting();
-                }
+                let unanswered = reply_to(&self.name, "waiting owner", self.waiting.as_mut(), reply).err();
+                self.failed.extend(unanswered.map(|id| Failure::Session(Side::Owner, id)));
             }
             Effect::Disconnect(side) => self.close(side),
             Effect::DisconnectWaiting => self.close_waiting(),
@@ -274,8 +276,8 @@ fn identity(file: &File) -> io::Result<Identity> {
     Ok((metadata.dev(), metadata.ino()))
 }
 
-/// Answers a session's open question. An error: it cannot be, and the session is to be closed.
-fn reply_to(link: &str, who: &str, session: Option<&mut Session>, reply: Reply) -> Result<(), ()> {
+/// Answers a session's open question. An error: this session cannot be answered, and is to be closed.
+fn reply_to(link: &str, who: &str, session: Option<&mut Session>, reply: Reply) -> Result<(), SessionId> {
     let Some(session) = session else { return Ok(()) };
     let Some(answer) = session.answer.take() else { return Ok(()) };
     let done = match reply {
@@ -291,7 +293,7 @@ fn reply_to(link: &str, who: &str, session: Option<&mut Session>, reply: Reply) 
             // A connection that is closed already needs no answer.
             if let Some(Err(error)) = stopped {
                 warn!(%link, side = who, %error, "an answer cannot be sent");
-                return Err(());
+                return Err(session.id);
             }
         }
         _ => drop(sender.send(reply)),

@@ -65,6 +65,12 @@ struct Watch {
     pause: Duration,
 }
 
+/// Something that went wrong while effects were run.
+enum Failure {
+    /// A session's VMM is gone, or cannot be answered.
+    Session(Side, SessionId),
+}
+
 /// Everything around one link.
 pub struct LinkDriver {
     name: String,
@@ -102,8 +108,8 @@ pub struct LinkDriver {
     shown_window: Option<ShownWindow>,
     /// Who is told when the link may end.
     unplug: Option<Sender<bool>>,
-    /// VMMs that were found gone: applied when the effects that led to it are run.
-    failed: VecDeque<Event>,
+    /// The link is told when the effects that led to it are run.
+    failed: VecDeque<Failure>,
 }
 
 impl LinkDriver {
@@ -181,15 +187,7 @@ impl LinkDriver {
                     self.apply(Event::Waiting(WaitingEvent::Request(request)));
                 }
             }
-            Input::Ended { side, session, fault } => {
-                if self.session(side).is_some_and(|open| open.id == session) {
-                    self.close(side);
-                    self.apply(Event::Disconnected(side, fault));
-                } else if self.waiting.as_ref().is_some_and(|open| open.id == session) {
-                    self.close_waiting();
-                    self.apply(Event::Waiting(WaitingEvent::Disconnected(fault)));
-                }
-            }
+            Input::Ended { side, session, fault } => self.end_session(side, session, fault),
             Input::ChannelAnswer { side, session, channel, request, done } => {
                 self.channel_answered(side, (session, channel), request, done);
             }
@@ -410,8 +408,7 @@ impl LinkDriver {
             Err(what) => {
                 let fault =
                     format!("an answer to request {request} came on the back-end channel, not to: {what}");
-                self.close(side);
-                return self.apply(Event::Disconnected(side, Some(Fault::Message(fault))));
+                return self.end_session(side, ids.0, Some(Fault::Message(fault)));
             }
         };
         if channel.send().is_err() {
@@ -440,11 +437,11 @@ impl LinkDriver {
     fn channel_lost(&mut self, side: Side) {
         let is_shown = side == Side::Peer && self.link.is_shown();
         let Some(session) = self.session(side) else { return };
+        let id = session.id;
         let owes = session.channel.take().is_some_and(|channel| channel.owes_answers());
         if side == Side::Peer && (is_shown || owes) {
             info!(link = %self.name, "the peer's VMM closed its back-end channel");
-            self.close(side);
-            self.failed.push_back(Event::Disconnected(side, None));
+            self.failed.push_back(Failure::Session(side, id));
         }
     }
 
@@ -453,6 +450,24 @@ impl LinkDriver {
             Side::Owner => self.owner.as_mut(),
             Side::Peer => self.peer.as_mut(),
         }
+    }
+
+    fn end_session(&mut self, side: Side, id: SessionId, fault: Option<Fault>) {
+        if let Some(event) = self.ended(side, id, fault) {
+            self.apply(event);
+        }
+    }
+
+    /// Closes a session and gives what the link is to be told of it: nothing, if it has closed it before. An owner's may
+    /// be of the VMM that waits by now.
+    fn ended(&mut self, side: Side, id: SessionId, fault: Option<Fault>) -> Option<Event> {
+        if self.session(side).is_some_and(|open| open.id == id) {
+            self.close(side);
+            return Some(Event::Disconnected(side, fault));
+        }
+        self.waiting.as_ref().filter(|open| open.id == id)?;
+        self.close_waiting();
+        Some(Event::Waiting(WaitingEvent::Disconnected(fault)))
     }
 
     fn close_waiting(&mut self) {
