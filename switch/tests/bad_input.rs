@@ -14,6 +14,7 @@
 //! | `full_eventfd` | a call on which a write would block |
 //! | `iommu_owner` | an owner with an IOMMU, and a peer's driver that gives commands |
 //! | `iommu` | what such an owner can do wrong |
+//! | `takeover` | an owner that is migrated in the middle of a question |
 //! | `cve` | what other back-ends of vhost-user got wrong, by name |
 //! | `random` | thousands of short sessions of random bytes |
 #![allow(clippy::unwrap_used, clippy::panic)]
@@ -46,3 +47,5 @@ mod random;
 mod raw;
 #[path = "bad_input/stalls.rs"]
 mod stalls;
+#[path = "bad_input/takeover.rs"]
+mod takeover;

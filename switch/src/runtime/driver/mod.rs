@@ -192,12 +192,14 @@ impl LinkDriver {
                 self.channel_answered(side, (session, channel), request, done);
             }
             Input::ChannelEnded { side, session, channel } => {
-                if self.channel(side, (session, channel)).is_some() {
-                    self.channel_lost(side);
-                    self.run_effects(Vec::new());
-                } else if let Some(open) = self.waiting.as_mut().filter(|open| open.id == session) {
-                    // It may bring another; nothing was asked on this one.
-                    open.channel.take_if(|open| open.id() == channel);
+                match self.channel(side, (session, channel)) {
+                    None => {}
+                    Some((_, false)) => {
+                        self.channel_lost(side);
+                        self.run_effects(Vec::new());
+                    }
+                    // It may bring another; what it was asked on this one nobody wants to know any more.
+                    Some((_, true)) => self.waiting.iter_mut().for_each(|open| open.channel = None),
                 }
             }
             Input::NotPermitted { door, caller } => {
@@ -394,15 +396,22 @@ impl LinkDriver {
         self.run_effects(effects);
     }
 
-    /// The channel of a side, if it is this one of this session: another may have taken its
-    /// place.
-    fn channel(&mut self, side: Side, (session, id): (SessionId, ChannelId)) -> Option<&mut Channel> {
-        let channel = self.session(side).filter(|open| open.id == session)?.channel.as_mut();
-        channel.filter(|channel| channel.id() == id)
+    /// A channel of a session's, if it is this one: another may have taken its place. Whether it is that of the owner's
+    /// VMM which waits.
+    fn channel(&mut self, side: Side, ids: (SessionId, ChannelId)) -> Option<(&mut Channel, bool)> {
+        let active = match side {
+            Side::Owner => self.owner.as_mut(),
+            Side::Peer => self.peer.as_mut(),
+        };
+        let both = active.map(|open| (open, false)).into_iter();
+        let mut both = both.chain(self.waiting.as_mut().map(|open| (open, true)));
+        let (session, waits) = both.find(|(open, _)| open.id == ids.0)?;
+        let channel = session.channel.as_mut().filter(|channel| channel.id() == ids.1)?;
+        Some((channel, waits))
     }
 
     fn channel_answered(&mut self, side: Side, ids: (SessionId, ChannelId), request: u32, done: bool) {
-        let Some(channel) = self.channel(side, ids) else { return };
+        let Some((channel, waits)) = self.channel(side, ids) else { return };
         let answered = match channel.answered(request) {
             Ok(answered) => answered,
             Err(what) => {
@@ -411,7 +420,12 @@ impl LinkDriver {
                 return self.end_session(side, ids.0, Some(Fault::Message(fault)));
             }
         };
-        if channel.send().is_err() {
+        let sent = channel.send();
+        // It was asked when it had the link: nobody wants to know any more, but its next answer is to the next question.
+        if waits {
+            return;
+        }
+        if sent.is_err() {
             self.channel_lost(side);
         }
         match answered {
