@@ -432,6 +432,8 @@ pub enum Event {
     /// The peer's driver gave a command, with so many bytes behind the request in the
     /// readable part of its chain, and behind the response in the writable one.
     Command(CommandId, abi::ControlRequest, u64, u64),
+    /// What the peer's driver stored could not be marked in the owner's dirty log, and it was told that it failed: why.
+    Unmarked(String),
     /// The peer's driver broke a rule of the control ring.
     ControlRingBroken(String),
     /// A side did something more often than it may, and was made to wait.
@@ -498,8 +500,6 @@ pub enum Effect {
     DisconnectWaiting,
     /// Use this stream for requests to the owner's VMM that waits.
     OpenWaitingChannel(UnixStream),
-    /// Mark pages in the owner's dirty log.
-    Mark(Marks),
     /// End this side's session.
     Disconnect(Side),
     /// Use this stream for requests to this side's VMM.
@@ -512,8 +512,8 @@ pub enum Effect {
     /// mapping table has changed.
     Answer(CommandId, u32, bool),
     /// Copy between these parts of the owner's memory, in this order, and the command's
-    /// buffer, then answer it.
-    Copy(CommandId, Task, Vec<Piece>),
+    /// buffer, mark what was written, then answer it.
+    Copy(CommandId, Task, Vec<Piece>, Option<Marks>),
     /// Ask the peer's VMM for a change of its window.
     Window(OpId, WindowOp),
     /// Ask the peer's VMM for a change of its wiring.

@@ -135,6 +135,7 @@ impl Link {
             Event::Command(..)
                 | Event::MissDone(..)
                 | Event::TooOften(..)
+                | Event::Unmarked(..)
                 | Event::Request(Side::Owner, Request::Iotlb(_) | Request::IommuPush { .. })
         );
         match event {
@@ -197,6 +198,7 @@ impl Link {
             Event::Command(command, request, readable, writable) => {
                 self.command(command, &request, (readable, writable), now, &mut effects);
             }
+            Event::Unmarked(reason) => self.count(&Fault::Log(reason), "owner", &mut effects),
             Event::ControlRingBroken(reason) => self.count(&Fault::ControlRing(reason), "peer", &mut effects),
             Event::Unplug => self.unplug(now, &mut effects),
             Event::Tick => self.tick(now, &mut effects),

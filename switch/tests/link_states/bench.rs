@@ -374,7 +374,7 @@ impl Bench {
                 self.miss = Some((*id, *page, *access));
             }
             Effect::Answer(id, status, _) => self.commands.answered(*id, *status),
-            Effect::Copy(id, task, pieces) => {
+            Effect::Copy(id, task, pieces, _) => {
                 let (iova, len) = self.commands.copied(*id, *task, pieces);
                 self.shared.check_copy(*task, iova, len, pieces, &self.files);
             }

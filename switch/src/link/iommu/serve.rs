@@ -179,8 +179,7 @@ impl Link {
             log,
             pages: pieces.iter().filter_map(|piece| owner.pages(piece.clone())).collect(),
         });
-        effects.push(Effect::Copy(want.command, want.task, pieces));
-        effects.extend(marks.map(Effect::Mark));
+        effects.push(Effect::Copy(want.command, want.task, pieces, marks));
         let lasting = owner.iotlb.note_copy(want.span, LASTING);
         for (start, access) in lasting {
             match allowed_as(access, self.config.one_way, self.is_strict()) {

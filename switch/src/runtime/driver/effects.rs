@@ -15,8 +15,8 @@ use super::{FIRST_LOOK, Failure, LinkDriver, Session, Watch};
 use crate::link::doorbell::DoorbellMessage;
 use crate::link::iommu::demand::Task;
 use crate::link::iommu::iotlb::Piece;
-use crate::link::message::{CommandId, Content, Log, OpId, Reply, WindowOp};
-use crate::link::{Effect, Side};
+use crate::link::message::{CommandId, Content, Log, Marks, OpId, Reply, WindowOp};
+use crate::link::{Effect, Event, Side};
 use crate::runtime::areas::{Source, Witness};
 use crate::runtime::backend_message::{self, Message};
 use crate::runtime::channel::{Asked, Channel, send_later, send_now};
@@ -34,6 +34,9 @@ impl LinkDriver {
         while let Some(failure) = self.failed.pop_front() {
             let event = match failure {
                 Failure::Session(side, id) => self.ended(side, id, None),
+                Failure::Mark(error) => {
+                    Some(Event::Unmarked(format!("what was stored cannot be marked: {error}")))
+                }
             };
             let Some(event) = event else { continue };
             for effect in self.link.apply(event, Instant::now()) {
@@ -73,13 +76,6 @@ impl LinkDriver {
             }
             Effect::OpenChannel(side, stream) => self.open_channel(side, stream, false),
             Effect::OpenWaitingChannel(stream) => self.open_channel(Side::Owner, stream, true),
-            Effect::Mark(marks) => {
-                let marked = dirty_log::mark(&marks);
-                self.warn_of(
-                    marked,
-                    "what was stored cannot be marked: a migration of the owner under way loses it",
-                );
-            }
             Effect::Miss(id, page, access) => {
                 self.ask(Side::Owner, Asked::Miss(id), backend_message::miss(page, access));
             }
@@ -90,7 +86,7 @@ impl LinkDriver {
                 let flags = if table_changed { abi::RESPONSE_F_TABLE } else { 0 };
                 self.control_ring.answer(self.control_area.memory(), command, status, flags, 0);
             }
-            Effect::Copy(command, task, pieces) => self.copy(command, task, &pieces),
+            Effect::Copy(command, task, pieces, marks) => self.copy(command, task, &pieces, marks.as_ref()),
             Effect::Window(op, change) => self.change_window(op, change),
             Effect::WirePeer(id, request) => {
                 self.ask(Side::Peer, Asked::Wire(id), backend_message::wire(request));
@@ -172,9 +168,13 @@ impl LinkDriver {
         }
     }
 
-    fn copy(&mut self, command: CommandId, task: Task, pieces: &[Piece]) {
+    fn copy(&mut self, command: CommandId, task: Task, pieces: &[Piece], marks: Option<&Marks>) {
         let memory = self.control_area.memory();
-        let done = copy(&self.control_ring, memory, command, task, pieces);
+        let copied = copy(&self.control_ring, memory, command, task, pieces);
+        // Whatever was written. A STORE that is done is there when the owner has been migrated, too.
+        let unmarked = marks.and_then(|marks| dirty_log::mark(marks).err());
+        let done = copied && unmarked.is_none();
+        self.failed.extend(unmarked.map(Failure::Mark));
         let written = match task {
             Task::Fetch if done => pieces.iter().map(|piece| piece.len).sum(),
             Task::Fetch | Task::Map | Task::Store => 0,

@@ -69,6 +69,8 @@ struct Watch {
 enum Failure {
     /// A session's VMM is gone, or cannot be answered.
     Session(Side, SessionId),
+    /// What was stored could not be marked: why.
+    Mark(io::Error),
 }
 
 /// Everything around one link.
