@@ -5,9 +5,10 @@
 #[path = "confinement/bench.rs"]
 mod bench;
 
+use std::collections::BTreeSet;
 use std::io::{BufRead, BufReader, Write};
 use std::os::unix::net::{UnixListener, UnixStream};
-use std::process::Output;
+use std::process::{Command, Output};
 use std::sync::{Arc, Mutex};
 use std::thread;
 use std::time::{Duration, Instant};
@@ -24,6 +25,8 @@ enum Way {
     Nonsense,
     /// The guest does not let go: no event comes.
     Keep,
+    /// It does when nobody waits for it any more.
+    Late,
 }
 
 /// At this command, in this way. `greeting`: before any.
@@ -32,27 +35,52 @@ type Script = Option<(&'static str, Way)>;
 /// Something at a QMP socket, which does what it is told but for its script.
 struct Fake {
     name: &'static str,
-    heard: Arc<Mutex<Vec<String>>>,
+    vm: Arc<Vm>,
+}
+
+/// What it was told, and has.
+#[derive(Default)]
+struct Vm {
+    heard: Mutex<Vec<String>>,
     /// The last device_add's arguments.
-    device: Arc<Mutex<Value>>,
+    device: Mutex<Value>,
+    /// Kinds of what there is of the link.
+    has: Mutex<BTreeSet<String>>,
+}
+
+impl Vm {
+    /// Does a command. An error: QEMU's class and words.
+    fn does(&self, what: &str, arguments: &Value) -> Result<(), (&str, String)> {
+        let Some((kind, verb)) = what.split_once(['_', '-']) else { return Ok(()) };
+        let mut has = self.has.lock().unwrap();
+        let id = &arguments["id"];
+        match verb {
+            "add" if !has.insert(kind.into()) => Err(("GenericError", format!("Duplicate {kind} {id}"))),
+            "del" | "remove" if !has.remove(kind) => Err(match kind {
+                "device" => ("DeviceNotFound", format!("Device {id} not found")),
+                _ => ("GenericError", format!("{kind} {id} not found")),
+            }),
+            _ => Ok(()),
+        }
+    }
 }
 
 impl Fake {
     fn start(place: &Place, name: &'static str, script: Script) -> Self {
         let listener = UnixListener::bind(place.at(name)).unwrap();
-        let fake = Self { name, heard: Arc::default(), device: Arc::default() };
-        let (heard, device) = (Arc::clone(&fake.heard), Arc::clone(&fake.device));
+        let fake = Self { name, vm: Arc::default() };
+        let vm = Arc::clone(&fake.vm);
         thread::spawn(move || {
             for stream in listener.incoming().map_while(Result::ok) {
                 // One at a time, as QEMU.
-                serve(&stream, name, script, &heard, &device);
+                serve(&stream, name, script, &vm);
             }
         });
         fake
     }
 
     fn heard(&self) -> Vec<String> {
-        std::mem::take(&mut *self.heard.lock().unwrap())
+        std::mem::take(&mut *self.vm.heard.lock().unwrap())
     }
 }
 
@@ -63,7 +91,7 @@ fn misbehave(mut stream: &UnixStream, way: Way) -> bool {
             let error = json!({"error": {"class": "GenericError", "desc": "Bus 'rp' is full"}});
             writeln!(stream, "{error}").is_ok()
         }
-        Way::Hang | Way::Keep => {
+        Way::Hang | Way::Keep | Way::Late => {
             // Until the other side has had enough.
             let _ = std::io::copy(&mut &*stream, &mut std::io::sink());
             false
@@ -77,13 +105,7 @@ fn misbehave(mut stream: &UnixStream, way: Way) -> bool {
     }
 }
 
-fn serve(
-    mut stream: &UnixStream,
-    name: &str,
-    script: Script,
-    heard: &Mutex<Vec<String>>,
-    device: &Mutex<Value>,
-) {
+fn serve(mut stream: &UnixStream, name: &str, script: Script, vm: &Vm) {
     if let Some(("greeting", way)) = script
         && !misbehave(stream, way)
     {
@@ -95,10 +117,10 @@ fn serve(
         let command: Value = serde_json::from_str(&line).unwrap();
         let what = command["execute"].as_str().unwrap();
         if what != "qmp_capabilities" {
-            heard.lock().unwrap().push(format!("{name} {what}"));
+            vm.heard.lock().unwrap().push(format!("{name} {what}"));
         }
         if what == "device_add" {
-            *device.lock().unwrap() = command["arguments"].clone();
+            *vm.device.lock().unwrap() = command["arguments"].clone();
         }
         // One that no library knows, and one of another device.
         let time = json!({"seconds": 1, "microseconds": 2});
@@ -106,11 +128,18 @@ fn serve(
         let _ = writeln!(stream, "{}", event("NETDEV_VHOST_USER_NEWS", json!({"netdev-id": "x"})));
         let _ = writeln!(stream, "{}", event("DEVICE_DELETED", json!({"path": "/machine/y", "device": "y"})));
         let scripted = script.filter(|(command, _)| *command == what).map(|(_, way)| way);
-        if let Some(way) = scripted.filter(|way| *way != Way::Keep) {
+        if let Some(way) = scripted.filter(|way| !matches!(way, Way::Keep | Way::Late)) {
             if !misbehave(stream, way) {
                 return;
             }
             continue;
+        }
+        if let Err((class, desc)) = vm.does(what, &command["arguments"]) {
+            let _ = writeln!(stream, "{}", json!({"error": {"class": class, "desc": desc}}));
+            continue;
+        }
+        if scripted == Some(Way::Keep) {
+            vm.has.lock().unwrap().insert("device".into());
         }
         let _ = writeln!(stream, "{}", json!({"return": {}}));
         if what == "device_del" && scripted.is_none() {
@@ -136,9 +165,15 @@ impl Bed {
         Self { place, broker, owner, peer }
     }
 
-    fn say(&self, args: &[&str]) -> Output {
+    /// What is said to the broker alone.
+    fn command(&self, args: &[&str]) -> Command {
         let mut command = self.place.program();
         command.args(args).arg("--control-socket").arg(self.place.at("control"));
+        command
+    }
+
+    fn say(&self, args: &[&str]) -> Output {
+        let mut command = self.command(args);
         command.arg("--owner-qmp").arg(self.place.at("owner")).args(["--owner-bus", "rp"]);
         command.arg("--peer-qmp").arg(self.place.at("peer")).args(["--peer-bus", "rp"]);
         command.output().unwrap()
@@ -173,13 +208,13 @@ fn both_vms_are_told_what_to_add_and_what_to_remove_among_events_that_nobody_kno
         (bed.owner.heard(), bed.peer.heard()),
         (CARD.map(str::to_owned).to_vec(), PEER.map(str::to_owned).to_vec())
     );
-    let device = bed.owner.device.lock().unwrap().clone();
+    let device = bed.owner.vm.device.lock().unwrap().clone();
     assert_eq!(
         device,
         json!({"driver": "virtio-net-pci", "bus": "rp", "id": "vp-late-owner", "netdev": "vp-late-owner",
             "disable-legacy": "on", "mq": true, "vectors": 6, "ats": true})
     );
-    assert_eq!(bed.peer.device.lock().unwrap()["num_vqs"], 5);
+    assert_eq!(bed.peer.vm.device.lock().unwrap()["num_vqs"], 5);
     assert!(bed.has_link());
     bed.done(&["unplug", "late"]);
     assert_eq!(bed.owner.heard(), NO_CARD);
@@ -299,6 +334,39 @@ fn a_guest_that_keeps_its_device_keeps_the_link() {
         "{said}"
     );
     assert!(said.contains("the link was unplugged again") && !bed.has_link(), "{said}");
+}
+
+#[test]
+fn what_a_guest_let_go_of_too_late_is_removed_at_the_next_unplug() {
+    let late = Some(("device_del", Way::Late));
+    for (owner, peer) in [(late, None), (None, late)] {
+        let bed = Bed::new(owner, peer);
+        bed.done(&["plug", "late"]);
+        let said = bed.refused(&["unplug", "late", "--guest-timeout", "0.3"]);
+        assert!(said.contains("did not let go") && bed.has_link(), "{said}");
+        let fake = if owner.is_some() { &bed.owner } else { &bed.peer };
+        let _ = fake.heard();
+        // The other's guest is as quick as ever.
+        let other = if owner.is_some() { &bed.peer } else { &bed.owner };
+        assert!(other.vm.has.lock().unwrap().contains("device"));
+        bed.done(&["unplug", "late"]);
+        assert_eq!(
+            fake.heard(),
+            ["device_del", "netdev_del", "chardev-remove"].map(|what| format!("{} {what}", fake.name))
+        );
+        assert!(!bed.has_link() && fake.vm.has.lock().unwrap().is_empty());
+        // Nothing is in the way.
+        bed.done(&["plug", "late"]);
+    }
+}
+
+#[test]
+fn a_vm_that_has_nothing_of_the_link_is_a_mistake() {
+    let bed = Bed::new(None, None);
+    assert!(bed.command(&["plug", "late"]).output().unwrap().status.success());
+    let said = bed.refused(&["unplug", "late"]);
+    assert!(said.contains("the owner's VM") && said.contains("not found"), "{said}");
+    assert!(said.contains("nothing else was changed") && bed.has_link(), "{said}");
 }
 
 #[test]

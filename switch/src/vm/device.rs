@@ -90,34 +90,48 @@ pub fn add(vm: &mut Connection, link: &PluggedLink, role: Role, place: &Place) -
     added
 }
 
-/// Removes the link's device, when its guest has let go of it.
+/// Removes the link's device, when its guest has let go of it; and where it has let go of it before, as one that
+/// took longer than it had, what is left.
 ///
 /// # Errors
-/// When there is none, its guest does not let go of it within `time`, or QEMU does not answer.
+/// When there is nothing of it, its guest does not let go of it within `time`, or QEMU does not answer.
 pub fn remove(vm: &mut Connection, link: &str, role: Role, time: Duration) -> Result<(), QmpError> {
     let id = name(link, role);
-    vm.run(&qmp::device_del { id: id.clone() })?;
-    vm.wait_deleted(&id, time)?;
-    match vm.run(&qmp::netdev_del { id: id.clone() }) {
-        // Only cards have one.
-        Err(error) if !error.is_missing() => return Err(error),
-        _ => {}
+    let missing = match vm.run(&qmp::device_del { id: id.clone() }) {
+        Err(error) if error.is_missing() => Some(error),
+        result => {
+            result?;
+            vm.wait_deleted(&id, time)?;
+            None
+        }
+    };
+    // Only cards have a netdev.
+    let had_netdev = was_there(vm.run(&qmp::netdev_del { id: id.clone() }))?;
+    let had_chardev = remove_chardev(vm, &id)?;
+    match missing {
+        Some(error) if !had_netdev && !had_chardev => Err(error),
+        _ => Ok(()),
     }
-    remove_chardev(vm, &id)
 }
 
-/// QEMU lets go of a connection a moment after the device.
-fn remove_chardev(vm: &mut Connection, id: &str) -> Result<(), QmpError> {
+/// QEMU lets go of a connection a moment after the device. Says whether there was one: QEMU 11.1 removes that of a
+/// card together with its netdev.
+fn remove_chardev(vm: &mut Connection, id: &str) -> Result<bool, QmpError> {
     let deadline = Instant::now() + BUSY;
     loop {
-        match vm.run(&qmp::chardev_remove { id: id.into() }) {
-            Err(error @ QmpError::Refused { .. }) if !error.is_missing() && Instant::now() < deadline => {
-                thread::sleep(BUSY_PAUSE);
-            }
-            // QEMU 11.1 removes that of a card together with its netdev.
-            Err(error) if error.is_missing() => return Ok(()),
-            result => return result.map(drop),
+        match was_there(vm.run(&qmp::chardev_remove { id: id.into() })) {
+            Err(QmpError::Refused { .. }) if Instant::now() < deadline => thread::sleep(BUSY_PAUSE),
+            result => return result,
         }
+    }
+}
+
+/// Whether what was to be removed was there.
+fn was_there<T>(removed: Result<T, QmpError>) -> Result<bool, QmpError> {
+    match removed {
+        Ok(_) => Ok(true),
+        Err(error) if error.is_missing() => Ok(false),
+        Err(error) => Err(error),
     }
 }
 
