@@ -1,7 +1,7 @@
 //! What waits until the peer has lost something of the owner's: an answer to the owner's front-end, and
 //! the end of the link.
 
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
 use iommu::{Iova, Span, WindowLayout};
 
@@ -16,10 +16,8 @@ pub(super) struct Pending {
     pub(super) reply: Reply,
     /// What of the owner's it waits for.
     pub(super) concerns: Concern,
-    /// Until when a peer may hold it up whose device is stopped.
-    pub(super) peer_deadline: Instant,
-    /// Until when the owner waits.
-    pub(super) deadline: Instant,
+    /// Until when.
+    pub(super) until: Deadlines,
 }
 
 impl Pending {
@@ -70,12 +68,26 @@ pub(super) fn concerned(request: &Request, generation: u64, now: Instant) -> Con
     }
 }
 
-/// Until when a link that ends waits for its peer.
+/// Until when an owner's request, or a link that ends, waits for the peer.
 #[derive(Clone, Copy, Debug)]
-pub(super) struct Unplug {
-    /// As [`Pending::peer_deadline`].
-    pub(super) peer_deadline: Instant,
-    pub(super) deadline: Instant,
+pub(super) struct Deadlines {
+    /// Until when a peer may hold it up whose device is stopped.
+    pub(super) peer: Instant,
+    /// Until when it waits at all: the peer's VMM has its time; then the kernel's word that its mappings are gone has
+    /// as much again.
+    pub(super) last: Instant,
+}
+
+impl Deadlines {
+    /// Those of what begins to wait now.
+    pub(super) fn new(now: Instant, timeout: Duration) -> Self {
+        Self { peer: now + timeout, last: now + 2 * timeout }
+    }
+
+    /// The next; the peer's if the peer is one whose device is stopped.
+    pub(super) fn next(self, silent_peer: bool) -> Instant {
+        if silent_peer { self.peer } else { self.last }
+    }
 }
 
 impl Link {
@@ -92,14 +104,7 @@ impl Link {
             effects.push(Effect::Reply(Side::Owner, reply));
             return;
         }
-        self.pending = Some(Pending {
-            reply,
-            concerns,
-            // The peer's VMM has its time; then the kernel's word that its mappings are
-            // gone has as much again.
-            peer_deadline: now + self.timeout,
-            deadline: now + 2 * self.timeout,
-        });
+        self.pending = Some(Pending { reply, concerns, until: Deadlines::new(now, self.timeout) });
     }
 
     /// Whether the peer holds no more of the owner's than it should.

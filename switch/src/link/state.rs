@@ -21,7 +21,7 @@ use super::message::{Effect, Event, Flood, Generations, LinkContents, Log, Reply
 use super::migration::geometry;
 use super::owner::OwnerSession;
 use super::peer::PeerSession;
-use super::pending::{Concern, Pending, Unplug};
+use super::pending::{Concern, Deadlines, Pending};
 use super::release::{Release, loses};
 use super::window::Window;
 use super::wiring::Wiring;
@@ -65,8 +65,8 @@ pub struct Link {
     pub(super) demand_counters: DemandCounters,
     pub(super) shown: Shown,
     pub(super) pending: Option<Pending>,
-    /// The link ends.
-    pub(super) unplug: Option<Unplug>,
+    /// The link ends, and waits so long for its peer.
+    pub(super) unplug: Option<Deadlines>,
     pub(super) failure: Option<String>,
     pub(super) published: LinkContents,
     /// The room that commands may have before the link settles.
@@ -211,17 +211,12 @@ impl Link {
     /// When an [`Event::Tick`] has something to do.
     pub fn deadline(&self) -> Option<Instant> {
         let silent_peer = self.silent_peer();
-        let wait = |peer_deadline: Instant, deadline| match silent_peer {
-            true => peer_deadline.min(deadline),
-            false => deadline,
-        };
         let of_driver =
             |pending: &Pending| pending.driver_deadline().filter(|_| !self.withdraws && !silent_peer);
         let pending = self.pending.as_ref();
-        let pending = pending.map(|pending| {
-            of_driver(pending).unwrap_or_else(|| wait(pending.peer_deadline, pending.deadline))
-        });
-        let unplug = self.unplug.map(|unplug| wait(unplug.peer_deadline, unplug.deadline));
+        let pending =
+            pending.map(|pending| of_driver(pending).unwrap_or_else(|| pending.until.next(silent_peer)));
+        let unplug = self.unplug.map(|unplug| unplug.next(silent_peer));
         let doorbell = self.doorbell_function.as_ref().and_then(Doorbell::deadline);
         let (demand, wiring) = (self.demand.deadline(), self.wiring.deadline());
         let others = [pending, unplug, demand, wiring, doorbell, self.release.deadline()];
@@ -272,13 +267,12 @@ impl Link {
             self.refuse_doorbell(&fault, effects);
         }
         self.answer_without_driver(now, effects);
-        let deadlines = self.pending.iter().map(|pending| pending.peer_deadline);
-        let mut deadlines = deadlines.chain(self.unplug.map(|unplug| unplug.peer_deadline));
-        let overdue = deadlines.any(|deadline| now >= deadline);
+        let mut waits = self.pending.iter().map(|pending| pending.until).chain(self.unplug);
+        let overdue = waits.any(|until| now >= until.peer);
         if overdue && self.silent_peer() {
             self.peer_failed(&Fault::Unconfirmed(self.timeout.as_millis()), effects);
         }
-        if self.pending.as_ref().is_some_and(|pending| now >= pending.deadline) {
+        if self.pending.as_ref().is_some_and(|pending| now >= pending.until.last) {
             // Never a false answer: the owner's VMM learns that it has none.
             let message =
                 "the peer's VMM may still hold the owner's memory; the owner is disconnected unanswered";
@@ -287,7 +281,7 @@ impl Link {
             effects.push(Effect::Disconnect(Side::Owner));
             self.leave(Side::Owner, effects);
         }
-        if self.unplug.take_if(|unplug| now >= unplug.deadline).is_some() {
+        if self.unplug.take_if(|unplug| now >= unplug.last).is_some() {
             effects.push(Effect::Unplugged(false));
         }
     }
@@ -305,7 +299,7 @@ impl Link {
             self.stop_demand(effects);
         }
         self.layout = WindowLayout::new();
-        self.unplug = Some(Unplug { peer_deadline: now + self.timeout, deadline: now + 2 * self.timeout });
+        self.unplug = Some(Deadlines::new(now, self.timeout));
     }
 
     /// The peer's VMM cannot be relied on: it loses its link.
