@@ -20,6 +20,7 @@ use crate::transport::Transport;
 
 mod batch;
 pub mod exchange;
+pub(crate) mod served;
 
 pub use self::batch::ControlExchange;
 pub use self::exchange::{Exchange, Job, Nobody, Outcome, Request};
@@ -35,8 +36,8 @@ const SLOTS: u64 = abi::CONTROL_RING_SIZE as u64 / 2;
 /// not in it.
 const MARK: u64 = u64::from_le_bytes(*b"VPdriver");
 
-/// What the ring, its buffers and the mark take at least, bytes.
-pub(crate) const AREA_LEN: u64 = abi::CONTROL_BUFFERS + SLOTS * BUFFER_STRIDE + abi::CONTROL_MARK_FROM_END;
+/// What the ring, its buffers and the driver's words take at least, bytes.
+pub(crate) const AREA_LEN: u64 = abi::CONTROL_BUFFERS + SLOTS * BUFFER_STRIDE + abi::CONTROL_SERVED_FROM_END;
 
 const _: () = {
     assert!(REQUEST_LEN + RESPONSE_LEN <= BUFFER_STRIDE);
@@ -199,10 +200,11 @@ impl ControlRing {
         // Descriptors hold window offsets.
         let ring = DriverRing::new(abi::QUEUE_CONTROL, &places, &window, 0, None)?;
         let buffers = area + abi::CONTROL_BUFFERS;
-        let mark = area + transport.config().control_len.value().saturating_sub(abi::CONTROL_MARK_FROM_END);
+        let end = |from_end| area + transport.config().control_len.value().saturating_sub(from_end);
+        let mark = end(abi::CONTROL_MARK_FROM_END);
         window.store_u64(mark, MARK)?;
         let in_flight = [None; SLOTS as usize];
-        let batch = Batch::new(buffers + SLOTS * BUFFER_STRIDE, mark);
+        let batch = Batch::new(buffers + SLOTS * BUFFER_STRIDE, end(abi::CONTROL_SERVED_FROM_END));
         Ok(Self {
             ring,
             window,

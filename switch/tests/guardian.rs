@@ -106,6 +106,21 @@ fn an_owner_whose_peer_never_lets_go_is_let_go_when_the_time_is_over_and_that_is
 }
 
 #[test]
+fn a_driver_that_says_that_it_serves_is_waited_for_a_while() {
+    let (_place, broker, mut owner, vmm) = up(60_000);
+    let area = vmm.areas.recv().unwrap();
+    let served = GuestAddress(abi::CONTROL_OFFSET + abi::CONTROL_LEN - abi::CONTROL_SERVED_FROM_END);
+    // It was killed in the middle of a burst.
+    area.write_obj(2_u64, served).unwrap();
+    let killed = Instant::now();
+    broker.signal(Signal::SIGKILL);
+    vmm.until(|asked| !asked.0 && is_owners(asked));
+    assert!(killed.elapsed() >= Duration::from_millis(500), "{:?}", killed.elapsed());
+    vmm.may.send(()).unwrap();
+    owner.closed();
+}
+
+#[test]
 fn an_owner_without_a_peer_is_let_go_at_once() {
     let place = Place::of(Who::Nobody);
     let broker = place.start("confirm_timeout_ms = 60000", "");

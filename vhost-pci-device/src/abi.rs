@@ -322,16 +322,19 @@ pub const CONTROL_DESC: u64 = 0;
 pub const CONTROL_AVAIL: u64 = 1024;
 /// Used ring of the control ring, bytes from the start of the control area.
 pub const CONTROL_USED: u64 = 1280;
-/// From here to its mark the control area is the driver's, for buffers.
+/// From here to its two words at the end the control area is the driver's, for buffers.
 pub const CONTROL_BUFFERS: u64 = 2048;
 /// The driver's mark, 8 bytes: bytes from the *end* of the control area (section 9.1).
 pub const CONTROL_MARK_FROM_END: u64 = 8;
+/// The driver's word of which generation of the link it serves at this moment, 8 bytes: bytes from the
+/// *end* of the control area (section 9.1).
+pub const CONTROL_SERVED_FROM_END: u64 = 16;
 
 const _: () = {
     assert!(CONTROL_DESC + 16 * CONTROL_RING_SIZE as u64 <= CONTROL_AVAIL);
     assert!(CONTROL_AVAIL + 6 + 2 * CONTROL_RING_SIZE as u64 <= CONTROL_USED);
     assert!(CONTROL_USED + 6 + 8 * CONTROL_RING_SIZE as u64 <= CONTROL_BUFFERS);
-    assert!(CONTROL_BUFFERS + CONTROL_MARK_FROM_END <= CONTROL_LEN);
+    assert!(CONTROL_BUFFERS + CONTROL_SERVED_FROM_END <= CONTROL_LEN);
 };
 
 /// [`ControlRequest::command`]: the driver serves the vrings of the generation in

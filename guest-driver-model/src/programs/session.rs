@@ -13,6 +13,7 @@ use super::quiet::Quiet;
 use super::run::LONGEST_SLEEP;
 use super::tally::Tally;
 use super::waiting::sleep;
+use crate::control::served::Served;
 use crate::control::{Command, ControlExchange, ControlRing};
 use crate::link::{LinkError, LinkPage};
 use crate::net::PeerPort;
@@ -80,6 +81,8 @@ pub(super) struct Paused<P = PeerPort> {
     doorbell: Option<Pairing>,
     /// The generation that gave no port, and will not.
     refused: Option<u64>,
+    /// What the device is told to be served at this moment.
+    served: Served,
     tally: Tally,
     /// For lines that the owner can cause.
     quiet: Quiet,
@@ -118,6 +121,7 @@ impl<'a, P: Port> Session<'a, P> {
             live: None,
             doorbell: None,
             refused: None,
+            served: Served::new(transport.config()),
             tally: Tally::default(),
             quiet: Quiet::default(),
             allowance: None,
@@ -147,6 +151,11 @@ impl<'a, P: Port> Session<'a, P> {
     /// to [report](Self::report_faults) it. `lost` is called if the link that was up before is gone.
     pub fn turn(&mut self, lost: impl FnOnce()) -> Result<Option<Turn<'_, P>>, ProgramError> {
         self.follow_link(lost)?;
+        let serves = self.kept.live.as_ref().map_or(0, |live| live.port.generation());
+        if self.kept.served.say(self.transport.window(), serves) && self.kept.page.generation() != serves {
+            // It ended before that was known.
+            return Ok(None);
+        }
         // Only where it is used in each round: otherwise each command looks for it.
         if self.kept.live.as_ref().is_some_and(|live| live.asks) {
             self.renew_control();
@@ -204,6 +213,7 @@ impl<'a, P: Port> Session<'a, P> {
     /// Lets go of the owner's vrings, and then tells the device so, if it is there.
     pub fn end(mut self, tell: bool) {
         self.kept.live = None;
+        self.kept.served.say(self.transport.window(), 0);
         self.renew_control();
         if tell
             && let Some(mut control) = self.kept.control
@@ -359,6 +369,7 @@ impl<'a, P: Port> Session<'a, P> {
             return;
         }
         self.kept.control = ControlRing::new(self.transport).ok();
+        self.kept.served.forget();
         let attachment = self.attachment();
         if let (Some(control), Some(live), Some(attach)) =
             (&mut self.kept.control, &mut self.kept.live, attachment)
@@ -415,6 +426,13 @@ impl<'a, P: Port> Session<'a, P> {
     /// that they could tell once more. What comes after that is told, and ends the sleep however
     /// late it begins.
     pub fn arm(&mut self, waited_for: impl FnOnce(&Live<P>) -> Vec<u16>) -> Armed<'a> {
+        let armed = self.look_once_more(waited_for);
+        // Who sleeps is in the middle of nothing, and nobody waits for it.
+        self.kept.served.say(self.transport.window(), 0);
+        armed
+    }
+
+    fn look_once_more(&mut self, waited_for: impl FnOnce(&Live<P>) -> Vec<u16>) -> Armed<'a> {
         let transport = self.transport;
         let Some(control) = transport.interrupt_fd(abi::QUEUE_CONTROL) else {
             return Armed { events: Vec::new(), watched: None, most: LINK_PAUSE, has_work: false };

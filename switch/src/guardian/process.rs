@@ -26,7 +26,11 @@ use crate::runtime::limits;
 /// How long the peers' drivers have from when their link is said to be down until the window is taken
 /// away: one that is in the middle of a burst, which it began while the link was up, completes it, so that
 /// neither a packet nor the word of it goes nowhere. Owners know of nothing yet, and lose nothing by it.
+/// Of a driver that does not say what it serves, that it is enough is a guess.
 const GRACE: Duration = Duration::from_millis(20);
+/// The longest that a driver has which says that it is serving still: it may have no processor for a while, or
+/// have been killed.
+const LONGEST_GRACE: Duration = Duration::from_millis(500);
 /// How long between two looks at what the kernel says, at first and at most.
 const FIRST_LOOK: Duration = Duration::from_micros(200);
 const LOOK: Duration = Duration::from_millis(10);
@@ -185,6 +189,9 @@ enum End {
 /// Goes on with a link until its peer has nothing, or the time is over; then its VMMs are disconnected.
 fn run_down(mut link: Takedown, began: Instant, timeout: Duration) -> End {
     thread::sleep(GRACE);
+    while link.is_served() && began.elapsed() < LONGEST_GRACE.min(timeout / 2) {
+        thread::sleep(LOOK / 10);
+    }
     let mut pause = FIRST_LOOK;
     while !link.go_on() {
         if began.elapsed() >= timeout {

@@ -21,7 +21,7 @@ use vhost_pci_device::abi;
 
 use super::stand_in::StandIn;
 use crate::link::message::{Generations, LinkContents};
-use crate::runtime::areas::{AreaFile, LinkArea, Witness};
+use crate::runtime::areas::{AreaFile, ControlArea, LinkArea, Witness};
 use crate::runtime::backend_message;
 use crate::runtime::broker::first_generation;
 use crate::runtime::sys::all_is_read;
@@ -72,6 +72,8 @@ pub struct Takedown {
     witnesses: Vec<Witness>,
     /// Whether these tell what the peer has.
     is_told: bool,
+    /// Where the peer's driver says what it serves.
+    area: Option<ControlArea>,
     unsent: VecDeque<Vec<u8>>,
 }
 
@@ -79,11 +81,10 @@ impl Takedown {
     /// Begins, with what is mapped in the window as offset and length, bytes; `None` if the
     /// peer has nothing for certain: then the connections are closed.
     pub fn begin(mut held: Held, mapped: Vec<(u64, u64)>) -> Option<Self> {
-        if let Some(areas) = held.areas.take()
-            && let Err(error) = say_down(areas, held.link_id)
-        {
-            warn!(link = %held.name, %error, "the link area cannot be written");
-        }
+        let area = held.areas.take().and_then(|areas| {
+            let said = say_down(areas, held.link_id);
+            said.inspect_err(|error| warn!(link = %held.name, %error, "the link area cannot be written")).ok()
+        });
         // The witness pages go last; what is behind the broker's own is the owner's, its log included.
         let (owners, own): (Vec<_>, Vec<_>) =
             mapped.into_iter().partition(|(offset, _)| *offset >= abi::LOG_OFFSET);
@@ -95,7 +96,12 @@ impl Takedown {
         }
         let unmap = |(offset, len)| backend_message::unmap(offset, len).bytes;
         let unsent = owners.into_iter().chain(own).map(unmap).collect();
-        Some(Self { held, stand_in: StandIn::default(), witnesses, is_told, unsent })
+        Some(Self { held, stand_in: StandIn::default(), witnesses, is_told, area, unsent })
+    }
+
+    /// Whether the peer's driver says that it is serving the link still: it has not seen that it is down.
+    pub fn is_served(&self) -> bool {
+        self.area.as_ref().is_some_and(|area| area.served() != 0)
     }
 
     /// Does what can be done without waiting. Says whether the peer has nothing any more.
@@ -132,11 +138,13 @@ fn all_gone(witnesses: &[Witness]) -> bool {
     witnesses.iter().all(|witness| witness.is_gone().unwrap_or(false))
 }
 
-fn say_down(areas: File, link_id: u64) -> std::io::Result<()> {
-    let area = LinkArea::new(&AreaFile::open(areas)?, link_id);
+fn say_down(areas: File, link_id: u64) -> std::io::Result<ControlArea> {
+    let areas = AreaFile::open(areas)?;
     // Later than any of the broker's.
     let generation = first_generation();
-    area.publish(&LinkContents::default(), Generations { link: generation, table: generation })
+    let generations = Generations { link: generation, table: generation };
+    LinkArea::new(&areas, link_id).publish(&LinkContents::default(), generations)?;
+    Ok(ControlArea::new(&areas))
 }
 
 /// Reads answers, which say nothing, and sends requests until one would have to wait.

@@ -175,6 +175,15 @@ impl ControlArea {
         &self.0.memory
     }
 
+    /// The generation that the driver says it serves at this moment; 0: none, or it says nothing (9.1). To be
+    /// asked after the link page has changed: a driver that has not said so by then sees the page first.
+    pub fn served(&self) -> u64 {
+        let at = abi::CONTROL_OFFSET + abi::CONTROL_LEN - abi::CONTROL_SERVED_FROM_END;
+        // Acquire: what the driver wrote before it said so is written. The area is the whole window's part.
+        let word = self.0.memory.load::<u64>(GuestAddress(at), Ordering::Acquire);
+        word.map_or(0, u64::from_le)
+    }
+
     /// Zeroes the area, and gives its memory back.
     ///
     /// # Errors

@@ -49,7 +49,10 @@ fn serve(mut channel: UnixStream, said: &Sender<Asked>, areas: &Sender<GuestMemo
         let (offset, len) = (long(28), long(36));
         let takes_witness = file.is_none() && offset == abi::WITNESS_OFFSET;
         match (file, offset) {
-            (Some(file), abi::LINK_OFFSET) => drop(areas.send(map(file, len))),
+            // Both areas are of one file.
+            (Some(file), abi::LINK_OFFSET) => {
+                drop(areas.send(map(file, abi::CONTROL_OFFSET + abi::CONTROL_LEN)))
+            }
             (Some(file), abi::WITNESS_OFFSET) => witness = Some(map(file, len)),
             _ => {}
         }
