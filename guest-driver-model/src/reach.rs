@@ -99,6 +99,11 @@ impl Tables {
         self.page.table_generation() == self.table_generation || self.read()
     }
 
+    /// Goes by the table of this generation, which somebody else has read.
+    pub(crate) fn take(&mut self, table_generation: u64, translation: &Translation) {
+        (self.table_generation, self.translation) = (table_generation, translation.clone());
+    }
+
     /// Whether what was loaded from the window since the table was last brought up to date
     /// was there.
     #[inline]

@@ -54,6 +54,7 @@ fn scenario(testbed: &mut Testbed<'_>, far: &FarSide, setup: Setup) -> Result<()
     // Of this owner most of the memory is not for its card, and so not for ours.
     testbed.boot_owner(Setup { iommu: Iommu::Intel, driver: OwnerDriver::Vfio, ..setup })?;
     astray(testbed, far, &format!("{vf} --stray-after {STRAY_AFTER}"))?;
+    unplugged(testbed, &vf)?;
     testbed.check_broker()
 }
 
@@ -209,6 +210,24 @@ fn astray(testbed: &mut Testbed<'_>, far: &FarSide, vf: &str) -> Result<()> {
     let last = lines.last().context("no line of the driver's")?;
     println!("vf: {last}");
     ensure!(last["held_at_release"] == 0 && last["copied_bytes"] == 0);
+    Ok(())
+}
+
+/// The card's other function takes it away: its kernel waits for the program that has it, which lets it go.
+fn unplugged(testbed: &mut Testbed<'_>, vf: &str) -> Result<()> {
+    let peer = &mut testbed.peer;
+    let program = Program::start(peer, vf)?;
+    program.wait_lines(peer, 1, COMMAND)?;
+    let number = peer.sh_ok("echo /sys/bus/pci/devices/*/sriov_numvfs", COMMAND)?;
+    peer.sh_ok(&format!("(echo 0 >{number}; echo done >/tmp/unplugged) >/dev/null 2>&1 &"), COMMAND)?;
+    let gone = "for i in $(seq 200); do [ -e /tmp/unplugged ] && cat /tmp/vf.code && exit 0; sleep 0.1; done; exit 1";
+    let output = peer.sh(gone, COMMAND)?;
+    let said = program.messages(peer)?;
+    ensure!(output.code == 0, "the kernel does not get the card back; the program wrote:\n{said}");
+    let said = said.lines().last().context("no line of the driver's")?;
+    println!("vf: {said}");
+    ensure!(said.contains("the kernel wants the card back") && output.text.trim() != "0", "{said}");
+    ensure!(peer.sh_ok(&format!("cat {number}"), COMMAND)? == "0");
     Ok(())
 }
 

@@ -5,6 +5,7 @@
 //! the device leaves that to the driver. Never completes a buffer that the device has not given back.
 
 use std::collections::VecDeque;
+use std::time::Duration;
 
 use vhost_pci_device::abi::FaultKind;
 
@@ -15,7 +16,7 @@ use crate::link::{LinkPage, LinkSnapshot, Mapping};
 use crate::reach::{Demand, LiveVring, Reach, Tables, on_miss};
 use crate::ring::{Chain, ChainBurst, DeviceRing, Direction, Fault, OnMiss, Place, RingConfig, RingFeatures};
 use crate::shm::SharedMemory;
-use crate::translate::Access;
+use crate::translate::{Access, Translation};
 
 /// Where `num_buffers` is in the header.
 const NUM_BUFFERS: u64 = HEADER_LEN as u64 - 2;
@@ -47,17 +48,39 @@ pub struct Burst {
     pub moved: bool,
 }
 
-/// A buffer that is out.
+/// What was completed.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Completed {
+    /// Packets that passed.
+    pub packets: u64,
+    /// Bytes of their frames.
+    pub bytes: u64,
+    /// Buffers that the device cannot take.
+    pub dropped: u64,
+}
+
+/// A buffer that is out, or waits for one before it.
 #[derive(Debug)]
 struct Out {
     head: u16,
-    /// Window offset of `num_buffers`, if it can be stored.
-    num_buffers: Option<u64>,
-    /// First address and length of each piece, as the owner names them.
-    pieces: Vec<(u64, u32)>,
     len: u64,
+    state: State,
+}
+
+/// What has become of it.
+#[derive(Debug)]
+enum State {
+    /// The device has it.
+    Lent {
+        /// Window offset of `num_buffers`, if it can be stored.
+        num_buffers: Option<u64>,
+        /// First address and length of each piece, as the owner names them.
+        pieces: Vec<(u64, u32)>,
+    },
     /// The device has given it back, with so many bytes written.
-    back: Option<u32>,
+    Back(u32),
+    /// The device cannot take it.
+    Dropped,
 }
 
 /// A vring whose buffers are passed on.
@@ -130,16 +153,21 @@ impl Passage {
         Demand { table_reads: self.tables.reads(), ..self.demand }
     }
 
-    /// Buffers that are out.
+    /// Buffers that are not completed.
     pub fn out(&self) -> usize {
         self.out.len()
     }
 
-    /// Goes by the mapping table of now, for what is passed on next.
-    pub fn follow(&mut self) {
-        if self.tables.is_current() {
-            self.live.follow(&self.tables);
-        }
+    /// Goes by the mapping table of this generation, for what is passed on next.
+    pub fn follow(&mut self, table_generation: u64, translation: &Translation) {
+        self.tables.take(table_generation, translation);
+        self.live.follow(&self.tables);
+    }
+
+    /// How long it will be before the device is asked again for what it did not have, if there is such a
+    /// thing.
+    pub fn pause(&self) -> Option<Duration> {
+        self.live.backoff.left()
     }
 
     /// Passes on up to `budget` buffers: `pass` gets each with the number by which it is known until it
@@ -197,21 +225,25 @@ impl Passage {
                 broken = Some(chain.len);
                 break;
             }
-            let back = match pass(self.first + self.out.len() as u64, &chain) {
-                Passed::On => None,
+            let state = match pass(self.first + self.out.len() as u64, &chain) {
+                Passed::On => {
+                    let mut pieces = self.spare.pop().unwrap_or_default();
+                    pieces.clear();
+                    pieces.extend(chain.segments.iter().map(|piece| (piece.iova, piece.len)));
+                    burst.passed += 1;
+                    State::Lent { num_buffers: num_buffers(&chain), pieces }
+                }
                 Passed::NoRoom => {
                     burst.no_room = true;
                     break;
                 }
-                Passed::Dropped => Some(0),
+                // Of these there may be as many as the ring has entries.
+                Passed::Dropped => {
+                    burst.dropped += 1;
+                    State::Dropped
+                }
             };
-            burst.dropped += usize::from(back.is_some());
-            burst.passed += usize::from(back.is_none());
-            let mut pieces = self.spare.pop().unwrap_or_default();
-            pieces.clear();
-            pieces.extend(chain.segments.iter().map(|piece| (piece.iova, piece.len)));
-            let num_buffers = num_buffers(&chain);
-            self.out.push_back(Out { head: chain.head, num_buffers, pieces, len: chain.len, back });
+            self.out.push_back(Out { head: chain.head, len: chain.len, state });
         }
         let taken = burst.passed + burst.dropped;
         self.live.ring.put_back(popped - taken);
@@ -222,37 +254,50 @@ impl Passage {
         }
     }
 
-    /// The device gives a buffer back, of which it has written so many bytes, header and all. Whether that
-    /// number is out.
-    pub fn back(&mut self, number: u64, written: u32) -> bool {
+    /// The device gives a buffer back, of which it has written so many bytes, header and all. Whether it had
+    /// that number. `count_buffers`: it leaves `num_buffers` to the driver. That is stored now, as what the
+    /// device does not hold may leave the window before it is completed.
+    pub fn back(&mut self, number: u64, written: u32, count_buffers: bool) -> bool {
         let at = number.checked_sub(self.first).and_then(|at| usize::try_from(at).ok());
-        let out = at.and_then(|at| self.out.get_mut(at));
-        out.map(|out| out.back = Some(written)).is_some()
+        let Some(out) = at.and_then(|at| self.out.get_mut(at)) else { return false };
+        let State::Lent { num_buffers, pieces } = &mut out.state else { return false };
+        if let Some(at) = num_buffers.filter(|_| count_buffers && written > 0) {
+            // In the window, and aligned; a header, not a packet.
+            let _ = self.window.store_u16(at, 1);
+        }
+        self.spare.push(std::mem::take(pieces));
+        out.state = State::Back(written);
+        true
     }
 
-    /// Completes what is back, as far as what went before it is. Gives packets and bytes of frames.
-    /// `count_buffers`: the device leaves `num_buffers` to the driver.
-    pub fn complete(&mut self, count_buffers: bool) -> (u64, u64) {
-        let (mut packets, mut bytes) = (0, 0);
-        while let Some((out, written)) = self.out.front().and_then(|out| Some((out, out.back?))) {
-            let len = match self.direction {
-                Direction::DeviceReads => out.len,
-                _ => u64::from(written),
+    /// Completes what is back or dropped, as far as what went before it is.
+    pub fn complete(&mut self) -> Completed {
+        let mut done = Completed::default();
+        while let Some(out) = self.out.front() {
+            let written = match out.state {
+                State::Lent { .. } => break,
+                State::Back(written) => {
+                    let len = match self.direction {
+                        Direction::DeviceReads => out.len,
+                        _ => u64::from(written),
+                    };
+                    done.packets += 1;
+                    done.bytes += len.saturating_sub(HEADER_LEN as u64);
+                    written
+                }
+                State::Dropped => {
+                    done.dropped += 1;
+                    0
+                }
             };
-            if let Some(at) = out.num_buffers.filter(|_| count_buffers && written > 0) {
-                // In the window, and aligned; a header, not a packet.
-                let _ = self.window.store_u16(at, 1);
-            }
             self.live.ring.push_used(out.head, written);
-            packets += 1;
-            bytes += len.saturating_sub(HEADER_LEN as u64);
-            self.spare.extend(self.out.pop_front().map(|out| out.pieces));
+            self.out.pop_front();
             self.first += 1;
         }
-        if packets > 0 {
+        if done != Completed::default() {
             self.live.ring.flush_used();
         }
-        (packets, bytes)
+        done
     }
 
     /// The device has let go of all buffers: those that are not completed are passed on anew, in their
@@ -261,20 +306,21 @@ impl Passage {
         let count = self.out.len();
         self.live.ring.put_back(count);
         self.first += count as u64;
-        self.spare.extend(self.out.drain(..).map(|out| out.pieces));
+        self.spare.extend(self.out.drain(..).filter_map(|out| match out.state {
+            State::Lent { pieces, .. } => Some(pieces),
+            State::Back(_) | State::Dropped => None,
+        }));
         count
     }
 
-    /// Whether the device has a buffer of which a part lies in one of these ranges.
+    /// Whether the device has a buffer of which a part lies in one of these ranges, which are sorted by IOVA and
+    /// do not overlap.
     pub fn has_out(&self, ranges: &[Mapping]) -> bool {
-        let mut pieces = self.out.iter().filter(|out| out.back.is_none()).flat_map(|out| &out.pieces);
-        pieces.any(|(iova, len)| {
-            let last = iova.saturating_add(u64::from(*len).saturating_sub(1));
-            ranges.iter().any(|range| {
-                let end = range.iova.saturating_add(range.len.saturating_sub(1));
-                *iova <= end && range.iova <= last
-            })
-        })
+        let pieces = self.out.iter().flat_map(|out| match &out.state {
+            State::Lent { pieces, .. } => pieces.as_slice(),
+            State::Back(_) | State::Dropped => &[],
+        });
+        pieces.into_iter().any(|piece| touches(ranges, *piece))
     }
 
     /// Whether the owner wants to be called for what was completed since this was last asked.
@@ -306,6 +352,15 @@ fn num_buffers(chain: &Chain<'_>) -> Option<u64> {
     None
 }
 
+/// Whether one of these ranges, which are sorted by IOVA and do not overlap, has a part of a piece.
+fn touches(ranges: &[Mapping], (iova, len): (u64, u32)) -> bool {
+    let last = iova.saturating_add(u64::from(len).saturating_sub(1));
+    // Of those that do not start behind the piece the last one ends last.
+    let before = ranges.partition_point(|range| range.iova <= last);
+    let range = before.checked_sub(1).and_then(|at| ranges.get(at));
+    range.is_some_and(|range| range.iova.saturating_add(range.len.saturating_sub(1)) >= iova)
+}
+
 /// Asks for both directions of what one is needed of: a VMM that enforces none shows nothing else.
 struct BothWays<'a>(&'a mut dyn Exchange);
 
@@ -329,5 +384,32 @@ impl Exchange for BothWays<'_> {
 
     fn follow(&mut self, table_generation: u64) {
         self.0.follow(table_generation);
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_piece_is_touched_by_a_range_that_has_its_first_byte_or_its_last() {
+        let range = |iova, len| Mapping { iova, len, ..Mapping::default() };
+        let ranges = [range(0x1000, 0x1000), range(0x3000, 0x2000), range(u64::MAX - 0xfff, 0x1000)];
+        for piece in [
+            (0x1000, 1),
+            (0x1fff, 1),
+            (0xf00, 0x101),
+            (0x1fff, 0x1001),
+            (0x2fff, 2),
+            (0x2000, 0x8000),
+            (u64::MAX, 1),
+            (u64::MAX - 0x1000, 2),
+        ] {
+            assert!(touches(&ranges, piece), "{piece:x?}");
+        }
+        for piece in [(0xf00, 0x100), (0x2000, 0x1000), (0x5000, 0x1000), (0, 1), (u64::MAX - 0x1000, 1)] {
+            assert!(!touches(&ranges, piece), "{piece:x?}");
+        }
+        assert!(!touches(&[], (0, 1)));
     }
 }

@@ -133,7 +133,7 @@ pub trait Nic {
     /// Whether it works: costs an exit, so not for each packet.
     ///
     /// # Errors
-    /// Why it does not.
+    /// Why it does not. [`NicError::Transport`]: it has to be let go, and to start it again is no use.
     fn check(&self) -> Result<(), NicError>;
 
     /// What becomes readable when it gave something back, if it was asked to say so.

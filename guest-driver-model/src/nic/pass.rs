@@ -6,6 +6,8 @@
 //! and then the device may be told (`docs/vhost-pci-device.md`, 9.5). A range that the card can reach is in
 //! the window, and one that it has a buffer in, it can reach.
 
+use std::time::Duration;
+
 use virtio_bindings::virtio_config::{VIRTIO_F_ACCESS_PLATFORM, VIRTIO_F_VERSION_1};
 use virtio_bindings::virtio_ids::VIRTIO_ID_NET;
 use virtio_bindings::virtio_net::VIRTIO_NET_F_MRG_RXBUF;
@@ -13,11 +15,13 @@ use virtio_bindings::virtio_net::VIRTIO_NET_F_MRG_RXBUF;
 use super::{Lent, Nic, NicError, Piece, Way};
 use crate::control::Exchange;
 use crate::link::{LinkError, LinkPage, LinkSnapshot, Mapping};
-use crate::net::passage::{Burst, Passage, Passed};
+use crate::net::passage::{Burst, Completed, Passage, Passed};
 use crate::net::{HEADER_LEN, receive_vring, transmit_vring};
+use crate::port::{self, PortError};
 use crate::reach::Demand;
 use crate::ring::{Chain, Completion, Direction, Fault, Place, RingFeatures};
 use crate::shm::SharedMemory;
+use crate::translate::Translation;
 
 /// The features of an owner that can be served.
 const SERVED: u64 = 1 << VIRTIO_F_VERSION_1
@@ -30,16 +34,9 @@ const BURST: usize = 64;
 /// Why a link is not served, or not any more.
 #[derive(Debug, thiserror::Error)]
 pub enum PassError {
-    /// The owner's device is no network card with VERSION_1.
-    #[error(
-        "the owner's device (virtio number {device}, features {features:#x}) is no network card of virtio 1.0 or later"
-    )]
-    NotNetwork {
-        /// Its virtio device number.
-        device: u32,
-        /// What its driver accepted.
-        features: u64,
-    },
+    /// The owner's device is no network card of virtio 1.0 or later.
+    #[error(transparent)]
+    Port(PortError),
     /// The owner's driver leaves work to its card.
     #[error(
         "the owner's driver accepted features {features:#x}, which a card that is lent its buffers does not \
@@ -121,6 +118,16 @@ counts!(Counts {
     forgotten
 });
 
+impl From<PortError> for PassError {
+    fn from(error: PortError) -> Self {
+        match error {
+            // That can be mended.
+            PortError::Unknown { features } => Self::Features { features },
+            other => Self::Port(other),
+        }
+    }
+}
+
 /// What a round came to.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct Round {
@@ -130,8 +137,8 @@ pub struct Round {
     pub release: Option<u64>,
     /// Whether the owner wants to be called for what it receives, and for what it transmits.
     pub calls: [bool; 2],
-    /// A vring was found broken: it is not served any more.
-    pub fault: Option<Fault>,
+    /// Vrings that were found broken: what the owner receives by, and transmits by. They are not served any more.
+    pub faults: [Option<Fault>; 2],
 }
 
 /// The buffers of a link at one generation.
@@ -141,8 +148,10 @@ pub struct Pass {
     page: LinkPage,
     generation: u64,
     table_generation: u64,
-    /// What the card reaches: the mapping table of that generation.
+    /// What the card reaches, at most: the mapping table of that generation, in its order.
     reached: Vec<Mapping>,
+    /// How often the table was read because it had changed.
+    table_reads: u64,
     receive: Passage,
     send: Passage,
     mergeable: bool,
@@ -170,13 +179,7 @@ impl Pass {
         snapshot: &LinkSnapshot,
         nic: &mut dyn Nic,
     ) -> Result<Self, PassError> {
-        let features = snapshot.features;
-        if snapshot.owner_device != VIRTIO_ID_NET || !snapshot.has_feature(VIRTIO_F_VERSION_1) {
-            return Err(PassError::NotNetwork { device: snapshot.owner_device, features });
-        }
-        if features & !SERVED != 0 {
-            return Err(PassError::Features { features: features & !SERVED });
-        }
+        port::check(snapshot, (VIRTIO_ID_NET, "a network card"), SERVED)?;
         if snapshot.log.is_some() {
             return Err(PassError::Logged);
         }
@@ -191,7 +194,8 @@ impl Pass {
             page: page.clone(),
             generation: snapshot.generation,
             table_generation: snapshot.table_generation,
-            reached: Vec::new(),
+            reached: snapshot.mappings.clone(),
+            table_reads: 0,
             receive: Passage::new(window, page, snapshot, receive, Direction::DeviceWrites)?,
             send: Passage::new(window, page, snapshot, transmit, Direction::DeviceReads)?,
             mergeable: snapshot.has_feature(VIRTIO_NET_F_MRG_RXBUF),
@@ -238,7 +242,14 @@ impl Pass {
 
     /// What the device was asked for.
     pub fn demand(&self) -> Demand {
-        self.receive.demand() + self.send.demand()
+        let table_reads = self.table_reads;
+        self.receive.demand() + self.send.demand() + Demand { table_reads, ..Demand::default() }
+    }
+
+    /// How long it will be before the device is asked again for what it did not have, if there is such a
+    /// thing.
+    pub fn pause(&self) -> Option<Duration> {
+        [self.receive.pause(), self.send.pause()].into_iter().flatten().min()
     }
 
     /// The first bus address behind all that the card reaches of the window.
@@ -271,9 +282,11 @@ impl Pass {
             let burst = match self.pass(way, nic, exchange) {
                 Ok(burst) => burst,
                 Err(fault) => {
-                    if !self.faults.contains(&fault) {
+                    if !self.faults.contains(&fault)
+                        && let Some(new) = round.faults.get_mut(at)
+                    {
                         self.faults.push(fault);
-                        round.fault = Some(fault);
+                        *new = Some(fault);
                     }
                     continue;
                 }
@@ -282,7 +295,6 @@ impl Pass {
                 *full = burst.no_room;
             }
             round.moved += burst.passed + burst.dropped;
-            self.counts.dropped += burst.dropped as u64;
             if burst.passed > 0 {
                 nic.publish(way);
             }
@@ -301,10 +313,11 @@ impl Pass {
     /// For once in a while: starts the card again if it does not work any more.
     ///
     /// # Errors
-    /// If it does not start.
+    /// If it does not start, or is not to be had any more.
     pub fn check(&mut self, nic: &mut dyn Nic) -> Result<(), PassError> {
         match nic.check() {
             Ok(()) => Ok(()),
+            Err(error @ NicError::Transport(_)) => Err(error.into()),
             Err(error) => self.recover(nic, &error),
         }
     }
@@ -317,8 +330,8 @@ impl Pass {
         let mut any = false;
         for (passage, full) in [&mut self.receive, &mut self.send].into_iter().zip(self.full) {
             // A fault shows again with the next burst. What waits because the card is full is no work: the
-            // card says when it is not.
-            any |= passage.set_kicks(enabled).unwrap_or(false) && !full;
+            // card says when it is not. Nor is what waits for the device to be asked again.
+            any |= passage.set_kicks(enabled).unwrap_or(false) && !full && passage.pause().is_none();
         }
         any |= nic.set_interrupts(enabled)?;
         Ok(any || self.page.table_generation() != self.table_generation)
@@ -358,25 +371,24 @@ impl Pass {
         if table.log.is_some() {
             return Err(PassError::Logged);
         }
-        let is_new = |range: &Mapping| !self.reached.contains(range);
-        let new: Vec<_> = table.mappings.iter().copied().filter(is_new).collect();
-        let (kept, lost): (Vec<_>, Vec<_>) =
-            self.reached.iter().copied().partition(|range| table.mappings.contains(range));
+        self.table_reads += 1;
+        let (lost, new) = (missing(&self.reached, &table.mappings), missing(&table.mappings, &self.reached));
         let held = self.receive.has_out(&lost) || self.send.has_out(&lost);
         if held {
             // It gives nothing back but all of it.
             self.counts.quiesced += 1;
             self.stop(nic, round)?;
         }
-        self.reached = kept;
         self.forget(nic, &lost)?;
+        let translation = Translation::new(&table.mappings);
+        self.reached = table.mappings;
         self.table_generation = table.table_generation;
         if !lost.is_empty() || std::mem::take(&mut self.release_again) {
             round.release = Some(table.table_generation);
         }
         self.reach(nic, &new)?;
-        self.receive.follow();
-        self.send.follow();
+        self.receive.follow(table.table_generation, &translation);
+        self.send.follow(table.table_generation, &translation);
         if held {
             nic.start(self.mergeable)?;
         }
@@ -407,20 +419,23 @@ impl Pass {
         for (way, passage) in [(Way::Send, &mut self.send), (Way::Receive, &mut self.receive)] {
             self.collected.clear();
             let collected = nic.collect(way, &mut self.collected);
+            // Of another link nothing is written and nothing completed.
+            let is_same_link = || self.page.generation() == self.generation;
+            let count_buffers = way == Way::Receive && !nic.is_mergeable() && is_same_link();
             for completion in &self.collected {
-                if !passage.back(completion.token, completion.len) {
+                if !passage.back(completion.token, completion.len, count_buffers) {
                     self.strays += 1;
                 }
             }
-            // Of another link nothing is completed.
-            if self.page.generation() == self.generation {
-                let (packets, bytes) = passage.complete(!nic.is_mergeable());
+            if is_same_link() {
+                let Completed { packets, bytes, dropped } = passage.complete();
                 let (all, all_bytes) = match way {
                     Way::Send => (&mut counts.tx_packets, &mut counts.tx_bytes),
                     Way::Receive => (&mut counts.rx_packets, &mut counts.rx_bytes),
                 };
                 *all += packets;
                 *all_bytes += bytes;
+                counts.dropped += dropped;
                 round.moved += packets as usize;
             }
             collected?;
@@ -448,7 +463,6 @@ impl Pass {
     fn reach(&mut self, nic: &mut dyn Nic, ranges: &[Mapping]) -> Result<(), NicError> {
         for range in ranges {
             nic.reach(&self.window, range)?;
-            self.reached.push(*range);
             self.counts.reached += 1;
         }
         Ok(())
@@ -461,6 +475,16 @@ impl Pass {
         }
         Ok(())
     }
+}
+
+/// What of one table is not in another as it is. Both are sorted by IOVA.
+fn missing(of: &[Mapping], from: &[Mapping]) -> Vec<Mapping> {
+    let mut from = from.iter().peekable();
+    let is_missing = |range: &&Mapping| {
+        while from.next_if(|other| other.iova < range.iova).is_some() {}
+        from.peek() != Some(range)
+    };
+    of.iter().filter(is_missing).copied().collect()
 }
 
 /// Where a chain's bytes are for the card, but for the first `skip`.

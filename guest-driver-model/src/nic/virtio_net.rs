@@ -154,8 +154,7 @@ impl Nic for VirtioNet {
         self.rings = Some([receive.map_err(outside)?, send.map_err(outside)?]);
         self.set_interrupts(false)?;
         let infos = places.map(|places| places.info(OWN_BUS));
-        let vectors: Vec<u16> = (0..self.events.len() as u16).collect();
-        self.card.drive(&infos, &vectors)?;
+        self.card.drive(&infos, self.events.len() as u16)?;
         self.running = true;
         Ok(())
     }
@@ -214,6 +213,7 @@ impl Nic for VirtioNet {
     }
 
     fn check(&self) -> Result<(), NicError> {
+        self.card.check()?;
         let failed = |why| Err(NicError::Failed { name: self.card.name().to_owned(), why });
         match self.card.status() {
             _ if !self.running => Ok(()),

@@ -57,8 +57,8 @@ const LOOK: Duration = Duration::from_millis(250);
 const ANSWER: Duration = Duration::from_millis(500);
 /// Between two looks for a link, where no interrupt tells of it.
 const LINK_PAUSE: Duration = Duration::from_millis(1);
-/// The longest sleep while buffers wait to be asked for again.
-const SHORT_SLEEP: Duration = Duration::from_millis(20);
+/// The same where one does.
+const LINK_SLEEP: Duration = Duration::from_millis(20);
 /// The number of the packet that goes where the card was not let.
 const STRAY: u64 = u64::MAX;
 /// Its length, bytes.
@@ -156,6 +156,8 @@ fn once(
     stop: &Stop,
     outage: &mut Outage,
 ) -> Result<(), ProgramError> {
+    // Also while the device is away.
+    nic.check()?;
     let address = Some(args.device.as_str()).filter(|address| *address != "auto");
     let transport = VfioTransport::open(address)?;
     outage.is_over();
@@ -379,7 +381,7 @@ impl<'a> Session<'a> {
                 return Ok(0);
             }
         };
-        let Round { moved, release, calls, fault } = round;
+        let Round { moved, release, calls, faults } = round;
         for (vring, _) in
             [receive_vring(0), transmit_vring(0)].into_iter().zip(calls).filter(|(_, call)| *call)
         {
@@ -391,7 +393,7 @@ impl<'a> Session<'a> {
         {
             pass.release_again();
         }
-        if let Some(fault) = fault {
+        for fault in faults.into_iter().flatten() {
             self.report.tally.faults += 1;
             if self.quiet.allows_line() {
                 tracing::warn!("{fault}; not served until the link changes");
@@ -420,10 +422,10 @@ impl<'a> Session<'a> {
     /// Now and then: whether device and card are there, and what there is to say.
     fn look(&mut self) -> Result<(), ProgramError> {
         self.transport.check()?;
-        if let Some(pass) = &mut self.pass
-            && let Err(PassError::Nic(error)) = pass.check(self.nic)
-        {
-            return Err(error.into());
+        match self.pass.as_mut().map(|pass| pass.check(self.nic)) {
+            Some(Err(PassError::Nic(error))) => return Err(error.into()),
+            Some(_) => {}
+            None => self.nic.check()?,
         }
         // A ring that begins anew is attached to anew.
         let doorbell = self.transport.pair(self.page.link_id());
@@ -478,7 +480,10 @@ impl<'a> Session<'a> {
             let mut events = vec![control];
             events.extend(kicks.iter().flat_map(|queue| self.transport.interrupt_fds(*queue)));
             events.extend(self.nic.interrupts());
-            let most = if self.pass.is_some() { LOOK.min(LONGEST_SLEEP) } else { SHORT_SLEEP };
+            let most = if self.pass.is_some() { LOOK.min(LONGEST_SLEEP) } else { LINK_SLEEP };
+            // What waits for the device to be asked again nobody announces.
+            let pause = self.pass.as_ref().and_then(Pass::pause);
+            let most = pause.map_or(most, |pause| pause.clamp(LINK_PAUSE, most));
             // A device without interrupts of its own is looked at more often.
             let most = if self.nic.interrupts().is_empty() { LINK_PAUSE } else { most };
             self.sleeps.count += 1;

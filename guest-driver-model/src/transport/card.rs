@@ -32,6 +32,8 @@ pub struct Card {
     notify: Mmio,
     config: Mmio,
     structures: Structures,
+    /// Readable when the kernel wants the card back, as for its removal.
+    wanted_back: Event,
     pci: VfioPci,
 }
 
@@ -103,6 +105,7 @@ impl Card {
             common: registers(&pci, structures.common)?,
             notify: registers(&pci, structures.notify)?,
             config: registers(&pci, structures.device)?,
+            wanted_back: pci.request_event()?,
             pci,
             structures,
             doorbells: Vec::new(),
@@ -158,7 +161,7 @@ impl Card {
     pub fn start(&mut self, features: u64, queues: &[VringInfo]) -> Result<(), TransportError> {
         // Without ACCESS_PLATFORM the card would take our bus addresses for physical ones.
         self.negotiate(features, 0)?;
-        self.drive(queues, &[])
+        self.drive(queues, 0)
     }
 
     /// Steps 1 to 6 of 3.1.1: the features accepted, all of `required` and what the card has of
@@ -173,11 +176,11 @@ impl Card {
         self.or_reset(accepted)
     }
 
-    /// Steps 7 and 8, with these queues, and an MSI-X vector for each if there are any.
+    /// Steps 7 and 8, with these queues and so many MSI-X vectors: the last queues share one if there are fewer.
     ///
     /// # Errors
     /// As [`Self::start`].
-    pub fn drive(&mut self, queues: &[VringInfo], vectors: &[u16]) -> Result<(), TransportError> {
+    pub fn drive(&mut self, queues: &[VringInfo], vectors: u16) -> Result<(), TransportError> {
         let driven = self.steps(queues, vectors);
         self.or_reset(driven)
     }
@@ -189,12 +192,10 @@ impl Card {
         })
     }
 
-    fn steps(&mut self, queues: &[VringInfo], vectors: &[u16]) -> Result<(), initialise::InitError> {
-        for (queue, at) in (0..).zip(queues) {
-            let size = at.size as u16;
-            let places = [at.desc, at.avail, at.used];
-            let vector = vectors.get(usize::from(queue)).copied().unwrap_or(initialise::NO_VECTOR);
-            let offset = initialise::queue_up(&self.common, queue, size..=size, places, vector)?;
+    fn steps(&mut self, queues: &[VringInfo], vectors: u16) -> Result<(), initialise::InitError> {
+        let places = queues.iter().map(|at| (at.size as u16, [at.desc, at.avail, at.used]));
+        let offsets = initialise::queues_up(&self.common, places, vectors)?;
+        for (queue, offset) in (0..).zip(offsets) {
             self.doorbells.push(Doorbell::new(&self.notify, &self.structures, queue, offset)?);
         }
         initialise::drive(&self.common);
@@ -216,6 +217,20 @@ impl Card {
     /// What it says of itself: 0 when it was reset, all ones when it is gone.
     pub fn status(&self) -> u8 {
         self.common.read8(initialise::DEVICE_STATUS)
+    }
+
+    /// Whether the card can be kept: the kernel does not want it back.
+    ///
+    /// # Errors
+    /// [`TransportError::Gone`]: whoever wants it waits until this card is dropped.
+    pub fn check(&self) -> Result<(), TransportError> {
+        match self.wanted_back.take() {
+            true => Err(TransportError::Gone {
+                device: self.name().to_owned(),
+                why: "the kernel wants the card back, to unplug it or for another driver",
+            }),
+            false => Ok(()),
+        }
     }
 
     /// MSI-X vectors.

@@ -315,6 +315,20 @@ fn queues<R: Registers>(
         .collect()
 }
 
+/// Step 7 for the queues of a device of any kind, from queue 0 on, of which each has just so many entries, and the bus
+/// addresses of its descriptor, driver and device area. With `vectors` MSI-X vectors. Returns their notify offsets.
+pub(in crate::transport) fn queues_up<R: Registers>(
+    common: &R,
+    queues: impl IntoIterator<Item = (u16, [u64; 3])>,
+    vectors: u16,
+) -> Result<Vec<u16>, InitError> {
+    let up = |(queue, (size, places))| {
+        let vector = vector_of_queue(queue, vectors).unwrap_or(NO_VECTOR);
+        queue_up(common, queue, size..=size, places, vector)
+    };
+    (0..).zip(queues).map(up).collect()
+}
+
 /// Step 7 for one queue: its size, as large as the device has it within `sizes`, its
 /// vector, and the bus addresses of its descriptor, driver and device area. Returns its
 /// notify offset.

@@ -153,6 +153,20 @@ fn queues_share_the_last_vector_or_poll() {
 }
 
 #[test]
+fn of_a_device_with_one_vector_each_queue_interrupts() {
+    for (vectors, expected) in [(1, [0, 0]), (2, [0, 1]), (0, [NO_VECTOR; 2])] {
+        let device = Fake::new(Defect::None);
+        let queues = [(64, [0x1000, 0x2000, 0x3000]), (64, [0x4000, 0x5000, 0x6000])];
+        assert_eq!(queues_up(&device, queues, vectors), Ok(vec![0, 10]));
+        let state = device.state.borrow();
+        let at = |queue, register| state.queues[&(queue, register)];
+        assert_eq!([0, 1].map(|queue| at(queue, QUEUE_MSIX_VECTOR)), expected.map(u32::from));
+        assert_eq!([0, 1].map(|queue| at(queue, QUEUE_DRIVER)), [0x2000, 0x5000]);
+        assert_eq!([0, 1].map(|queue| at(queue, QUEUE_SIZE)), [64; 2]);
+    }
+}
+
+#[test]
 fn a_defect_is_an_error_of_its_step() {
     let error =
         |defect, vectors| start(&Fake::new(defect), &Fake::config(), WINDOW, &rings(), vectors).unwrap_err();
