@@ -200,15 +200,19 @@ fn header(kind: u32, sector: u64) -> Vec<u8> {
 
 /// Serves all that there is. Of a device that puts off what it is asked for, in the end.
 fn serve(port: &mut BlkPort, exchange: &mut dyn Exchange, disk: &mut Memory) -> Result<usize, Fault> {
-    let mut served = 0;
+    let (mut served, mut is_last_look) = (0, false);
     loop {
-        match port.serve(exchange, 0, disk)? {
-            true => served += 1,
-            false => match port.pause() {
-                Some(pause) => std::thread::sleep(pause),
-                None => return Ok(served),
-            },
+        match (port.serve(exchange, 0, disk)?, port.pause()) {
+            (true, _) => served += 1,
+            (false, Some(pause)) => std::thread::sleep(pause),
+            (false, None) if is_last_look => return Ok(served),
+            // A pause may have ended before it was looked at.
+            (false, None) => {
+                is_last_look = true;
+                continue;
+            }
         }
+        is_last_look = false;
     }
 }
 
@@ -258,10 +262,15 @@ proptest! {
         let mut owner = Owner::new(features | KNOWS_FLUSH | if reach.is_some() { PLATFORM } else { 0 });
         let mut device = None;
         if let Some(mode) = reach {
-            let mut asked = 0;
+            let (mut asked, mut patience) = (0, patience);
             let rule: Rule = Box::new(move |_: &Request| {
                 asked += 1;
-                if asked % patience == 0 { Outcome::Later } else { Outcome::Done }
+                if asked < patience {
+                    return Outcome::Done;
+                }
+                // More rarely each time: of a request that takes more than it has patience one is always put off.
+                (asked, patience) = (0, 2 * patience);
+                Outcome::Later
             });
             owner.writer.status |= abi::LINK_S_IOMMU | if mode == Mode::Copy { abi::LINK_S_COPY } else { 0 };
             let mut apart = Device::new(&owner.views, owner.writer.clone(), rule);
