@@ -19,25 +19,26 @@ use vhost_pci_switch::runtime::Pass;
 use vhost_pci_switch::runtime::links::Links;
 
 /// A broker with one link.
-fn broker() -> (Running, Arc<About>) {
+fn broker() -> (Arc<About>, Running) {
     let link = Running::start(config());
     let text =
         "control_socket = \"/c\"\n[[link]]\nname = \"fuzz\"\nowner_socket = \"/o\"\npeer_socket = \"/p\"\n";
     let links = vec![(config(), link.port().clone())];
     let links = Links::of(&parse(text).expect("a configuration"), links).expect("descriptors");
     let about = About { links: Arc::new(links), confinement: Confinement::unconfined() };
-    (link, Arc::new(about))
+    // In this order they end: the first has descriptors, and the other counts what is left.
+    (Arc::new(about), link)
 }
 
 thread_local! {
-    static BROKER: RefCell<Option<(Running, Arc<About>)>> = const { RefCell::new(None) };
+    static BROKER: RefCell<Option<(Arc<About>, Running)>> = const { RefCell::new(None) };
 }
 
 fuzz_target!(|bytes: &[u8]| {
     BROKER.with_borrow_mut(|place| {
         // A client has unplugged the link: its end is looked at before another begins.
-        place.take_if(|(_, about)| about.links.ports().is_empty());
-        let (_, about) = place.get_or_insert_with(broker);
+        place.take_if(|(about, _)| about.links.ports().is_empty());
+        let (about, _) = place.get_or_insert_with(broker);
         ask(about, bytes);
     });
 });
