@@ -141,7 +141,13 @@ impl Driver {
         let mut ring = ControlRing::new(&self.device)?;
         ring.call(
             &self.device,
-            Command::Attach { generation: link.generation, interrupt: false, doorbell: None, quiesce: false },
+            Command::Attach {
+                generation: link.generation,
+                interrupt: false,
+                doorbell: None,
+                quiesce: false,
+                says_served: false,
+            },
             PATIENCE,
         )?;
         self.ring = Some(ring);

@@ -110,7 +110,13 @@ impl User {
         let mut ring = ControlRing::new(&driver)?;
         ring.call(
             &driver,
-            Command::Attach { generation: link.generation, interrupt: false, doorbell: None, quiesce: false },
+            Command::Attach {
+                generation: link.generation,
+                interrupt: false,
+                doorbell: None,
+                quiesce: false,
+                says_served: false,
+            },
             PATIENCE,
         )?;
         let half = function.window_len() / 2;

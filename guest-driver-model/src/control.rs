@@ -58,6 +58,8 @@ pub enum Command {
         /// A device of this VM uses the window: the driver says [`Command::Release`] before what
         /// leaves the link page leaves the window.
         quiesce: bool,
+        /// It keeps its word of what it serves at each moment (9.1).
+        says_served: bool,
     },
     /// The driver has let go of all vrings.
     Detach,
@@ -88,11 +90,12 @@ impl Command {
     fn to_abi(self) -> abi::ControlRequest {
         let request = |command: u16| abi::ControlRequest { command: command.into(), ..Default::default() };
         match self {
-            Self::Attach { generation, interrupt, doorbell, quiesce } => {
+            Self::Attach { generation, interrupt, doorbell, quiesce, says_served } => {
                 let flag = |set, flag| if set { flag } else { 0 };
                 let flags = flag(interrupt, abi::ATTACH_F_INTERRUPT)
                     | flag(doorbell.is_some(), abi::ATTACH_F_DOORBELL)
-                    | flag(quiesce, abi::ATTACH_F_QUIESCE);
+                    | flag(quiesce, abi::ATTACH_F_QUIESCE)
+                    | flag(says_served, abi::ATTACH_F_SERVED);
                 abi::ControlRequest {
                     flags: flags.into(),
                     value: generation.into(),

@@ -31,7 +31,7 @@ const AREA: u64 = abi::CONTROL_OFFSET;
 const PATIENCE: Duration = Duration::from_secs(2);
 
 fn attach(generation: u64, interrupt: bool) -> Command {
-    Command::Attach { generation, interrupt, doorbell: None, quiesce: false }
+    Command::Attach { generation, interrupt, doorbell: None, quiesce: false, says_served: false }
 }
 
 impl Fake {
@@ -164,7 +164,9 @@ fn another_control_area_is_noticed() {
 #[test]
 fn an_attachment_says_how_many_vectors_the_doorbell_function_has() {
     let attach = |doorbell| {
-        let request = Command::Attach { generation: 4, interrupt: true, doorbell, quiesce: false }.to_abi();
+        let request =
+            Command::Attach { generation: 4, interrupt: true, doorbell, quiesce: false, says_served: false }
+                .to_abi();
         (request.flags.value(), request.value.value(), request.len.value())
     };
     assert_eq!(attach(None), (abi::ATTACH_F_INTERRUPT, 4, 0));
@@ -173,7 +175,14 @@ fn an_attachment_says_how_many_vectors_the_doorbell_function_has() {
 
 #[test]
 fn a_driver_says_that_a_device_uses_the_window_and_that_it_let_go() {
-    let attach = Command::Attach { generation: 4, interrupt: false, doorbell: None, quiesce: true }.to_abi();
+    let attach = Command::Attach {
+        generation: 4,
+        interrupt: false,
+        doorbell: None,
+        quiesce: true,
+        says_served: false,
+    }
+    .to_abi();
     assert_eq!(attach.flags.value(), abi::ATTACH_F_QUIESCE);
     let release = Command::Release { table: 10 }.to_abi();
     assert_eq!((release.command.value(), release.value.value()), (abi::CTRL_RELEASE, 10));

@@ -40,6 +40,8 @@ mod release;
 mod requests;
 #[path = "link_states/revocation.rs"]
 mod revocation;
+#[path = "link_states/served.rs"]
+mod served;
 #[path = "link_states/unplug.rs"]
 mod unplug;
 #[path = "link_states/vmm.rs"]

@@ -374,6 +374,9 @@ pub const ATTACH_F_DOORBELL: u32 = 1 << 1;
 /// [`ControlRequest::flags`] of [`CTRL_ATTACH`]: a device of the peer's VM uses the window. What is
 /// to leave it stays until the driver says [`CTRL_RELEASE`] (section 9.5).
 pub const ATTACH_F_QUIESCE: u32 = 1 << 2;
+/// [`ControlRequest::flags`] of [`CTRL_ATTACH`]: the driver keeps its word of what it serves
+/// ([`CONTROL_SERVED_FROM_END`]).
+pub const ATTACH_F_SERVED: u32 = 1 << 3;
 
 /// The device-readable part of a control buffer (section 9.2).
 #[repr(C)]

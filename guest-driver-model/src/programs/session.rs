@@ -333,7 +333,13 @@ impl<'a, P: Port> Session<'a, P> {
     fn attachment(&self) -> Option<Command> {
         let generation = self.kept.live.as_ref()?.port.generation();
         let doorbell = self.kept.doorbell.map(|doorbell| doorbell.vectors);
-        Some(Command::Attach { generation, interrupt: self.interrupt, doorbell, quiesce: false })
+        Some(Command::Attach {
+            generation,
+            interrupt: self.interrupt,
+            doorbell,
+            quiesce: false,
+            says_served: true,
+        })
     }
 
     /// Tells the device what is served. What it cannot be told now is owed to it: without it,

@@ -315,7 +315,7 @@ impl<'a> Session<'a> {
     fn attach(&mut self, generation: u64) -> Result<bool, ProgramError> {
         let interrupt = self.args.wait.wait.needs_interrupts();
         let doorbell = self.doorbell.map(|doorbell| doorbell.vectors);
-        self.tell(Command::Attach { generation, interrupt, doorbell, quiesce: true })
+        self.tell(Command::Attach { generation, interrupt, doorbell, quiesce: true, says_served: false })
     }
 
     /// Tells the device that all that is not in the table of this generation was let go of. Whether that

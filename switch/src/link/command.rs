@@ -35,6 +35,7 @@ impl Link {
                     interrupt: has(abi::ATTACH_F_INTERRUPT),
                     vectors: if has(abi::ATTACH_F_DOORBELL) { vectors } else { 0 },
                     quiesces: has(abi::ATTACH_F_QUIESCE),
+                    says_served: has(abi::ATTACH_F_SERVED),
                 });
                 if !has(abi::ATTACH_F_QUIESCE) {
                     self.release.forget();

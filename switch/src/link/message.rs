@@ -415,6 +415,8 @@ pub enum Event {
     WindowDone(OpId, Result<(), String>),
     /// The kernel says that the peer's VMM holds the oldest witness page no more.
     WitnessGone,
+    /// The peer's driver serves no earlier generation of the link than that of [`Effect::WatchServed`].
+    Unserved,
     /// The peer's VMM answered what it was asked about its wiring.
     WireDone(WireId, Result<(), String>),
     /// A VMM connected the link's doorbell function.
@@ -529,6 +531,9 @@ pub enum Effect {
     WatchWitness,
     /// Stop to ask.
     StopWatching,
+    /// Start to look in the control area whether the peer's driver serves an earlier generation of the link
+    /// than this, until it does not or [`Link::awaits_served`](super::Link::awaits_served) is over.
+    WatchServed(u64),
     /// Forget the control ring's state; its area is zeroed before the driver sees it.
     ResetControlRing,
     /// Let the link area say this, at this generation of its own and this of its mapping

@@ -12,6 +12,7 @@
 //! | [`migration`] | when logging begins, and which of two owners' VMMs has the link |
 //! | [`window`] | what the peer has mapped, and how that changes |
 //! | [`release`] | what a device of the peer's VM has to let go of before it leaves the window |
+//! | [`served`] | the burst that the peer's driver is in the middle of when its link ends |
 //! | [`wiring`] | the owner's eventfds that the peer's VMM has |
 //! | [`doorbell`] | the same for a VMM that knows `ivshmem-doorbell` only |
 //! | [`notify`] | which way each notification goes |
@@ -39,6 +40,7 @@ mod pending;
 pub mod release;
 pub mod report;
 mod requests;
+pub mod served;
 pub mod state;
 pub mod view;
 pub mod vring;

@@ -74,6 +74,8 @@ pub struct AttachedDriver {
     pub vectors: u32,
     /// A device of its VM uses the window, and has to let go of what leaves it.
     pub quiesces: bool,
+    /// It keeps its word of what it serves at each moment.
+    pub says_served: bool,
 }
 
 /// What the peer's front-end has told so far.

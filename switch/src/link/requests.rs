@@ -133,6 +133,7 @@ impl Link {
                     PeerChange::Stopped => {
                         self.demand.forget_peer();
                         self.release.forget();
+                        self.served.end();
                         self.wiring.device_stopped();
                         self.window.stop(effects);
                     }

@@ -23,6 +23,7 @@ use super::owner::OwnerSession;
 use super::peer::PeerSession;
 use super::pending::{Concern, Deadlines, Pending};
 use super::release::{Release, loses};
+use super::served::Served;
 use super::window::Window;
 use super::wiring::Wiring;
 use crate::config::LinkConfig;
@@ -57,6 +58,8 @@ pub struct Link {
     pub(super) window: Window,
     /// What a device of the peer's VM has to let go of before it leaves the window.
     pub(super) release: Release,
+    /// The burst that the peer's driver is in the middle of when its link ends.
+    pub(super) served: Served,
     /// What of the owner's memory the peer should have.
     pub(super) layout: WindowLayout<MemoryFile>,
     /// Of an owner with an IOMMU: what is open between the sides, and what is chosen to be
@@ -102,6 +105,7 @@ impl Link {
             peer: None,
             window: Window::new(timeout),
             release: Release::new(timeout),
+            served: Served::new(timeout),
             layout: WindowLayout::new(),
             demand: Demand::default(),
             demand_counters: DemandCounters::default(),
@@ -177,6 +181,7 @@ impl Link {
                 }
             }
             Event::WitnessGone => self.window.witness_gone(now, &mut effects),
+            Event::Unserved => self.served.end(),
             Event::WireDone(id, result) => self.wired(id, result, &mut effects),
             Event::DoorbellConnected => {
                 self.doorbell_function = Some(Doorbell::new(self.timeout, now));
@@ -219,7 +224,8 @@ impl Link {
         let unplug = self.unplug.map(|unplug| unplug.next(silent_peer));
         let doorbell = self.doorbell_function.as_ref().and_then(Doorbell::deadline);
         let (demand, wiring) = (self.demand.deadline(), self.wiring.deadline());
-        let others = [pending, unplug, demand, wiring, doorbell, self.release.deadline()];
+        let others =
+            [pending, unplug, demand, wiring, doorbell, self.release.deadline(), self.served.deadline()];
         self.window.deadline().into_iter().chain(others.into_iter().flatten()).min()
     }
 
@@ -237,6 +243,15 @@ impl Link {
     /// Whether it matters when the VMM with the doorbell function has read what it was sent.
     pub fn awaits_doorbell(&self) -> bool {
         self.doorbell_function.as_ref().is_some_and(|doorbell| doorbell.deadline().is_some())
+    }
+
+    /// Whether it matters if the peer's driver serves an earlier generation of the link still.
+    pub fn awaits_served(&self) -> bool {
+        self.served.is_waited_for()
+    }
+
+    fn peer_says_served(&self) -> bool {
+        self.peer.as_ref().and_then(|peer| peer.driver).is_some_and(|driver| driver.says_served)
     }
 
     /// Whether the peer's driver has started its device.
@@ -260,6 +275,7 @@ impl Link {
         if let Err(fault) = self.window.tick(now, effects).and_then(|()| self.wiring.tick(now)) {
             self.peer_failed(&fault, effects);
         }
+        self.served.tick(now);
         if self.release.tick(now) {
             self.count(&Fault::Unreleased(self.release.patience().as_millis()), "peer", effects);
         }
@@ -330,6 +346,7 @@ impl Link {
             Side::Peer if self.peer.take().is_some() => {
                 self.demand.forget_peer();
                 self.release.forget();
+                self.served.end();
                 self.wiring.disconnected();
                 self.window.disconnect(effects);
             }
@@ -379,6 +396,10 @@ impl Link {
             } else {
                 self.generations = Generations { link: link + 2, table: table + 2 };
                 effects.push(Effect::Publish(contents.clone(), self.generations));
+                if self.served.is_waited_for() || self.is_up() && self.peer_says_served() {
+                    self.served.wait(now);
+                    effects.push(Effect::WatchServed(self.generations.link));
+                }
                 effects.extend(self.control_call().map(Effect::NotifyPeer));
                 for want in self.demand.wants.drain(..) {
                     effects.push(Effect::Answer(want.command, abi::CTRL_STALE, false));
@@ -387,8 +408,8 @@ impl Link {
             self.published = contents;
         }
         self.answer_mapped(effects);
-        // And a device of the peer's VM lets go of it before.
-        if !self.release.is_owed() {
+        // And a device of the peer's VM lets go of it before, and so does a driver in the middle of a burst.
+        if !self.release.is_owed() && !self.served.is_waited_for() {
             let (nothing, log) = (WindowLayout::new(), self.wanted_log());
             let layout = if self.withdraws { &nothing } else { &self.layout };
             self.window.reconcile(layout, log.as_ref(), now, effects);

@@ -56,6 +56,10 @@ pub struct Bench {
     /// Whether a doorbell function is connected.
     pub doorbell: bool,
     watching: bool,
+    /// The runtime looks whether the peer's driver serves an earlier link.
+    pub looks_for_served: bool,
+    /// It does, and does not stop.
+    pub serves_on: bool,
     /// Witness pages in the window, the oldest first, by number.
     witnesses: VecDeque<u64>,
     next_witness: u64,
@@ -114,6 +118,8 @@ impl Bench {
             lent: Lent::default(),
             doorbell: false,
             watching: false,
+            looks_for_served: false,
+            serves_on: false,
             witnesses: VecDeque::new(),
             next_witness: 0,
             connected: [false; 2],
@@ -282,6 +288,10 @@ impl Bench {
 
     /// The runtime asks the kernel about the oldest witness, if the link wants that.
     pub fn look(&mut self) {
+        if !self.serves_on && std::mem::take(&mut self.looks_for_served) {
+            let effects = self.link.apply(Event::Unserved, self.now);
+            self.run(effects);
+        }
         while self.watching {
             let gone = self.witnesses.front().is_none_or(|witness| self.vmm.seal(*witness));
             if !gone {
@@ -358,6 +368,10 @@ impl Bench {
             Effect::Window(op, change) => self.window(*op, change),
             Effect::WirePeer(id, request) => self.wirer.ask(*id, request.clone()),
             Effect::WatchWitness => self.watching = true,
+            Effect::WatchServed(generation) => {
+                assert_eq!(*generation, self.published.1, "the page says it before the driver is looked at");
+                self.looks_for_served = true;
+            }
             Effect::StopWatching => self.watching = false,
             Effect::Publish(contents, generations) => self.publish(contents, *generations),
             Effect::PublishTable(mappings, generation) => {

@@ -207,7 +207,11 @@ fn take(bench: &mut Bench, step: Step) {
 }
 
 fn attach(bench: &mut Bench, vectors: u64) {
-    let flags = abi::ATTACH_F_INTERRUPT | if vectors > 0 { abi::ATTACH_F_DOORBELL } else { 0 };
+    let doorbell = if vectors > 0 { abi::ATTACH_F_DOORBELL } else { 0 };
+    // And now and then it is always in the middle of a burst.
+    let served = if vectors & 1 == 0 { 0 } else { abi::ATTACH_F_SERVED };
+    bench.serves_on = vectors & 2 != 0;
+    let flags = abi::ATTACH_F_INTERRUPT | doorbell | served;
     let request = abi::ControlRequest {
         command: abi::CTRL_ATTACH.into(),
         flags: flags.into(),

@@ -190,6 +190,7 @@ impl Bench {
                     self.apply(Event::MissDone(id, input.coin()));
                 }
             }
+            12 if input.byte() < 64 => self.apply(Event::Unserved),
             12 => self.witness_goes(),
             13 => self.doorbell(input),
             14 | 15 => self.command(input),
@@ -306,7 +307,7 @@ impl Bench {
             command: u16::from(choice & 7).into(),
             vring: u16::from(input.byte() % 12).into(),
             kind: u32::from(input.byte() % 12).into(),
-            flags: u32::from(input.byte() % 8).into(),
+            flags: u32::from(input.byte() % 16).into(),
             value: value.into(),
             len: len.into(),
             ..Default::default()

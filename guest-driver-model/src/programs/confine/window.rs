@@ -114,7 +114,13 @@ impl<'a> Window<'a> {
         // 9.4: the device takes commands of who is attached to the present link.
         let generation = self.page.generation();
         if self.attached != Some(generation) {
-            let attach = Command::Attach { generation, interrupt: false, doorbell: None, quiesce: false };
+            let attach = Command::Attach {
+                generation,
+                interrupt: false,
+                doorbell: None,
+                quiesce: false,
+                says_served: false,
+            };
             if self.control.call(self.transport, attach, ANSWER_TIME).is_err() {
                 return Ok(Outcome::Later);
             }

@@ -52,6 +52,8 @@ impl LinkDriver {
         if self.watch.is_some() {
             self.look_at_witness();
         }
+        // Nor does a driver that sleeps.
+        self.look_at_served();
     }
 
     fn run_effect(&mut self, effect: Effect) {
@@ -113,6 +115,10 @@ impl LinkDriver {
                 self.watch = Some(Watch { next: Instant::now() + FIRST_LOOK, pause: FIRST_LOOK });
             }
             Effect::StopWatching => self.watch = None,
+            Effect::WatchServed(generation) => {
+                let watch = Watch { next: Instant::now() + FIRST_LOOK, pause: FIRST_LOOK };
+                self.served_watch = Some((watch, generation));
+            }
             Effect::ResetControlRing => self.reset_control_ring(),
             Effect::Publish(contents, generations) => {
                 let published = self.link_area.publish(&contents, generations);

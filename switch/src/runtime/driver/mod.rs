@@ -59,7 +59,7 @@ impl Drop for Session {
     }
 }
 
-/// When the witness page is looked at next.
+/// When the witness page, or what else nobody tells of, is looked at next.
 struct Watch {
     next: Instant,
     pause: Duration,
@@ -95,6 +95,8 @@ pub struct LinkDriver {
     /// time.
     fence: Option<Witness>,
     watch: Option<Watch>,
+    /// Which generation of the link, and no earlier one, the peer's driver is to serve.
+    served_watch: Option<(Watch, u64)>,
     doorbell_function: Option<(ChannelId, Doorbell)>,
     /// Whether its VMM has read what it was sent.
     doorbell_watch: Option<Watch>,
@@ -142,6 +144,7 @@ impl LinkDriver {
             witnesses: VecDeque::new(),
             fence: None,
             watch: None,
+            served_watch: None,
             doorbell_function: None,
             doorbell_watch: None,
             link_id,
@@ -172,7 +175,8 @@ impl LinkDriver {
 
     /// When [`Self::time_passed`] has something to do.
     pub fn next_wake(&self) -> Option<Instant> {
-        let watches = self.watch.iter().chain(&self.doorbell_watch).map(|watch| watch.next);
+        let served = self.served_watch.iter().map(|(watch, _)| watch);
+        let watches = self.watch.iter().chain(&self.doorbell_watch).chain(served).map(|watch| watch.next);
         self.link.deadline().into_iter().chain(watches).chain(self.relay.next_wake()).min()
     }
 
@@ -342,6 +346,11 @@ impl LinkDriver {
             watch.next = now + watch.pause;
             self.look_at_witness();
         }
+        if let Some((watch, _)) = self.served_watch.as_mut().filter(|(watch, _)| now >= watch.next) {
+            watch.pause = (watch.pause * 2).min(LOOK_WAITED_FOR);
+            watch.next = now + watch.pause;
+            self.look_at_served();
+        }
         // One that has waited too long is not looked at for ever.
         self.doorbell_watch.take_if(|_| !self.link.awaits_doorbell());
         if let Some(watch) = self.doorbell_watch.as_mut().filter(|watch| now >= watch.next) {
@@ -351,6 +360,17 @@ impl LinkDriver {
         }
         if self.link.deadline().is_some_and(|deadline| now >= deadline) {
             self.apply(Event::Tick);
+        }
+    }
+
+    fn look_at_served(&mut self) {
+        self.served_watch.take_if(|_| !self.link.awaits_served());
+        let Some((_, generation)) = self.served_watch else { return };
+        // The page was changed before: a driver that comes to serve only now has seen that.
+        let word = self.control_area.served();
+        if word == 0 || word >= generation {
+            self.served_watch = None;
+            self.apply(Event::Unserved);
         }
     }
 
