@@ -596,7 +596,9 @@ impl<'t> Driver<'t> {
                         generation: 2,
                         interrupt: choice & 0x40 != 0,
                         doorbell: None,
-                        quiesce: false, says_served: false };
+                        quiesce: false,
+                        says_served: false,
+                    };
                     let _ = ring.send(self.transport, command);
                     // A ring that is broken gives none.
                     let answers = ring.answers().unwrap_or_default();
