@@ -20,13 +20,12 @@ use vhost_pci_switch::runtime::links::Links;
 
 /// A broker with one link.
 fn broker() -> (Arc<About>, Running) {
-    let link = Running::start(config());
+    let link = Running::start(config()).for_many();
     let text =
         "control_socket = \"/c\"\n[[link]]\nname = \"fuzz\"\nowner_socket = \"/o\"\npeer_socket = \"/p\"\n";
     let links = vec![(config(), link.port().clone())];
     let links = Links::of(&parse(text).expect("a configuration"), links).expect("descriptors");
     let about = About { links: Arc::new(links), confinement: Confinement::unconfined() };
-    // In this order they end: the first has descriptors, and the other counts what is left.
     (Arc::new(about), link)
 }
 
