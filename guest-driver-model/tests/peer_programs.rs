@@ -470,7 +470,7 @@ fn an_adaptive_driver_asks_for_no_kicks_while_it_looks_and_for_one_when_it_sleep
             }
         });
         result.unwrap();
-        let told = (abi::CTRL_ATTACH, 1, 2);
+        let told = (abi::CTRL_ATTACH, abi::ATTACH_F_INTERRUPT | abi::ATTACH_F_SERVED, 2);
         let attach = bench.device.attach();
         assert_eq!(attach, told, "the device was not told that its interrupts are waited for");
     }

@@ -152,7 +152,7 @@ fn the_doorbell_function_is_looked_after_while_the_link_is_down() {
     assert_eq!(device.state.lock().unwrap().attached.len(), told);
     device.link(6, abi::LINK_S_OWNER | abi::LINK_S_UP);
     session.round(&mut Idle).unwrap();
-    assert_eq!(device.state.lock().unwrap().attached.last(), Some(&(0, 0)));
+    assert_eq!(device.state.lock().unwrap().attached.last(), Some(&(abi::ATTACH_F_SERVED, 0)));
 }
 
 #[test]
@@ -162,7 +162,7 @@ fn an_attachment_that_the_ring_had_no_room_for_is_made_up_for() {
     device.link(2, abi::LINK_S_OWNER | abi::LINK_S_UP);
     let mut session = Session::new(&device, false).unwrap();
     session.round(&mut Idle).unwrap();
-    let with = (abi::ATTACH_F_DOORBELL, 8);
+    let with = (abi::ATTACH_F_DOORBELL | abi::ATTACH_F_SERVED, 8);
     assert_eq!(device.state.lock().unwrap().attached, [with]);
     // The device answers nothing while the ring is filled, and while the pairing changes.
     device.state.lock().unwrap().answers = false;
@@ -176,7 +176,7 @@ fn an_attachment_that_the_ring_had_no_room_for_is_made_up_for() {
     device.answer();
     assert_eq!(device.state.lock().unwrap().attached.last(), Some(&with), "as many as the ring took");
     session.check().unwrap();
-    assert_eq!(device.state.lock().unwrap().attached.last(), Some(&(0, 0)));
+    assert_eq!(device.state.lock().unwrap().attached.last(), Some(&(abi::ATTACH_F_SERVED, 0)));
     let told = device.state.lock().unwrap().attached.len();
     session.check().unwrap();
     assert_eq!(device.state.lock().unwrap().attached.len(), told, "once");
