@@ -37,9 +37,14 @@ impl Bench {
 
     /// The device lets go of what the link page does not show any more, and the driver says so.
     pub fn releases(&mut self) -> u32 {
+        self.lets_go();
+        self.says_released(self.table_generation)
+    }
+
+    /// The device lets go of what the link page does not show any more.
+    pub fn lets_go(&mut self) {
         let shown = &self.published.0.mappings;
         self.lent.mappings.retain(|mapping| shown.contains(mapping));
-        self.says_released(self.table_generation)
     }
 
     pub fn says_released(&mut self, table: u64) -> u32 {
